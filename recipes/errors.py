@@ -1,0 +1,25 @@
+"""The exceptions a user is meant to read: each message is one line that says what, where and what to do."""
+
+
+class OnstreamError(Exception):
+    """Base of every error that `train.py` and the scripts print as one line, without a traceback."""
+
+
+class ConfigError(OnstreamError):
+    """A key, its type or its value is wrong; the message names the key."""
+
+
+class DataError(OnstreamError):
+    """A data file, or a row of it, cannot be used; the message names the file and the row."""
+
+
+class ModelError(OnstreamError):
+    """A model folder cannot be used: missing, unreadable, or of another vocabulary; the message names it."""
+
+
+class SyncError(OnstreamError):
+    """The rollout engine's weights differ from the trainer's; the message names the tensor."""
+
+
+class CheckpointError(OnstreamError):
+    """A checkpoint cannot be saved or resumed; the message names the file."""
