@@ -1,0 +1,1 @@
+"""Configuration: the Hydra tree, its typed schema, the component registry and the user-facing errors."""

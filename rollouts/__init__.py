@@ -1,0 +1,1 @@
+"""Where sequences come from: prompt data, trajectories, rollout engines, teachers and the weight sync."""

@@ -1,0 +1,99 @@
+"""Argument checks of the public functions: one clear line that names the argument, what it got and what it
+expects."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_KINDS = {
+    "float": lambda t: t.is_floating_point(),
+    "int64": lambda t: t.dtype == torch.int64,
+    "bool or uint8": lambda t: t.dtype in (torch.bool, torch.uint8),
+}
+
+
+class Shapes:
+    """Checks one call's tensors against each other: a dimension letter has one size, and all share a
+    device."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.owner: dict[str, str] = {}
+        self.device: torch.device | None = None
+
+    def check(self, name: str, value: Tensor | None, dims: str, kind: str = "float", optional: bool = False) -> None:
+        """`dims`: one letter per dimension, e.g. "TH"; a letter's first use fixes its size."""
+        if value is None and optional:
+            return
+        wanted = f"a {kind} tensor [{', '.join(dims)}]"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        if not _KINDS[kind](value):
+            raise TypeError(f"{name} must be {wanted}, got dtype {value.dtype}")
+        if value.ndim != len(dims):
+            raise ValueError(f"{name} must be {wanted}, got shape {list(value.shape)}")
+        for letter, size in zip(dims, value.shape):
+            if self.sizes.setdefault(letter, size) != size:
+                raise ValueError(f"{name} must be {wanted} with {letter}={self.sizes[letter]} as in "
+                                 f"{self.owner[letter]}, got shape {list(value.shape)}")
+            self.owner.setdefault(letter, name)
+        if self.device is None:
+            self.device = value.device
+        elif value.device != self.device:
+            raise ValueError(f"{name} must be on {self.device} like the first tensor, got {value.device}")
+
+    def ids(self, name: str, value: Tensor, rows: Tensor, vocab: int, dims: tuple[str, ...] = ("T", "TK")) -> None:
+        """int64 ids, each within [0, vocab) at the given rows; other rows may hold anything."""
+        self.check(name, value, next((d for d in dims if len(d) == getattr(value, "ndim", 0)), dims[0]), "int64")
+        if value.device.type == "cpu":  # elsewhere the comparison would stall the device
+            live = value.index_select(0, rows)
+            if live.numel() and not (0 <= live.min() and live.max() < vocab):
+                raise IndexError(f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked row, "
+                                 f"got {live.min().item()}..{live.max().item()}")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, strict: bool = True,
+                 optional: bool = False) -> None:
+    """A finite number above `low` (or equal to it where not `strict`) and at most `high`."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or value > high or (strict and value == low):
+        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high == math.inf else f", at most {high:g}")
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+
+
+def check_denominator(value: object) -> None:
+    """A positive number or 0-dim tensor (the tensor's value is read on the CPU only, to avoid a stall)."""
+    check_scale("denominator", value)
+    if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value > 0:
+        raise ValueError(f"denominator must be above 0 (clamp an empty window's count to 1), got {float(value)}")
+
+
+def check_scale(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+
+
+def check_vocab(valid_vocab_size: int | None, *sizes: int) -> int:
+    """The number of columns that take part; required where the given vocabularies differ."""
+    if valid_vocab_size is None:
+        if min(sizes) != max(sizes):
+            raise ValueError(f"valid_vocab_size must be given where the vocabularies differ, got V={sizes[0]} "
+                             f"and V={sizes[1]}")
+        return sizes[0]
+    if isinstance(valid_vocab_size, bool) or not isinstance(valid_vocab_size, int):
+        raise TypeError(f"valid_vocab_size must be an int, got {type(valid_vocab_size).__name__}")
+    if not 1 <= valid_vocab_size <= min(sizes):
+        raise ValueError(f"valid_vocab_size must lie in [1, {min(sizes)}], got {valid_vocab_size}")
+    return valid_vocab_size

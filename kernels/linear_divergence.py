@@ -1,0 +1,144 @@
+"""Full-vocabulary divergences from hidden states and LM heads, in one shot."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.checks import Shapes, check_vocab
+from kernels.divergence import Divergence, DivergenceOutput, check_loss
+from kernels.logprobs import check_head
+from kernels.policy_loss import loss_factors, weighted_sum
+from kernels.rows import RowStats, acc_dtype
+from kernels.stream import (HeadGrads, LinearHead, make_head, needs_grad, pad_rows, scaled_grad, spread,
+                            stream_logits)
+
+
+class _View:
+    """One model's logits of a chunk of rows, and then the gradient of a function of their log-probs."""
+
+    def __init__(self, head: LinearHead, hidden: Tensor, grads: HeadGrads, wanted: bool, room: int) -> None:
+        self.head, self.hidden, self.grads, self.wanted = head, hidden, grads, wanted
+        self.workspace = head.workspace(room)
+
+    def load(self, rows: Tensor, ids: Tensor | None = None, entropy: bool = False) -> None:
+        n, block = len(rows), self.head.block_rows
+        columns = None if ids is None else pad_rows(ids[:, None], block)
+        stats = RowStats(n + -n % block, self.head.dtype, rows.device, columns, entropy)
+        stream_logits(self.head, self.hidden, rows, stats, self.workspace)
+        self.rows, self.final = rows, stats.final(n)
+        self.by_logprobs: list[Tensor] = []
+        self.sums = torch.zeros_like(self.final.l)
+
+    def log_probs(self, i: int) -> Tensor:
+        """Of tile i, [n, N]."""
+        return self.final.log_probs(self.workspace[i][:len(self.rows)])
+
+    def take(self, by_logprobs: Tensor) -> None:
+        """The next tile's derivative by its log-probs."""
+        if self.wanted:
+            self.by_logprobs.append(by_logprobs)
+            self.sums += by_logprobs.sum(1)
+
+    def add_grads(self, factors: Tensor) -> None:
+        """Through the softmax, dz = g - p sum(g), and the head; factors [n] multiply the rows."""
+        of_p = (-self.sums / self.final.l)[:, None]
+
+        def by_logits(z: Tensor, v0: int) -> Tensor:
+            p = z.sub_(self.final.shift[:, None]).exp_()
+            return p.mul_(of_p).add_(self.by_logprobs[v0 // self.head.columns]).mul_(factors[:, None])
+        if self.wanted:
+            self.grads.add_rows(self.head, self.hidden, self.rows, by_logits, self.workspace)
+
+
+class _FusedLinearDivergence(torch.autograd.Function):
+    """Both heads' logits of a chunk of rows are kept until their gradient is made.
+
+    With needs_teacher (self-distillation: both views share one head) the teacher view's gradient joins the same dW.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, head: LinearHead, teacher_head: LinearHead, rows, ids,
+                factors, divergence: Divergence, with_entropy, needs, needs_teacher):
+        n, T = len(rows), len(hidden)
+        grads = HeadGrads(head, hidden, needs)
+        teacher_grads = HeadGrads(teacher_head, teacher_hidden, (needs_teacher[0], False, False))
+        teacher_grads.weight, teacher_grads.bias = grads.weight, grads.bias
+        values = torch.zeros_like(factors)
+        logprobs = None if ids is None else torch.zeros_like(factors)
+        entropy = torch.zeros_like(factors) if with_entropy else None
+        size = head.chunk_rows(workspaces=4 if any(needs_teacher) else 3)
+        student = _View(head, hidden, grads, any(needs), min(size, n))
+        teacher = _View(teacher_head, teacher_hidden, teacher_grads, any(needs_teacher), min(size, n))
+        for start in range(0, n, size):
+            at = slice(start, start + size)
+            student.load(rows[at], None if ids is None else ids.index_select(0, rows[at]), with_entropy)
+            teacher.load(rows[at])
+            for i in range(len(head.tiles())):
+                terms, by_student, by_teacher = divergence.terms(student.log_probs(i), teacher.log_probs(i))
+                values[at] += terms.sum(1)
+                student.take(by_student)
+                teacher.take(by_teacher)
+            if ids is not None:
+                logprobs[at] = student.final.logprobs[:, 0]
+            if with_entropy:
+                entropy[at] = student.final.entropy
+            student.add_grads(factors[at])
+            teacher.add_grads(factors[at])
+        outputs = [spread(x, rows, T) for x in (values, logprobs, entropy)]
+        ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
+        ctx.save_for_backward(*grads.as_tuple(), teacher_grads.hidden)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype, teacher_hidden.dtype
+        return weighted_sum(values, factors), *outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        return *(scaled_grad(g, upstream, d) for g, d in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * 9
+
+
+def linear_divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+                      head: LinearHead, teacher_head: LinearHead, rows: Tensor, ids: Tensor | None,
+                      factors: Tensor, divergence: Divergence, *, with_entropy: bool = False,
+                      shared: bool = False) -> DivergenceOutput:
+    """Checked arguments to the one-shot function; `shared`: the teacher view, of the same head, is differentiated
+    too."""
+    needs = needs_grad(hidden, weight, bias)
+    needs_teacher = needs_grad(teacher_hidden, weight, bias) if shared else (False, False, False)
+    return DivergenceOutput(*_FusedLinearDivergence.apply(
+        hidden, weight, bias, teacher_hidden if shared else teacher_hidden.detach(), head, teacher_head, rows, ids,
+        factors, divergence, with_entropy, needs, needs_teacher))
+
+
+def fused_linear_distillation_divergence(
+        student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+        denominator: float | Tensor, divergence: str = "reverse_kl", alpha: float = 1.0,
+        normalization: str = "box_cox", beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None,
+        weights: Tensor | None = None, token_ids: Tensor | None = None, loss_scale: float | Tensor = 1.0,
+        valid_vocab_size: int | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+        student_logit_softcap: float | None = None, teacher_logit_softcap: float | None = None,
+        return_entropy: bool = False) -> DivergenceOutput:
+    """`distillation_divergence` from hidden states and LM heads, with the gradient made in the forward.
+
+    Only a chunk of rows' logits exists at a time. Student and teacher may differ in hidden size and dtype;
+    the teacher is constant. student_hidden [T, H], student_weight [V, H], student_bias [V]: floating,
+    differentiable; teacher_hidden [T, H'], teacher_weight [V', H'], teacher_bias [V'] floating;
+    valid_vocab_size is needed where V != V' (both heads are cut to it). Logits are softcap(hidden @ weight.T
+    + bias) / temperature. The other arguments, the result and the errors are those of
+    `distillation_divergence`; gradients are accumulated in float32 (float64 for float64 inputs) and a frozen
+    head costs no dW.
+    """
+    shapes = Shapes()
+    check_head(shapes, student_hidden, student_weight, student_bias, temperature, student_logit_softcap, mask,
+               names=("student_hidden", "student_weight", "student_bias", "student_logit_softcap"))
+    check_head(shapes, teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, None,
+               names=("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logit_softcap"), dims="Thv")
+    vocab = check_vocab(valid_vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    rule = Divergence(divergence, alpha, normalization, beta)
+    rows = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator, loss_scale)
+    dtype = acc_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    width = max(student_hidden.shape[1], teacher_hidden.shape[1])
+    head = make_head(dtype, student_weight, student_bias, temperature, student_logit_softcap, vocab, width)
+    teacher_head = make_head(dtype, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, vocab, width)
+    return linear_divergence(student_hidden, student_weight, student_bias, teacher_hidden, head, teacher_head, rows,
+                             token_ids, loss_factors(rows, weights, denominator, loss_scale, dtype), rule,
+                             with_entropy=return_entropy)

@@ -1,0 +1,201 @@
+"""The policy-gradient loss of sampled tokens: one definition, used from log-probs and inside the fused LM
+head."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.checks import Shapes, check_choice, check_denominator, check_number
+from kernels.rows import acc_dtype
+from kernels.stream import active_rows, spread
+
+OBJECTIVES = ("reinforce", "ppo_clip", "cispo")
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
+# Bounds log-ratios so that exp stays finite; a ratio of e^20 is broken data, not signal.
+MAX_LOG_RATIO = 20.0
+
+
+class PGOutput(NamedTuple):
+    """loss: differentiable scalar; stats: detached scalars over this call's unmasked tokens."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+class TokenTerms(NamedTuple):
+    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and which bounds were
+    active."""
+
+    loss: Tensor
+    slope: Tensor
+    log_ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    capped: Tensor
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """A token objective and its bounds; `terms` is the mathematics of all of them."""
+
+    name: str = "reinforce"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    is_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.name, OBJECTIVES)
+        check_number("clip_low", self.clip_low, high=1.0, strict=False)
+        check_number("clip_high", self.clip_high, strict=False)
+        check_number("dual_clip", self.dual_clip, low=1.0, optional=True)
+        if self.is_cap != math.inf:
+            check_number("is_cap", self.is_cap, optional=True)
+        if self.dual_clip is not None and self.name != "ppo_clip":
+            raise ValueError(f"dual_clip belongs to objective='ppo_clip', got objective={self.name!r}")
+
+    def check_inputs(self, rollout_logprobs: Tensor | None) -> None:
+        if (rollout_logprobs is None) != (self.is_cap is None):
+            given = "no" if rollout_logprobs is None else "a tensor of"
+            raise ValueError("rollout_logprobs and is_cap must be given together (is_cap=math.inf: no cap), got "
+                             f"is_cap={self.is_cap} and {given} rollout_logprobs")
+
+    def terms(self, logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
+              rollout_logprobs: Tensor | None) -> TokenTerms:
+        """All inputs [n], detached; without old log-probs the policy is its own old one (ratio 1)."""
+        off = torch.zeros_like(logprobs, dtype=torch.bool)
+        log_ratio, low, high, capped = torch.zeros_like(logprobs), off, off, off
+        if old_logprobs is not None:
+            log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
+        weight = None
+        if rollout_logprobs is not None:  # trainer against sampler (truncated importance sampling)
+            trainer = logprobs if old_logprobs is None else old_logprobs
+            weight = (trainer - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+            capped = weight > self.is_cap
+            weight = weight.clamp_max(self.is_cap)
+
+        if self.name == "ppo_clip":
+            bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+            low = (advantages < 0) & (ratio < bounded)
+            high = (advantages > 0) & (ratio > bounded)
+            gain = torch.minimum(ratio * advantages, bounded * advantages)
+            flat = low | high
+            if self.dual_clip is not None:
+                floor = self.dual_clip * advantages
+                beyond = (advantages < 0) & (gain < floor)
+                gain, flat, high = torch.where(beyond, floor, gain), flat | beyond, high | beyond
+            loss = -gain
+            flat = flat | (log_ratio.abs() >= MAX_LOG_RATIO)
+            slope = (ratio * -advantages).masked_fill(flat, 0)
+        else:
+            slope = -advantages
+            if self.name == "cispo":
+                bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+                low, high = ratio < bounded, ratio > bounded
+                slope = slope * bounded
+            loss = (slope * logprobs).masked_fill(slope == 0, 0)  # 0 * log 0
+        if weight is not None:
+            loss, slope = loss * weight, slope * weight
+        return TokenTerms(loss, slope, log_ratio, low, high, capped)
+
+
+def token_stats(terms: TokenTerms) -> dict[str, Tensor]:
+    """Means over the tokens of one call (0 if there are none)."""
+    n = max(len(terms.loss), 1)
+    k3 = torch.expm1(terms.log_ratio) - terms.log_ratio  # Schulman's low-variance estimate of KL(old || new)
+    return {"ratio_mean": terms.log_ratio.exp().sum() / n, "clip_frac_low": terms.clipped_low.sum() / n,
+            "clip_frac_high": terms.clipped_high.sum() / n, "approx_kl": k3.sum() / n,
+            "is_cap_frac": terms.capped.sum() / n}
+
+
+def weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
+    """sum(values * factors) in a fixed order and in float64: the same for the same tokens, run after run."""
+    return (values.double() * factors.double()).sum().to(values.dtype)
+
+
+def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tensor, loss_scale: float | Tensor,
+                 dtype: torch.dtype) -> Tensor:
+    """weight * loss_scale / denominator of the given rows, [n]."""
+    factors = torch.ones(len(rows), dtype=dtype, device=rows.device)
+    if weights is not None:
+        factors = weights.detach().index_select(0, rows).to(dtype)
+    return factors * loss_scale / denominator
+
+
+def _sequence_weights(seq_ids: Tensor) -> Tensor:
+    """1 / (number of tokens of the token's sequence), [n]."""
+    return 1.0 / torch.bincount(seq_ids)[seq_ids]
+
+
+class _TokenLoss(torch.autograd.Function):
+    """A loss whose gradient by the log-probs was made together with its value."""
+
+    @staticmethod
+    def forward(ctx, logprobs: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = logprobs.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None
+
+
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, *, denominator: float | Tensor,
+                         mask: Tensor | None = None, weights: Tensor | None = None,
+                         old_logprobs: Tensor | None = None, rollout_logprobs: Tensor | None = None,
+                         objective: str = "reinforce", clip_low: float = 0.2, clip_high: float = 0.2,
+                         dual_clip: float | None = None, is_cap: float | None = None,
+                         seq_ids: Tensor | None = None, aggregation: str = "token_mean") -> PGOutput:
+    """Policy-gradient loss from per-token log-probs.
+
+    With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is
+      reinforce  -A logprob ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A); with
+      dual_clip c > 1 at most -c A for A < 0
+                 (arXiv 1707.06347; dual clip arXiv 1912.09729)
+      cispo      -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob (arXiv 2506.13585)
+    times the truncated importance weight min(exp(trainer log-prob - rollout_logprobs), is_cap) where those
+    are given (trainer = old_logprobs, else logprobs), times weights. Aggregations divide by `denominator`,
+    which the caller counts over the whole optimizer step: token_mean: sum over tokens (denominator: tokens);
+    seq_mean_token_mean: sum over sequences of the mean over their unmasked tokens here (denominator:
+    sequences; a sequence must not be split over calls); seq_mean_token_sum: sum over tokens (denominator:
+    sequences).
+
+    logprobs [T] floating, nats, differentiable; advantages, weights, old_logprobs, rollout_logprobs [T]
+    floating, taken as constants; mask [T] bool or uint8 (masked tokens: loss and gradient exactly 0, may hold
+    NaN); seq_ids [T] int64 >= 0, needed by seq_mean_token_mean; denominator: number or 0-dim tensor, above 0.
+    Returns PGOutput(loss, stats{ratio_mean, clip_frac_low, clip_frac_high, approx_kl, is_cap_frac}).
+
+    Raises TypeError or ValueError: shapes, dtypes, choices and bounds.
+    """
+    rule = PolicyObjective(objective, clip_low, clip_high, dual_clip, is_cap)
+    rule.check_inputs(rollout_logprobs)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_denominator(denominator)
+    shapes = Shapes()
+    shapes.check("logprobs", logprobs, "T")
+    shapes.check("advantages", advantages, "T")
+    shapes.check("weights", weights, "T", optional=True)
+    shapes.check("old_logprobs", old_logprobs, "T", optional=True)
+    shapes.check("rollout_logprobs", rollout_logprobs, "T", optional=True)
+    shapes.check("mask", mask, "T", "bool or uint8", optional=True)
+    shapes.check("seq_ids", seq_ids, "T", "int64", optional=True)
+    if aggregation == "seq_mean_token_mean" and seq_ids is None:
+        raise ValueError("seq_ids must be given with aggregation='seq_mean_token_mean', got None")
+
+    dtype, rows = acc_dtype(logprobs), active_rows(mask, len(logprobs), logprobs.device)
+
+    def take(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().index_select(0, rows).to(dtype)
+    terms = rule.terms(take(logprobs), take(advantages), take(old_logprobs), take(rollout_logprobs))
+    factors = loss_factors(rows, weights, denominator, 1.0, dtype)
+    if aggregation == "seq_mean_token_mean":
+        factors = factors * _sequence_weights(seq_ids.index_select(0, rows))
+    grad = spread(terms.slope * factors, rows, len(logprobs))
+    return PGOutput(_TokenLoss.apply(logprobs, weighted_sum(terms.loss, factors), grad), token_stats(terms))

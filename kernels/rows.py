@@ -1,0 +1,125 @@
+"""Row mathematics of a softmax over logits: running statistics, log-probs, and their gradient.
+ These functions see a block of logits [n, N] (n rows, N neighbouring vocabulary columns) and per-row vectors.
+They are the place where a device kernel takes over from torch: everything around them is GEMMs and
+bookkeeping.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp of it is 0 in every dtype used here, and 0 * it is 0 where 0 * -inf would be NaN.
+FLOOR = -1e4
+
+
+def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def fold(z: Tensor, m: Tensor, l: Tensor, q: Tensor | None) -> None:
+    """Fold logits z [n, N] into m = max z, l = sum e^(z-m) and q = sum e^(z-m) (z-m), all [n], in place."""
+    new_m = torch.maximum(m, z.amax(1))
+    shift = new_m.masked_fill(new_m == -torch.inf, 0)  # -inf - -inf is NaN
+    x = z - shift[:, None]
+    old = m - shift
+    decay = old.exp()
+    if q is None:
+        l.mul_(decay).add_(x.exp_().sum(1))
+    else:
+        e = x.exp()
+        q.add_(l * old.clamp_min_(FLOOR)).mul_(decay).add_(x.clamp_min_(FLOOR).mul_(e).sum(1))
+        l.mul_(decay).add_(e.sum(1))
+    m.copy_(new_m)
+
+
+class RowStats:
+    """Running softmax statistics of n rows, fed block by block; ids [n, K] are the target tokens, if any."""
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, ids: Tensor | None = None,
+                 entropy: bool = False) -> None:
+        self.m = torch.full((n,), -torch.inf, dtype=dtype, device=device)
+        self.l = torch.zeros(n, dtype=dtype, device=device)
+        self.q = torch.zeros(n, dtype=dtype, device=device) if entropy else None
+        self.ids = ids
+        self.target = None if ids is None else torch.zeros(ids.shape, dtype=dtype, device=device)
+
+    def fold(self, rows: slice, z: Tensor, v0: int) -> None:
+        """Rows' logits z [n, N] of the columns v0..v0+N; the target logit is the very number that enters the
+        sum."""
+        fold(z, self.m[rows], self.l[rows], None if self.q is None else self.q[rows])
+        if self.ids is not None:
+            local = self.ids[rows] - v0
+            inside = (local >= 0) & (local < z.shape[1])
+            picked = z.gather(1, local.clamp_(0, z.shape[1] - 1))
+            self.target[rows] = torch.where(inside, picked, self.target[rows])
+
+    def final(self, n: int) -> "Softmax":
+        """Statistics of the first n rows (the others were padding)."""
+        m, l = self.m[:n], self.l[:n]
+        shift = m.masked_fill(m == -torch.inf, 0)
+        safe = l.masked_fill(l == 0, 1)  # a row of -inf only: log-probs -inf, entropy 0, no NaN
+        log_l = safe.log()
+        return Softmax(shift, safe, log_l, shift + l.log(),
+                       # (z - m) - log l, not z - lse: a large common offset would cost the low digits
+                       None if self.ids is None else (self.target[:n] - shift[:, None]) - log_l[:, None],
+                       None if self.q is None else log_l - self.q[:n] / safe)
+
+
+class Softmax:
+    """Finished statistics of n rows: shift, l, log_l, lse, entropy [n] and target log-probs [n, K]."""
+
+    def __init__(self, shift: Tensor, l: Tensor, log_l: Tensor, lse: Tensor, logprobs: Tensor | None,
+                 entropy: Tensor | None) -> None:
+        self.shift, self.l, self.log_l, self.lse = shift, l, log_l, lse
+        self.logprobs, self.entropy = logprobs, entropy
+
+    @property
+    def max_logprob(self) -> Tensor:
+        """The argmax token's log-prob: its logit is the shift itself."""
+        return -self.log_l
+
+    def log_probs(self, z: Tensor, at: slice = slice(None)) -> Tensor:
+        """The logits z [n, N] of the rows `at` as log-probs."""
+        return z.sub(self.shift[at, None]).sub_(self.log_l[at, None])
+
+
+class LogprobGrad(NamedTuple):
+    """A gradient by row outputs, and what turns it into one by logits; [n] tensors, None stands for zero.
+
+    The function differentiated is sum(g_target * logprobs + g_lse * lse + g_entropy * entropy), where logprobs and
+    g_target [n, K] belong to the target ids [n, K].
+    """
+
+    shift: Tensor
+    l: Tensor
+    ids: Tensor
+    g_target: Tensor
+    g_lse: Tensor | None = None
+    g_entropy: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def part(self, at: slice) -> "LogprobGrad":
+        return LogprobGrad(*(None if x is None else x[at] for x in self))
+
+    def by_logits_(self, z: Tensor, v0: int) -> Tensor:
+        """Overwrite the logits z [n, N] of the columns v0..v0+N by the gradient.
+
+        With p = softmax(z): d logprob_k = onehot_k - p, d lse = p, d entropy = -p (log p + entropy).
+        """
+        of_p = -self.g_target.sum(1)
+        if self.g_lse is not None:
+            of_p = of_p + self.g_lse
+        z.sub_(self.shift[:, None])
+        if self.g_entropy is None:
+            z.exp_().mul_((of_p / self.l)[:, None])
+        else:
+            constant = of_p - self.g_entropy * (self.entropy - self.l.log())
+            e = z.exp()
+            z.clamp_min_(FLOOR).mul_((-self.g_entropy / self.l)[:, None])
+            z.add_((constant / self.l)[:, None]).mul_(e)
+        local = self.ids - v0
+        inside = (local >= 0) & (local < z.shape[1])
+        return z.scatter_add_(1, local.clamp_(0, z.shape[1] - 1), self.g_target * inside)

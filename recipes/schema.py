@@ -1,0 +1,158 @@
+"""The typed schema: every key a run has, its type, its default and what it means. Defaults live here only.
+
+Batch sizes have one meaning each: `train.prompts_per_step` counts prompts over all ranks,
+`rollout.samples_per_prompt` completions per prompt, `train.tokens_per_microbatch` tokens per rank.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    dir: str = "outputs/${recipe}/${now:%Y-%m-%d_%H-%M-%S}"
+
+
+@dataclass
+class ModelConfig:
+    path: str = "stories-student"  # a local folder, a hub name, or stories-student / stories-teacher
+    dtype: str = "float32"  # float32, or bfloat16 (compute; the optimizer keeps float32 masters)
+    attn_implementation: str = "packed"  # packed, flash_attention_2, flex_attention, sdpa, eager
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class TeacherConfig:
+    path: str = "stories-teacher"
+    dtype: str = "float32"  # float32, bfloat16, float16
+
+
+@dataclass
+class DataConfig:
+    path: str = "stories"  # stories; a .jsonl, .json, .parquet or .csv file or folder; a Hugging Face dataset
+    split: str = "train"
+    prompt_column: Optional[str] = None  # null: the first of the usual names that is there
+    answer_column: Optional[str] = None
+    limit: Optional[int] = None  # use the first rows only
+    template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
+    system: Optional[str] = None
+    suffix: Optional[str] = None  # appended to the user's turn, e.g. an answer-format instruction
+    enable_thinking: bool = False  # passed to the chat template
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    stories: int = 20000  # size of the story set, for path=stories
+    difficulty: int = 3  # stories have 1 to this many operations
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "vllm"  # vllm, hf
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 80
+    temperature: float = 1.0  # the trainer's log-probs, student and teacher, use it too
+    top_p: float = 1.0  # below 1 (and top_k > 0) the gradient estimate is biased: the trainer does not mirror it
+    top_k: int = -1
+    stop_ids: list[int] = field(default_factory=list)  # besides the student's and the teacher's own
+    gpu_memory_utilization: float = 0.4  # vLLM's share of a GPU
+    cpu_kv_cache_gib: float = 1.0  # vLLM's KV cache on a CPU
+    sleep: bool = True  # free vLLM's GPU memory during updates
+    batch_size: int = 128  # sequences decoded together
+
+
+@dataclass
+class RewardConfig:
+    token: str = "power"  # power, log_ratio, clip, tanh, zscore
+    alpha: float = 5.0  # exponent of the power reward
+    normalization: str = "none"  # none: p^a - q^a; box_cox: that over a
+    clip: float = 1.0  # bound of `clip`, nats
+    tanh_scale: float = 5.0  # tau of `tanh`, nats
+    terminal_stop: str = "mask"  # raw, mask, relabel, cross_eos
+    verifier: str = "math"  # scores whole completions; logged, and the reward of methods that use one
+
+
+@dataclass
+class DivergenceConfig:
+    jsd_beta: float = 0.5
+    top_k: int = 100
+    top_k_support: str = "teacher"  # teacher, student
+    top_k_tail: str = "renormalize"  # renormalize, bucket
+    top_k_direction: str = "reverse_kl"  # reverse_kl, forward_kl
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING
+    lr: float = MISSING
+    prompts_per_step: int = MISSING
+    tokens_per_microbatch: int = 2048
+    normalizer: str = "window_token_mean"  # or microbatch_token_mean
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant, linear, cosine: to zero at the last step
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 1
+    offload_optimizer: bool = False
+    offload_params: bool = False
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0  # 0: before the first step and at the end only; -1: never
+    k: int = 8  # of Avg@k and Pass@k
+    samples: Optional[int] = None  # n >= k completions per prompt; null: k
+    size: int = 400  # prompts
+    path: Optional[str] = None  # null: the held-out stories, or data.path
+    split: str = "heldout"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: Optional[int] = None  # null: rollout.max_new_tokens
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0  # 0: at the end only
+    keep: int = 2  # the newest N stay
+
+
+@dataclass
+class KernelsConfig:
+    backend: str = "auto"  # auto, triton, torch
+
+
+@dataclass
+class LogConfig:
+    wandb: str = "auto"  # auto: online where a key is set, else offline; online, offline, disabled
+    project: str = "onstream"
+    completions: int = 4  # written to completions.jsonl per step
+    every: int = 1  # steps between printed lines
+
+
+@dataclass
+class Config:
+    recipe: str = MISSING
+    trainer: str = MISSING  # a registered trainer, or the dotted path of one
+    objective: str = "policy_gradient"  # policy_gradient, reverse_kl, forward_kl, jsd, topk, power_full
+    seed: int = 0
+    resume: Optional[str] = None  # null, auto, or the path of a run or a checkpoint
+    dry_run: bool = False  # check everything, print the config, train nothing
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    log: LogConfig = field(default_factory=LogConfig)

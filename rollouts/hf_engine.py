@@ -1,0 +1,143 @@
+"""A rollout engine on Hugging Face models: batched decoding with a KV cache, one random stream per completion.
+
+It needs nothing but transformers, so it carries a full run where vLLM is not installed. It keeps a copy of
+the weights of its own, in the same place as the trainer's.
+"""
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from recipes.registry import Registry
+from rollouts.fingerprint import fingerprint
+from rollouts.trajectory import Request, Sampling, Trajectory
+
+ENGINES = Registry("rollout.engine")
+
+
+@ENGINES.register("hf")
+class HuggingFaceEngine:
+    """Samples completions with `transformers`.
+
+    Each completion draws its uniforms from a generator of its own and inverts the CDF, so that its noise does
+    not depend on what it is batched with; the logits may, in the last bits, as the shape of the batch changes.
+    """
+
+    def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **_):
+        from transformers import AutoModelForCausalLM
+
+        self.device, self.batch_size = device, config.rollout.batch_size
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head has its name too
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not truncated."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        done: dict[int, Trajectory] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start:start + self.batch_size]
+            for row, trajectory in zip(rows, self._batch([requests[i] for i in rows], sampling)):
+                done[row] = trajectory
+        return [done[i] for i in range(len(requests))]
+
+    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        from transformers import DynamicCache
+
+        width = max(len(r.prompt_ids) for r in requests)
+        count = len(requests)
+        ids = torch.zeros(count, width, dtype=torch.long)
+        attention = torch.zeros(count, width + sampling.max_new_tokens, dtype=torch.long)
+        for row, request in enumerate(requests):  # left padding: every row's next token is in the last column
+            ids[row, width - len(request.prompt_ids):] = torch.tensor(request.prompt_ids)
+            attention[row, width - len(request.prompt_ids):] = 1
+        attention = attention.to(self.device)
+        position = (attention[:, :width].cumsum(-1) - 1).clamp(min=0)
+        uniforms = torch.stack([
+            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(r.seed), dtype=torch.float64)
+            for r in requests]).to(self.device)
+        stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
+
+        cache = DynamicCache(config=self.model.config)
+        tokens, logprobs = [[] for _ in requests], [[] for _ in requests]
+        live = torch.arange(count, device=self.device)  # rows of `requests` still decoding
+        finish = ["length"] * count
+        ids = ids.to(self.device)
+        for step in range(sampling.max_new_tokens):
+            logits = self.model(input_ids=ids, attention_mask=attention[:, :width + step], position_ids=position,
+                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            chosen, chosen_logprobs = sample(logits, uniforms[live, step], sampling)
+            ended = torch.isin(chosen, stops)
+            for row, token, logprob, stop in zip(live.tolist(), chosen.tolist(), chosen_logprobs.tolist(),
+                                                 ended.tolist()):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                if stop:
+                    finish[row] = "stop"
+            if ended.all():
+                break
+            keep = (~ended).nonzero().flatten()
+            if len(keep) < len(live):  # finished rows leave the batch
+                cache.batch_select_indices(keep)
+                live, chosen, attention, position = live[keep], chosen[keep], attention[keep], position[keep]
+            ids, position = chosen[:, None], position[:, -1:] + 1
+            attention[:, width + step] = 1
+        return [Trajectory(r.prompt_index, r.sample_index, list(r.prompt_ids), tokens[i], finish[i],
+                           np.asarray(logprobs[i], dtype=np.float32)) for i, r in enumerate(requests)]
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the trainer's tensors in place; names are those of the Hugging Face checkpoint."""
+        for name, tensor in weights:
+            self.parameters[name].copy_(tensor)
+
+    def fingerprints(self, names: Sequence[str], salt: int) -> dict[str, int | None]:
+        """The fingerprint of each named tensor as the engine holds it; None where it holds none."""
+        return {name: fingerprint(self.parameters[name], name, salt) if name in self.parameters else None
+                for name in names}
+
+    def sleep(self) -> None:
+        """Nothing to free: the weights are the engine's only memory between calls."""
+
+    def wake(self) -> None:
+        """The weights never left."""
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self.model = self.parameters = None
+
+
+def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by inverting the CDF.
+
+    Args:
+        logits: [B, V] float32.
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k and top-p
+        (at temperature 0: at temperature 1).
+    """
+    if sampling.temperature == 0:
+        chosen = logits.argmax(-1)
+        return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    logprobs = (logits / sampling.temperature).log_softmax(-1)
+    probs = logprobs.double().exp()
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        ranked, index = probs.sort(-1, descending=True, stable=True)
+        keep = torch.ones_like(ranked, dtype=torch.bool)
+        if sampling.top_k > 0:
+            keep[:, sampling.top_k:] = False
+        if sampling.top_p < 1:  # of what top-k left, the smallest set whose mass reaches top_p
+            left = ranked * keep
+            before = left.cumsum(-1) - left
+            keep &= before < sampling.top_p * left.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, index, ranked * keep)
+    cdf = probs.cumsum(-1)
+    chosen = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    # Rounding can put the uniform at the total: take the last token that has any mass.
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).float().argmax(-1)
+    chosen = torch.minimum(chosen, last)
+    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]

@@ -1,0 +1,162 @@
+"""Generated arithmetic stories with worked solutions: the embedded data set, training and held-out.
+
+A story is a start sentence, one sentence per operation and one question. Its solution has one thought per
+sentence, so that a streaming reasoner can think after each, and a boxed answer. Story `index` of a seed is
+computed directly, so a data set of any size costs nothing to make, and nothing to store.
+"""
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from recipes.errors import DataError
+
+SPLITS = ("train", "heldout")
+HELDOUT_PERCENT = 15  # of the arithmetic chains
+HARD = 4  # from this difficulty on: multiplication, and numbers up to 999 instead of 99
+
+NAMES = (
+    *((name, "She") for name in ("Mia", "Ana", "Eva", "Lily", "Nora", "Zoe", "Ella", "Ruth", "Ivy", "Rosa")),
+    *((name, "He") for name in ("Tom", "Ben", "Sam", "Leo", "Max", "Dan", "Jack", "Omar", "Hugo", "Paul")),
+)
+ITEMS = ("shells", "apples", "coins", "stamps", "cards", "pens", "books", "balls", "stones", "cups",
+         "keys", "eggs", "nuts", "toys", "plums", "rings", "beads", "cakes", "hats", "boxes")
+SENTENCES = {
+    "+": ("{who} finds {n} more.", "{who} buys {n} more.", "{who} wins {n} more.",
+          "{who} gets {n} from {other}."),
+    "-": ("{who} gives {n} to {other}.", "{who} loses {n}.", "{who} sells {n}.", "{who} throws {n} away."),
+    "*": ("{who} now has {n} times as many.", "{who} ends up with {n} times as many."),
+}
+EXPLANATIONS = {
+    "+": "so we add {n} to {before}",
+    "-": "so we take {n} from {before}",
+    "*": "so we multiply {before} by {n}",
+}
+INVERSE = {"+": "-", "-": "+", "*": "/"}
+REDUNDANT = 0.75  # chance of each redundant sentence: lengths vary, so that short ones can be selected
+
+
+@dataclass(frozen=True)
+class Story:
+    """One problem. It has as many thoughts as sentences; `final` follows them with the boxed answer."""
+
+    sentences: tuple[str, ...]
+    question: str
+    thoughts: tuple[str, ...]
+    final: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        return " ".join((*self.sentences, self.question))
+
+    @property
+    def solution(self) -> str:
+        return " ".join((*self.thoughts, self.final))
+
+
+@dataclass(frozen=True)
+class Step:
+    """`before sign n = after`."""
+
+    before: int
+    sign: str
+    n: int
+    after: int
+
+
+def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = False) -> Story:
+    """Story `index` of a seed and split, the same in every process.
+
+    Args:
+        seed, index: any integers.
+        split: `train` or `heldout`. A chain (start number, operations) belongs to one of them by its hash,
+            whatever the names, the items, the seed or the difficulty, so the two never share a problem.
+        difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and -, on
+            numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
+        verbose: the same story, solved with redundant sentences (restated, explained, checked by the inverse
+            operation), each present with probability 0.75.
+
+    Raises:
+        DataError: an unknown split, or a difficulty below 1.
+    """
+    rng, start, steps = _draw(seed, index, split, difficulty)
+    (name, who), item = rng.choice(NAMES), rng.choice(ITEMS)
+    others = [other for other, _ in NAMES if other != name]
+    sentences = [f"{name} has {start} {item}."]
+    for step in steps:
+        sentences.append(rng.choice(SENTENCES[step.sign]).format(who=who, n=step.n, other=rng.choice(others)))
+    thoughts = [f"Start: {start}."] + [f"{s.before} {s.sign} {s.n} = {s.after}." for s in steps]
+    answer = str(steps[-1].after)
+    final = f"The answer is \\boxed{{{answer}}}."
+    if verbose:
+        thoughts = [_pad(rng, [sentences[0], f"So we begin with {start}."], thoughts[0], [])] + [
+            _pad(rng, [f"{sentence[:-1]}, {EXPLANATIONS[s.sign].format(n=s.n, before=s.before)}."], thought,
+                 [f"Check: {s.after} {INVERSE[s.sign]} {s.n} = {s.before}."])
+            for s, sentence, thought in zip(steps, sentences[1:], thoughts[1:])]
+        final = _pad(rng, [f"So {name} has {answer} {item} now."], final, [])
+    return Story(tuple(sentences), f"How many {item} does {name} have now?", tuple(thoughts), final, answer)
+
+
+def stories(count: int, *, seed: int, split: str, difficulty: int, verbose: bool = False) -> list[Story]:
+    """`count` stories of a split.
+
+    Held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
+    were (difficulty 1 has about 1,400 chains), and allowed from there on. A shorter list is a prefix of a
+    longer one. Training stories are simply those of index 0, 1, …
+
+    Raises:
+        DataError: as `story`.
+    """
+    if split != "heldout":
+        return [story(seed, index, split, difficulty, verbose) for index in range(count)]
+    indices, seen, index, missed = [], set(), 0, 0
+    while len(indices) < count and missed < 1000:
+        chain = _chain(*_draw(seed, index, split, difficulty)[1:])
+        missed = missed + 1 if chain in seen else 0
+        if chain not in seen:
+            indices.append(index)
+            seen.add(chain)
+        index += 1
+    indices += range(index, index + count - len(indices))
+    return [story(seed, index, split, difficulty, verbose) for index in indices]
+
+
+def _draw(seed: int, index: int, split: str, difficulty: int) -> tuple[random.Random, int, list[Step]]:
+    if split not in SPLITS:
+        raise DataError(f"stories have no split '{split}'; use one of: {', '.join(SPLITS)}")
+    if difficulty < 1:
+        raise DataError(f"stories of difficulty {difficulty} do not exist; data.difficulty must be 1 or more")
+    rng = random.Random(f"{seed}/{split}/{difficulty}/{index}")  # a string seeds by its SHA-512, not hash()
+    limit = 999 if difficulty >= HARD else 99
+    while True:
+        start = value = rng.randint(2, limit)
+        steps = []
+        for _ in range(rng.randint(1, difficulty)):
+            largest = {"+": limit - value, "-": value}
+            if difficulty >= HARD and 0 < value <= limit // 2:
+                largest["*"] = min(5, limit // value)
+            sign = rng.choice([sign for sign, n in largest.items() if n > 0])
+            n = rng.randint(2 if sign == "*" else 1, largest[sign])
+            after = {"+": value + n, "-": value - n, "*": value * n}[sign]
+            steps.append(Step(value, sign, n, after))
+            value = after
+        if _split(_chain(start, steps)) == split:
+            return rng, start, steps
+
+
+def _chain(start: int, steps: list[Step]) -> str:
+    return str(start) + "".join(f"{step.sign}{step.n}" for step in steps)
+
+
+def _split(chain: str) -> str:
+    digest = hashlib.blake2b(chain.encode(), digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest, "little") % 100 < HELDOUT_PERCENT else "train"
+
+
+def _pad(rng: random.Random, before: list[str], step: str, after: list[str]) -> str:
+    def some(parts: list[str]) -> list[str]:
+        return [part for part in parts if rng.random() < REDUNDANT]
+
+    return " ".join([*some(before), step, *some(after)])

@@ -1,0 +1,64 @@
+"""The record that every method shares: one prompt, one completion, and what is known of its tokens."""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Trajectory:
+    """One prompt with one completion.
+
+    Arrays have one entry per completion token; log-probs are float32 in nats.
+    """
+
+    prompt_index: int  # the row of the dataset
+    sample_index: int  # 0 .. samples_per_prompt - 1
+    prompt_ids: list[int]
+    completion_ids: list[int]  # with the stop token, where generation ended on one
+    finish_reason: str  # "stop": the last token is a stop token; "length": cut at max_new_tokens
+    logprobs: np.ndarray | None = None  # the sampler's own, of the sampled tokens
+    prompt: str = ""
+    completion: str = ""  # text, without the stop token
+    answer: str | None = None
+    score: float | None = None  # the verifier's, 0 to 1
+    # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
+    annotations: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Prompt and completion, in tokens."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.completion_ids]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 truncate nothing."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to draw."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int, purpose: str = "train") -> int:
+    """The seed of one completion, 63 bits: the same whatever rank or batch draws it."""
+    text = f"{run_seed}/{purpose}/{step}/{prompt_index}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,296 @@
+"""`scripts.report`: what a reader sees of a run directory, and what it must survive."""
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.report import MAX_TOKENS, _smoothed, main, read_run, short, write_report
+
+
+def write_run(path: Path, recipe: str = "poweropd", steps: int = 60, scale: float = 1.0, edit=lambda row: row) -> Path:
+    """A run directory of `steps` optimizer steps; gradient norms are about `scale`; `edit` changes each row."""
+    path.mkdir(parents=True)
+    wave = np.random.default_rng(0).random(steps + 1)
+    rows = [{"step": 0, "eval/stories/avg@8": 0.25, "eval/stories/pass@8": 0.5, "eval/stories/length_mean": 40.0}]
+    for step in range(1, steps + 1):
+        rows.append({
+            "step": step, "train/loss": -0.1 + wave[step] / 50, "train/grad_norm": scale * (1 + wave[step]), "train/lr": 1e-3,
+            "reward/mean": wave[step], "reward/std": 0.1, "rollout/length_mean": 50 + wave[step], "mismatch/kl": 1e-6,
+            "teacher/kl": 0.3, "time/rollout": 1.0, "time/update": 0.5, "time/step": 2.0, "perf/tokens_per_second": 1234.0,
+            "custom/knob": step / 10})
+    rows[1] |= {"reward/by_position": [0.1, None, 0.3], "reward/by_position_bins": [0, 16, 32]}
+    rows[-1] |= {"reward/by_position": [0.2, 0.2, 0.2], "reward/by_position_bins": [0, 16, 32]}
+    rows.append({"step": steps, "eval/stories/avg@8": 0.75, "eval/stories/pass@8": 0.9, "eval/stories/length_mean": 60.0})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(edit(row)) + "\n" for row in rows))
+    samples = [{"step": step, "prompt": "1 + 1 = ?", "completion": "It is 2.", "answer": "2", "reward": 1.0, "correct": True,
+                "finish_reason": "stop", "length": 4, "tokens": ["It", " is", " 2", "."], "token_rewards": [0.5, 0.0, -1.0, None]}
+               for step in range(1, steps + 1)]
+    (path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (path / "config.yaml").write_text(f"recipe: {recipe}\ntrain:\n  steps: 100\n  lr: {scale}\n")
+    return path
+
+
+def text_of(page: str) -> str:
+    """The words a reader sees: no tags, no styles, no scripts, single spaces."""
+    page = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def plots_of(page: str) -> list[dict]:
+    return json.loads(re.search(r'<script type="application/json" id="plots">(.*?)</script>', page, re.S)[1])
+
+
+def titles_of(page: str) -> list[str]:
+    return re.findall(r'role="img" aria-label="([^"]*)"', page)
+
+
+def plot_of(page: str, title: str) -> tuple[dict, str]:
+    """The tooltip's numbers and the SVG of the card with this title."""
+    i = titles_of(page).index(title)
+    return plots_of(page)[i], re.findall(r'role="img" aria-label.*?(<svg.*?</svg>)', page, re.S)[i]
+
+
+class Balance(HTMLParser):
+    """Raises on an element that is closed without being open; what stays open is in `open`."""
+    void = {"meta", "br", "use", "path", "rect", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag, self.getpos()
+
+
+def test_summary_shows_the_values_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = write_report(run)
+    assert page == run / "report.html" and [p.name for p in run.glob("*.html")] == ["report.html"]
+    page = page.read_text()
+    text = text_of(page)
+    assert "Accuracy +50.0 pts 25.0% → 75.0%" in text
+    assert "Mean length +50% 40 → 60 tokens" in text
+    norms = read_run(run).series["train/grad_norm"][1]
+    assert f"Gradient norm, median {np.median(norms):.3g} before clipping" in text
+    assert "Step time, median 2 s rollout 1 · update 0.5 · other 0.5" in text
+    assert "Tokens per second, median 1234" in text
+    assert "Steps 60 of 100 2 min in steps" in text
+    assert "poweropd" in re.search("<h1>(.*?)</h1>", page, re.S)[1] and "run run" in text
+    assert titles_of(page) == ["Held-out accuracy", "Reward, mean ± std", "Reward by position", "Response length",
+                               "Gradient norm", "Loss", "KL to the teacher", "Trainer against sampler", "Throughput",
+                               "Time per step"]
+    assert "knob" in text and "0.1 … 6" in text  # an unknown metric, under its prefix
+    assert "train: steps: 100" in text
+
+
+def test_page_is_whole_and_asks_the_network_for_nothing(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    checker = Balance()
+    checker.feed(page)
+    assert checker.open == []
+    assert not re.search(r"https?:|<link|<img|<iframe|@import|url\((?!#)|\ssrc=", page)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
+    assert "default-src 'none'" in page
+    ids = re.findall(r'<[a-z]+ id="([^"]*)"', page)
+    for reference in re.findall(r'(?:href="|url\()#([\w-]+)', page):
+        assert reference in page and (reference in ids or f'id="{reference}"' in page)
+
+
+def test_text_from_the_run_is_escaped(tmp_path):
+    run = write_run(tmp_path / "run", recipe='"<b>bold</b>"', edit=lambda row: row | {"<i>x/<u>y": 1.0, "eval/<s>/avg@2": 0.5})
+    evil = "<script>alert('owned')</script></div></script>\ud800 $x$"
+    row = {"step": 1, "prompt": evil, "completion": evil, "answer": evil, "finish_reason": evil, "correct": False, "reward": None}
+    tokens = row | {"tokens": [evil, evil], "token_rewards": [1, -1]}
+    (run / "completions.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(tokens) + "\n")
+    page = write_report(run).read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(&#39;owned&#39;)" in page
+    assert "<b>bold" not in page and "<u>y" not in page and "<s>" not in page
+    assert "✗ incorrect" in page
+    checker = Balance()
+    checker.feed(page)
+    assert checker.open == []
+
+
+def test_gaps_for_null_nan_and_infinity(tmp_path):
+    def edit(row):
+        bad = {20: math.nan, 21: None, 22: math.inf, 23: "NaN"}
+        return row | {"train/loss": bad[row["step"]]} if row["step"] in bad and "train/loss" in row else row
+
+    page = write_report(write_run(tmp_path / "run", edit=edit)).read_text()
+    plot, svg = plot_of(page, "Loss")
+    values = dict(zip(plot["lines"][0]["x"], plot["lines"][0]["y"]))
+    assert [values[s] for s in (20, 21, 22, 23)] == [None] * 4 and None not in (values[19], values[24])
+    curves = [d for d in re.findall(r' d="([^"]*)"', svg) if d.count("L") > 40]
+    assert len(curves) == 2 and all(d.count("M") == 2 for d in curves)  # faint and bold, each in two pieces
+    whole, svg = plot_of(page, "Gradient norm")
+    assert all(d.count("M") == 1 for d in re.findall(r' d="([^"]*)"', svg) if d.count("L") > 40)
+    assert "NaN" not in json.dumps(plots_of(page))
+
+
+def test_broken_lines_are_skipped_and_a_step_logged_twice_keeps_its_last_value(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('[1, 2]\n{"no": "step"}\n{"step": 60, "train/loss": 7.0}\n{"step": 61, "train/lo')
+    with (run / "completions.jsonl").open("a") as file:
+        file.write('{"step": 99, "prompt": "half a li')
+    read = read_run(run)
+    assert read.skipped == 3
+    assert read.series["train/loss"][0].tolist() == list(range(1, 61)) and read.series["train/loss"][1][-1] == 7.0
+    assert [step for step, _ in read.samples] == [1, 31, 60]
+    page = write_report(run).read_text()
+    assert "3 unreadable lines of metrics.jsonl skipped" in page and "half a li" not in page
+
+
+def test_token_rewards_colour_the_completion(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = write_report(run).read_text()
+    body = re.search(r'class="text completion">(.*?)</div>', page, re.S)[1]
+    assert re.sub("<[^>]*>", "", body) == "It is 2."
+    assert '<i class="p3" title="0.5">It</i>' in body and '<i class="n5" title="−1"> 2</i>' in body
+    assert body.endswith("</i>.")  # a token without a reward is not marked
+    assert page.count("✓ correct") == 3 and text_of(page).count("1 + 1 = ?") == 3
+    long = {"step": 1, "completion": "x", "tokens": ["a"] * (MAX_TOKENS + 7), "token_rewards": [0.1] * (MAX_TOKENS + 7)}
+    (run / "completions.jsonl").write_text(json.dumps(long))
+    assert "… 7 more" in write_report(run).read_text()
+    plain = {"step": 1, "completion": "no <tokens> here", "tokens": ["a"], "token_rewards": "none", "answer": 12345}
+    (run / "completions.jsonl").write_text(json.dumps(plain))
+    page = write_report(run).read_text()
+    assert "no &lt;tokens&gt; here" in page and "answer <b>12345</b>" in page and "Token reward" not in page
+
+
+def test_two_runs_are_overlaid_and_summarised_side_by_side(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="opd", scale=50.0)
+    assert main([str(first), str(second)]) is None
+    assert not (second / "report.html").exists()
+    page = (first / "report.html").read_text()
+    plot, svg = plot_of(page, "Gradient norm")
+    assert [line["name"] for line in plot["lines"]] == ["poweropd", "opd"] and plot["log"]
+    assert "var(--c1)" in svg and "var(--c2)" in svg
+    assert not plot_of(page, "Loss")[0]["log"]
+    norms = [short(np.median(read_run(run).series["train/grad_norm"][1])) for run in (first, second)]
+    text = text_of(page)
+    assert f"Gradient norm, median {norms[0]} before clipping {norms[1]} before clipping" in text
+    assert "train.lr 1.0 50.0" in text and "train.steps" not in text  # only settings that differ are listed
+    assert text.count("Configuration") == 3  # the link, then one of each run
+    alone, svg = plot_of(write_report(second).read_text(), "Gradient norm")
+    assert not alone["log"] and "var(--c2)" not in svg
+
+
+def test_runs_of_one_recipe_are_told_apart_by_their_folders(tmp_path):
+    first, second = write_run(tmp_path / "a", steps=3), write_run(tmp_path / "b", steps=3)
+    (second / "completions.jsonl").unlink()
+    page = write_report(first, second, first).read_text()
+    assert [line["name"] for line in plot_of(page, "Loss")[0]["lines"]] == [str(first), str(second), str(first)]
+    page = write_report(first, second).read_text()
+    assert [line["name"] for line in plot_of(page, "Loss")[0]["lines"]] == ["poweropd/a", "poweropd/b"]
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "completions.jsonl", "config.yaml", "all"])
+def test_missing_files_leave_their_sections_out(tmp_path, missing):
+    run = write_run(tmp_path / "run", steps=5)
+    for path in list(run.iterdir()):
+        if missing in (path.name, "all"):
+            path.unlink()
+    text = text_of(write_report(run).read_text())
+    assert ("Gradient norm" in text) == (missing not in ("metrics.jsonl", "all"))
+    assert ("✓ correct" in text) == (missing not in ("completions.jsonl", "all"))
+    assert ("train: steps: 100" in text) == (missing not in ("config.yaml", "all"))
+    assert ("No metrics were logged yet." in text) == (missing in ("metrics.jsonl", "all"))
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"train/loss": 1.0}, {"reward/std": 1.0}, {"reward/mean": None}, {"mismatch/kl": 0.0}, {"mismatch/kl": -1e-7},
+    {"mismatch/kl": 2e-4}, {"time/rollout": None, "time/step": 3}, {"time/step": 3}, {"time/other": 1, "time/step": 3},
+    {"reward/by_position": [None, None]}, {"reward/by_position": []}, {"reward/by_position": [1, 2], "reward/by_position_bins": [5]},
+    {"reward/by_position": "x"}, {"train/grad_norm": 0}, {"eval/a/b/avg@4": 31.2, "eval/c/avg@4": 0.5}, {"lr": 1e-5},
+    {"eval/s/rco": 0.9, "eval/s/al": 3, "eval/s/laal": 4, "eval/s/latency_s": 1}, {"train/tokens": 10 ** 400, "teacher/kl": True},
+    {"wandb": {"nested": 1}, "note": "text"}, {"rollout/length_mean": 0.0}, {"perf/peak_memory_gib": 3, "perf/tokens_per_second": 2}])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_any_subset_of_metrics_makes_a_page(tmp_path, row, steps):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in range(steps)))
+    page = write_report(tmp_path).read_text()
+    assert "nan" not in page.replace("nano", "") and len(titles_of(page)) == len(plots_of(page))
+
+
+def test_datasets_get_a_card_and_a_tile_each(tmp_path):
+    row = {"eval/a/avg@4": 31.2, "eval/b/avg@16": 0.5, "eval/b/pass@4": 0.75}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (0, 9)))
+    page = write_report(tmp_path).read_text()
+    assert titles_of(page) == ["Held-out accuracy · a", "Held-out accuracy · b"]
+    assert [line["name"] for line in plot_of(page, "Held-out accuracy · b")[0]["lines"]] == ["avg@16", "pass@4"]
+    text = text_of(page)  # a score over 1 is no share
+    assert "Accuracy · a +0% 31.2 → 31.2" in text and "Accuracy · b +0.0 pts 50.0% → 50.0%" in text
+
+
+def test_smoothing_keeps_constants_gaps_and_length():
+    y = np.full(300, 3.0)
+    y[100:103] = math.nan
+    for log in (False, True):
+        np.testing.assert_allclose(_smoothed(y, log), y)
+    spike = np.zeros(300)
+    spike[150] = 13.0
+    assert _smoothed(spike)[150] == pytest.approx(1.0) and _smoothed(spike).sum() == pytest.approx(13.0)
+
+
+@pytest.mark.parametrize("value, unit, text", [
+    (0.5, "", "0.5"), (-0.00123, "", "−0.00123"), (1.5e-7, "", "1.5e−7"), (1234.4, "", "1234"), (56789, "", "56.8k"),
+    (0.12345, "%", "12.3%"), (None, "", "–"), (math.nan, "s", "–"), (2, "s", "2 s"), (0, "", "0"), ("as it is", "", "as it is")])
+def test_numbers_as_text(value, unit, text):
+    assert short(value, unit) == text
+
+
+def test_first_step_off_the_scale_is_said(tmp_path):
+    slow = lambda row: row | {"time/rollout": 40.0} if row["step"] == 1 else row
+    page = write_report(write_run(tmp_path / "run", edit=slow)).read_text()
+    assert "40.5 s at step 1 is off the scale" in text_of(page)
+    assert plot_of(page, "Time per step")[0]["ylim"][1] < 4
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    done = subprocess.run([sys.executable, "-m", "scripts.report", str(run), str(tmp_path)], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and done.stdout == "" and not (run / "report.html").exists()
+    assert done.stderr == f"error: {tmp_path}: no metrics.jsonl here; give a run directory (run.dir of a training run)\n"
+
+
+def test_import_is_light_and_matplotlib_stays_as_the_user_set_it(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    code = f"""
+import sys, scripts.report
+from pathlib import Path
+assert not {{"matplotlib", "jinja2"}} & set(sys.modules)
+import matplotlib
+matplotlib.rcParams["lines.linewidth"] = 7.5
+before = matplotlib.rcParams.copy()
+scripts.report.write_report(Path({str(run)!r}))
+assert matplotlib.rcParams.copy() == before and "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_three_hundred_steps_are_quick_and_small(tmp_path):
+    run = write_run(tmp_path / "run", steps=300)
+    write_report(run)  # loads matplotlib
+    start = time.process_time()
+    page = write_report(run)
+    assert time.process_time() - start < 5
+    assert page.stat().st_size < 1.5e6
+    assert page.read_bytes() == write_report(run).read_bytes()

@@ -1,0 +1,52 @@
+"""Entry point: compose the config, check everything, build the parts, train.
+
+    torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
+    python train.py recipe=poweropd …            the same with one rank
+"""
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def main(overrides: list[str]) -> int:
+    """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status 1."""
+    from recipes.compose import compose
+    from recipes.errors import OnstreamError
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = compose(overrides)
+        from scripts.tiny_models import make_embedded_models
+        make_embedded_models(config)
+        from trainers.prepare import prepare
+        prepared = prepare(config)
+        if config.dry_run:
+            if rank == 0:
+                from omegaconf import OmegaConf
+                print(OmegaConf.to_yaml(config), end="")
+                print(f"# ok: {len(prepared.prompts)} prompts, sequences of up to {prepared.max_length} tokens")
+            return 0
+        from trainers.loop import Loop
+        report = Loop(config, prepared).fit()
+        if rank == 0:
+            print(f"report {report}")
+        return 0
+    except OnstreamError as error:
+        place = f" (rank {rank})" if rank else ""
+        print(f"error{place}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+        if dist.is_available() and dist.is_initialized() and status == 0:
+            dist.destroy_process_group()
+    sys.exit(status)

@@ -1,0 +1,86 @@
+"""What a method is: a small class that says which sequences to draw and how to weight their tokens."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from recipes.registry import Registry
+from rollouts.data import Prompt, PromptSampler
+from rollouts.trajectory import Request, Sampling, Trajectory, sample_seed
+from trainers import distributed
+from trainers.losses import Loss
+
+TRAINERS = Registry("trainer")
+
+
+@dataclass
+class Parts:
+    """What the loop hands a method. `prompts`, `verifier`, `rollout` and `teacher` are None where unused."""
+
+    config: DictConfig
+    device: torch.device
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    vocab: int  # ids at and past it are padding of the heads
+    prompts: list[Prompt]
+    sampler: PromptSampler
+    verifier: Callable[[str, str], float] | None = None
+    rollout: object | None = None
+    teacher: object | None = None
+    teacher_stop: int | None = None
+    score_policy: Callable[[Sequence[Trajectory]], None] | None = None  # writes `student_logprobs`
+
+
+class Trainer:
+    """Base of every method. The loop calls `draw`, `annotate`, and runs `loss` on what they made.
+
+    `samples` says that sequences come from the rollout engine rather than from data; `distills` that there is
+    a teacher. A subclass overrides `annotate` and `loss`, and `draw` where sequences come from elsewhere.
+    """
+
+    samples = True
+    distills = False
+
+    def __init__(self, parts: Parts):
+        self.parts, self.config = parts, parts.config
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        """Refuse a config that is impossible for this method, with a `ConfigError` that names the key."""
+
+    def draw(self, step: int) -> list[Trajectory]:
+        """The step's trajectories, the same list on every rank: sampled by this rank for its share of prompts,
+        scored by the verifier where there are answers, then exchanged."""
+        rollout = self.config.rollout
+        prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
+        requests = [Request(p.index, s, p.token_ids, sample_seed(self.config.seed, step, p.index, s))
+                    for p in distributed.share(prompts) for s in range(rollout.samples_per_prompt)]
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k,
+                            self.parts.stop_ids)
+        drawn = self.parts.rollout.generate(requests, sampling)
+        by_index = {p.index: p for p in prompts}
+        for trajectory in drawn:
+            self.describe(trajectory, by_index[trajectory.prompt_index])
+        return [t for part in distributed.gather(drawn) for t in part]
+
+    def describe(self, trajectory: Trajectory, prompt: Prompt) -> None:
+        """Add the texts and, where the example has an answer, the verifier's score."""
+        ids = trajectory.completion_ids
+        text = ids[:-1] if trajectory.finish_reason == "stop" else ids
+        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
+        trajectory.completion = self.parts.tokenizer.decode(text, skip_special_tokens=False)
+        if trajectory.answer is not None and self.parts.verifier is not None:
+            trajectory.score = self.parts.verifier(trajectory.completion, trajectory.answer)
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Write the annotations [T] that `loss` reads on this rank's share; `mask` always."""
+        for trajectory in trajectories:
+            trajectory.annotations["mask"] = np.ones(len(trajectory.completion_ids), dtype=bool)
+
+    def loss(self) -> Loss:
+        """The primitives that this method uses."""
+        raise TypeError(f"{type(self).__name__} does not define loss()")

@@ -1,0 +1,93 @@
+"""Evaluation: n completions per prompt, judged by a verifier, as Avg@k, Pass@k, length and truncated share."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+
+from recipes.errors import ConfigError, DataError
+from rewards.scores import avg_at_k, pass_at_k
+from rollouts.data import Prompt, load_examples, tokenize_prompts
+from rollouts.trajectory import Request, Sampling, Trajectory, sample_seed
+from trainers.distributed import gather, share
+
+
+def data_name(path: str) -> str:
+    """The name a data set has in metric names: a file's or folder's stem, a hub name's last part."""
+    return Path(path.rstrip("/")).stem
+
+
+def eval_path(config) -> str | None:
+    """What is evaluated on: `eval.path`, else the held-out stories when training on stories, else nothing."""
+    return config.eval.path or ("stories" if config.data.path == "stories" else None)
+
+
+def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
+    """The evaluation prompts.
+
+    Returns:
+        (the data's name, prompts, how many were dropped as over-long).
+
+    Raises:
+        DataError: the data cannot be used, or no row of it has an answer.
+    """
+    path, data = eval_path(config), config.data
+    examples = load_examples(path, split=config.eval.split, prompt_column=data.prompt_column,
+                             answer_column=data.answer_column, limit=config.eval.size, seed=config.seed,
+                             difficulty=data.difficulty, size=config.eval.size)
+    if not any(e.answer is not None for e in examples):
+        raise DataError(f"eval.path={path}: no row has an answer to score against; name its column with "
+                        "data.answer_column")
+    kept, dropped = tokenize_prompts([e for e in examples if e.answer is not None], tokenizer,
+                                     max_prompt_tokens=data.max_prompt_tokens, template=data.template,
+                                     system=data.system, suffix=data.suffix, enable_thinking=data.enable_thinking)
+    if not kept:
+        raise DataError(f"eval.path={path}: all {dropped} prompts are longer than data.max_prompt_tokens="
+                        f"{data.max_prompt_tokens}")
+    return data_name(path), kept, dropped
+
+
+def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Sequence[int],
+             verifier: Callable[[str, str], float]) -> tuple[dict[str, float], list[Trajectory]]:
+    """Sample and judge. A collective: each rank takes its share of the prompts.
+
+    The seeds depend on the prompt and sample only, so every evaluation of a run uses the same noise.
+
+    Returns:
+        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`; and this rank's trajectories.
+    """
+    k, count = config.eval.k, config.eval.samples or config.eval.k
+    sampling = Sampling(config.eval.max_new_tokens or config.rollout.max_new_tokens, config.eval.temperature,
+                        config.eval.top_p, -1, tuple(stop_ids))
+    requests = [Request(p.index, s, p.token_ids, sample_seed(config.seed, 0, p.index, s, "eval"))
+                for p in share(list(prompts)) for s in range(count)]
+    by_index = {p.index: p for p in prompts}
+    trajectories = rollout.generate(requests, sampling)
+    judged = []
+    for trajectory in trajectories:
+        prompt = by_index[trajectory.prompt_index]
+        ids = trajectory.completion_ids[:-1] if trajectory.finish_reason == "stop" else trajectory.completion_ids
+        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
+        trajectory.completion = tokenizer.decode(ids)
+        trajectory.score = verifier(trajectory.completion, trajectory.answer)
+        judged.append((trajectory.score > 0, len(trajectory.completion_ids), trajectory.finish_reason == "length"))
+    judged = [row for part in gather(judged) for row in part]
+    correct = np.array([row[0] for row in judged]).reshape(-1, count).tolist()
+    return {f"avg@{k}": avg_at_k(correct), f"pass@{k}": pass_at_k(correct, k),
+            "length_mean": float(np.mean([row[1] for row in judged])),
+            "truncated_frac": float(np.mean([row[2] for row in judged]))}, trajectories
+
+
+def max_length(config, prompts: Sequence[Prompt], others: Sequence[Prompt], context: int | None) -> int:
+    """The longest sequence a run may make, in tokens.
+
+    Raises:
+        ConfigError: it exceeds the model's context.
+    """
+    longest = max((len(p.token_ids) for p in [*prompts, *others]), default=1)
+    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    if context and longest + new > context:
+        raise ConfigError(f"rollout.max_new_tokens or eval.max_new_tokens={new} after prompts of up to {longest} tokens "
+                          f"exceeds the model's context of {context}; lower it, or data.max_prompt_tokens")
+    return longest + new

@@ -1,0 +1,209 @@
+"""The one loop: rollout -> annotate -> update -> sync -> log -> save. It knows no algorithm."""
+from __future__ import annotations
+
+import functools
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+import kernels
+from rollouts.hf_engine import ENGINES
+from rollouts.sync import sync_weights
+from trainers import checkpoint, distributed
+from trainers.base import Parts
+from trainers.batching import assign, empty_like, pack, split, unpack
+from trainers.engine import PolicyEngine
+from trainers.evaluation import evaluate
+from trainers.losses import score_tokens
+from trainers.metrics import TokenStats, peak_memory_gib, rollout_metrics
+from trainers.policy import load_policy
+from trainers.prepare import Prepared
+from trainers.tracking import Tracker
+
+
+class Loop:
+    """Builds a run's parts from what was checked, and trains.
+
+    Args:
+        config: the composed config.
+        prepared: tokenizers, prompts and the run directory (trainers/prepare.py).
+    """
+
+    def __init__(self, config: DictConfig, prepared: Prepared):
+        self.config, self.prepared = config, prepared
+        self.device = distributed.setup()
+        kernels.set_backend(config.kernels.backend)
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        self.engine = PolicyEngine(load_policy(config.model.path, torch.float32, self.device,
+                                               config.model.attn_implementation), config, self.device)
+        if prepared.checkpoint is not None:
+            checkpoint.load(prepared.checkpoint, self.engine)
+        method = prepared.method
+        self.rollout = None
+        if method.samples or prepared.eval_prompts:
+            self.rollout = ENGINES.resolve(config.rollout.engine)(
+                config.model.path, config, self.device, self.engine.dtype, max_length=prepared.max_length)
+        parts = Parts(config, self.device, prepared.tokenizer, prepared.stop_ids, prepared.vocab, prepared.prompts,
+                      prepared.sampler, prepared.verifier, self.rollout, teacher_stop=prepared.teacher_stop,
+                      score_policy=self.score_policy)
+        if method.distills:
+            from trainers.teacher import Teacher
+            parts.teacher = Teacher(config, self.device, prepared.vocab)
+        self.trainer = method(parts)
+        self.loss = self.trainer.loss()
+
+    def fit(self) -> Path | None:
+        """Train to `train.steps`.
+
+        Returns:
+            the report's path, on rank 0.
+        """
+        config, prepared = self.config, self.prepared
+        self.tracker = tracker = Tracker(config, prepared.run_dir, prepared.start)
+        tracker.say(f"run {prepared.run_dir}  ranks {distributed.world_size()}  device {self.device.type}  "
+                    f"kernels {kernels.active_backend(self.device)}")
+        for note in prepared.notes:
+            tracker.say(note)
+        if self.rollout is not None:
+            self.sync(prepared.start)
+        if prepared.start == 0:
+            self.evaluate(0)
+        for step in range(prepared.start + 1, config.train.steps + 1):
+            row, trajectories = self.step(step)
+            tracker.step(row)
+            tracker.completions(step, trajectories[:config.log.completions], prepared.tokenizer)
+            last = step == config.train.steps
+            if last or (config.eval.every > 0 and step % config.eval.every == 0):
+                self.evaluate(step)
+            if last or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0):
+                self.save(step)
+        return tracker.finish()
+
+    def step(self, step: int) -> tuple[dict, list]:
+        """One optimizer step.
+
+        Returns:
+            its metrics, and this rank's trajectories.
+        """
+        started = time.perf_counter()
+        clock = {}
+
+        def phase(name: str, since: float) -> float:
+            now = time.perf_counter()
+            clock[f"time/{name}"] = now - since
+            return now
+
+        drawn = self.trainer.draw(step - 1)
+        if self.rollout is not None and self.trainer.samples:
+            self.rollout.sleep()
+        mark = phase("rollout", started)
+        mine = [drawn[i] for i in assign([t.length for t in drawn], distributed.world_size())[distributed.rank()]]
+        self.trainer.annotate(mine)
+        mark = phase("annotate", mark)
+        row = self.update(step, mine)
+        mark = phase("update", mark)
+        if self.rollout is not None and self.trainer.samples:
+            self.rollout.wake()
+            self.sync(step)
+        phase("sync", mark)
+        tokens = sum(t.length for t in drawn)
+        elapsed = time.perf_counter() - started
+        row |= {"train/tokens": tokens, **clock, "time/step": elapsed, "perf/tokens_per_second": tokens / elapsed,
+                "perf/peak_memory_gib": max(distributed.gather(peak_memory_gib(self.device)))}
+        if self.trainer.samples:
+            row |= rollout_metrics(drawn)
+        return {"step": step, **row}, mine
+
+    def update(self, step: int, mine: list) -> dict:
+        """Forward and backward over this rank's micro-batches, then one step of the optimizer."""
+        train = self.config.train
+        groups = split([t.length for t in mine], train.tokens_per_microbatch)
+        counts = distributed.gather((len(groups), int(sum(t.annotations["mask"].sum() for t in mine))))
+        rounds, total = max(c[0] for c in counts), sum(c[1] for c in counts)
+        microbatches = sum(c[0] for c in counts)
+        stats = TokenStats(max(self.config.rollout.max_new_tokens, max((len(t.completion_ids) for t in mine), default=1)))
+        loss_sum = 0.0
+        batch = None
+        for index in range(rounds):
+            if index < len(groups):
+                batch = pack(mine, groups[index], self.device)
+            else:  # ranks must run the same number of backward passes
+                batch = empty_like(batch if batch is not None else pack(mine, [0], self.device))
+            denominator = float(max(total, 1))
+            if train.normalizer == "microbatch_token_mean":
+                denominator = max(float(batch.mask.sum()), 1.0) * microbatches
+            output = self.engine.forward(batch, functools.partial(_call_loss, self.loss, denominator))
+            self.engine.backward(output["loss"], last=index == rounds - 1)
+            loss_sum += float(output["loss"].detach())
+            values = {name: unpack(batch, mine, tensor) for name, tensor in output.items()
+                      if name != "loss" and tensor is not None and batch.members}
+            for place, member in enumerate(batch.members):
+                arrays = {name: parts[place] for name, parts in values.items()}
+                stats.update(mine[member], arrays)
+                if "rewards" in arrays:
+                    mine[member].annotations["rewards"] = arrays["rewards"]
+        lr = learning_rate(train, step)
+        norm = self.engine.step(lr)
+        return {"train/loss": sum(distributed.gather(loss_sum)), "train/grad_norm": norm, "train/lr": lr,
+                **stats.metrics()}
+
+    def score_policy(self, trajectories: list) -> None:
+        """Write `student_logprobs` [T] (nats) under the current weights, for methods that need them before the
+        update. A collective under ZeRO-3: ranks with fewer micro-batches run empty ones."""
+        groups = split([t.length for t in trajectories], self.config.train.tokens_per_microbatch)
+        rounds = max(distributed.gather(len(groups)))
+        for index in range(rounds):
+            batch = pack(trajectories, groups[min(index, len(groups) - 1)], self.device)
+            scored = self.engine.score(batch, functools.partial(
+                _score, temperature=self.config.rollout.temperature, vocab=self.prepared.vocab))
+            for member, array in zip(batch.members, unpack(batch, trajectories, scored)):
+                trajectories[member].annotations["student_logprobs"] = array
+
+    def sync(self, step: int) -> None:
+        """Bring the rollout engine to the trainer's weights, verified."""
+        sync_weights(self.rollout, self.engine.weights, step)
+
+    def evaluate(self, step: int) -> None:
+        """Write an evaluation row, if the run evaluates."""
+        prepared = self.prepared
+        if not prepared.eval_prompts:
+            return
+        started = time.perf_counter()
+        if not self.trainer.samples:
+            self.sync(step)
+        scores, _ = evaluate(self.rollout, prepared.eval_prompts, self.config, prepared.tokenizer, prepared.stop_ids,
+                             prepared.verifier)
+        row = {"step": step, **{f"eval/{prepared.eval_name}/{name}": value for name, value in scores.items()},
+               "time/eval": time.perf_counter() - started}
+        self.tracker.evaluation(row, prepared.eval_name, self.config.eval.k)
+
+    def save(self, step: int) -> None:
+        folder = checkpoint.save(self.prepared.run_dir, step, self.engine, self.prepared.tokenizer,
+                                 self.prepared.stop_ids, self.prepared.facts, self.config.checkpoint.keep)
+        self.tracker.say(f"saved {folder}")
+
+
+def _call_loss(loss, denominator, head, hidden, batch):
+    return loss(head, hidden, batch, denominator)
+
+
+def _score(head, hidden, batch, *, temperature, vocab):
+    return score_tokens(head, hidden, batch, targets=batch.targets, temperature=temperature, vocab=vocab).logprobs
+
+
+def learning_rate(train, step: int) -> float:
+    """The learning rate of step 1, 2, …: linear warm-up, then `train.schedule`."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    left = (train.steps - step + 1) / max(train.steps - train.warmup_steps, 1)
+    return train.lr * (left if train.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)

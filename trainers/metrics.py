@@ -1,0 +1,103 @@
+"""The numbers of a step, from per-token arrays of every micro-batch and rank."""
+from __future__ import annotations
+
+import resource
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from rollouts.trajectory import Trajectory
+from trainers.distributed import gather
+
+POSITION_BINS = 32
+
+
+class TokenStats:
+    """Accumulates sums over tokens and merges them over ranks; every metric below is a function of those sums.
+
+    Arrays are [T] float32 in nats: `logprobs` the trainer's, `sampler` the rollout engine's, `teacher` the
+    teacher's, all of the sampled tokens; `rewards`; `entropy` of the trainer's distribution.
+    """
+
+    def __init__(self, max_new_tokens: int):
+        self.width = -(-max_new_tokens // POSITION_BINS)
+        self.sums: dict[str, np.ndarray] = {}
+        self.low, self.high = np.inf, -np.inf
+
+    def _add(self, name: str, *values: float | np.ndarray) -> None:
+        total = np.concatenate([np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in values])
+        self.sums[name] = self.sums.get(name, 0) + total
+
+    def update(self, trajectory: Trajectory, output: dict[str, np.ndarray]) -> None:
+        """Add one trajectory with the loss's per-token `output`."""
+        notes, mask = trajectory.annotations, trajectory.annotations["mask"]
+        self._add("tokens", mask.sum())
+        if "entropy" in output:
+            self._add("entropy", output["entropy"].astype(np.float64)[mask].sum(), mask.sum())
+        ours = output.get("logprobs")
+        if ours is not None and trajectory.logprobs is not None:
+            same = mask  # the kernels leave masked tokens out
+            if "targets" in notes:  # a relabelled stop is not what was sampled
+                same = mask & (notes["targets"] == np.asarray(trajectory.completion_ids))
+            gap = (ours.astype(np.float64) - trajectory.logprobs)[same]
+            ratio = np.exp(gap)
+            self._add("mismatch", same.sum(), np.abs(gap).sum(), (np.expm1(gap) - gap).sum(), ratio.sum(),
+                      (ratio * ratio).sum())
+        if "teacher_logprobs" in notes and ours is not None:
+            teacher = notes["teacher_logprobs"].astype(np.float64)
+            gap = output["divergence"] if "divergence" in output else ours - teacher
+            top = teacher >= notes["teacher_max_logprobs"] - 1e-6
+            self._add("teacher", mask.sum(), gap[mask].sum(), top[mask].sum())
+        if "rewards" in output:
+            rewards = output["rewards"].astype(np.float64)
+            kept = rewards[mask]
+            self._add("reward", kept.size, kept.sum(), np.square(kept).sum())
+            if kept.size:
+                self.low, self.high = min(self.low, kept.min()), max(self.high, kept.max())
+            bins = np.minimum(np.arange(len(mask)) // self.width, POSITION_BINS - 1)[mask]
+            self._add("position", np.bincount(bins, kept, POSITION_BINS), np.bincount(bins, minlength=POSITION_BINS))
+
+    def metrics(self) -> dict[str, float | list]:
+        """The metrics over all ranks. A collective."""
+        parts = gather((self.sums, self.low, self.high))
+        sums: dict[str, np.ndarray] = {}
+        for part, _, _ in parts:
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0) + value
+        row: dict[str, float | list] = {}
+        if "reward" in sums and sums["reward"][0]:
+            count, total, squares = sums["reward"]
+            mean = total / count
+            row |= {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5,
+                    "reward/min": min(p[1] for p in parts), "reward/max": max(p[2] for p in parts)}
+            totals, counts = np.split(sums["position"], 2)
+            row["reward/by_position"] = [t / c if c else None for t, c in zip(totals.tolist(), counts.tolist())]
+            row["reward/by_position_bins"] = [i * self.width for i in range(POSITION_BINS)]
+        if "entropy" in sums and sums["entropy"][1]:
+            row["rollout/entropy"] = sums["entropy"][0] / sums["entropy"][1]
+        if "mismatch" in sums and sums["mismatch"][0]:
+            count, gap, kl, ratio, squares = sums["mismatch"]
+            row |= {"mismatch/logp_abs_mean": gap / count, "mismatch/kl": kl / count,
+                    "mismatch/ess": ratio**2 / (count * squares)}
+        if "teacher" in sums and sums["teacher"][0]:
+            count, gap, top = sums["teacher"]
+            row |= {"teacher/kl": gap / count, "teacher/agreement": top / count}
+        return {name: float(value) if isinstance(value, (np.floating, int)) else value for name, value in row.items()}
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Lengths (tokens), the share cut at the limit, and the verifier's mean score, of a step's trajectories."""
+    row = {"rollout/length_mean": float(np.mean([len(t.completion_ids) for t in trajectories])),
+           "rollout/truncated_frac": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
+    scores = [t.score for t in trajectories if t.score is not None]
+    if scores:
+        row["reward/accuracy"] = float(np.mean(scores))
+    return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest memory use so far, in GiB: of this rank's GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

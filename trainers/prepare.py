@@ -1,0 +1,140 @@
+"""Everything that can be refused before a model loads: tokenizers, data, lengths, the run directory, a resume."""
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.errors import ConfigError, DataError
+from rewards.math import VERIFIERS
+from rollouts.data import Prompt, PromptSampler, load_examples, tokenize_prompts
+from rollouts.hf_engine import ENGINES
+import rollouts.vllm_engine  # noqa: F401  registers it; vllm itself is imported when an engine is made
+from trainers import checkpoint
+from trainers.base import TRAINERS
+import trainers.opd, trainers.sft  # noqa: F401,E401  register themselves
+from trainers.distributed import world_size
+from trainers.evaluation import eval_path, eval_prompts, max_length
+from trainers.policy import check_model, check_same_vocabulary
+
+
+@dataclass
+class Prepared:
+    """A checked run."""
+
+    method: type
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    teacher_stop: int | None
+    vocab: int
+    prompts: list[Prompt]
+    sampler: PromptSampler
+    verifier: Callable[[str, str], float]
+    eval_name: str
+    eval_prompts: list[Prompt]
+    max_length: int
+    run_dir: Path
+    checkpoint: Path | None
+    start: int  # steps already done
+    facts: dict
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(config: DictConfig) -> Prepared:
+    """Check a run against its files.
+
+    Raises:
+        OnstreamError: one line that names the key or file.
+    """
+    notes: list[str] = []
+    method = TRAINERS.resolve(config.trainer)
+    ENGINES.resolve(config.rollout.engine)
+    verifier = VERIFIERS.resolve(config.reward.verifier)
+    method.check(config)
+    facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
+    run_dir, point, start = run_directory(config, facts, notes)
+
+    tokenizer, model = check_model("model.path", config.model.path)
+    stop_ids, teacher_stop = dict.fromkeys(tokenizer.stop_ids), None
+    vocab = min(model.vocab_size, len(tokenizer))
+    if method.distills:
+        teacher, teacher_model = check_model("teacher.path", config.teacher.path)
+        check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
+        stop_ids |= dict.fromkeys(teacher.stop_ids)
+        teacher_stop = teacher.eos_token_id
+        vocab = min(vocab, teacher_model.vocab_size)
+    stop_ids |= dict.fromkeys(config.rollout.stop_ids)
+
+    data = config.data
+    examples = load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
+                             answer_column=data.answer_column, limit=data.limit, seed=config.seed,
+                             difficulty=data.difficulty, size=data.stories)
+    prompts, dropped = tokenize_prompts(examples, tokenizer, max_prompt_tokens=data.max_prompt_tokens,
+                                        template=data.template, system=data.system, suffix=data.suffix,
+                                        enable_thinking=data.enable_thinking)
+    if not prompts:
+        raise DataError(f"data.path={data.path}: all {dropped} prompts are longer than data.max_prompt_tokens="
+                        f"{data.max_prompt_tokens}")
+    if dropped:
+        notes.append(f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
+                     f"{data.max_prompt_tokens} and were dropped")
+    name, held_out = "", []
+    if config.eval.every >= 0 and eval_path(config):
+        name, held_out, dropped = eval_prompts(config, tokenizer)
+        if dropped:
+            notes.append(f"eval  {dropped} over-long prompts of {name} were dropped")
+    elif config.eval.every >= 0:
+        notes.append("eval  off: name held-out data with eval.path")
+    if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
+        notes.append("rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased estimate")
+    longest = max_length(config, prompts, held_out, getattr(model, "max_position_embeddings", None))
+    return Prepared(method, tokenizer, tuple(stop_ids), teacher_stop, vocab, prompts,
+                    PromptSampler(len(prompts), config.train.prompts_per_step, config.seed), verifier, name, held_out,
+                    longest, run_dir, point, start, facts, notes)
+
+
+def run_directory(config: DictConfig, facts: dict, notes: list[str]) -> tuple[Path, Path | None, int]:
+    """Choose the run directory, and the checkpoint to continue from.
+
+    Returns:
+        (run directory, checkpoint or None, steps already done).
+
+    Raises:
+        ConfigError: the directory already holds another run.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    run_dir, point, start = Path(config.run.dir).expanduser(), None, 0
+    if config.resume is not None:
+        run_dir, point = checkpoint.find(config.resume, run_dir)
+        config.run.dir = str(run_dir)
+        if point is not None:
+            start = checkpoint.verify(point, facts)
+            notes.append(f"resume  from {point}")
+            for key in changed_keys(run_dir / "config.yaml", config):
+                notes.append(f"resume  {key} differs from the run's config.yaml")
+        else:
+            notes.append(f"resume  no checkpoint in {run_dir}: from the start")
+    elif (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        raise ConfigError(f"run.dir={run_dir} already holds a run; continue it with resume=auto, or name another "
+                          "directory")
+    return run_dir, point, start
+
+
+def changed_keys(saved: Path, config: DictConfig) -> list[str]:
+    """The keys whose values differ between a run's config.yaml and this config."""
+    if not saved.exists():
+        return []
+    flat = [dict(_flatten(OmegaConf.to_container(c))) for c in (OmegaConf.load(saved), config)]
+    return sorted(key for key in flat[0].keys() | flat[1].keys()
+                  if flat[0].get(key) != flat[1].get(key) and key not in ("resume", "run.dir", "dry_run"))
+
+
+def _flatten(node: dict, prefix: str = ""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: cross-entropy on the data's own solutions.
+
+The sequences are read, not sampled: prompt from the data, completion = the example's `solution` and the end
+token. It is the cold start of other methods and makes the embedded tiny models; it has no packing across
+examples of a fixed length and no schedule but the loop's, because the loop packs by token budget anyway.
+
+    torchrun --nproc_per_node=N train.py recipe=sft data.path=FILE
+"""
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+
+from recipes.errors import DataError
+from rollouts.trajectory import Trajectory
+from trainers.base import TRAINERS, Trainer
+from trainers.losses import Loss
+
+
+@TRAINERS.register("sft")
+class SupervisedFineTuning(Trainer):
+    """Token mean over all completion tokens of the step."""
+
+    samples = False
+
+    def draw(self, step: int) -> list[Trajectory]:
+        tokenizer, trajectories = self.parts.tokenizer, []
+        for index in self.parts.sampler.indices(step):
+            prompt = self.parts.prompts[index]
+            solution = prompt.example.solution
+            if solution is None:
+                raise DataError(f"{self.config.data.path}: row {prompt.index} has no solution to learn from; recipe=sft "
+                                "needs one per row")
+            ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            trajectories.append(Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
+                                           completion=solution, answer=prompt.example.answer))
+        return trajectories
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        super().annotate(trajectories)
+        for trajectory in trajectories:
+            trajectory.annotations["ce_weights"] = np.ones(len(trajectory.completion_ids), dtype=np.float32)
+
+    def loss(self) -> Loss:
+        return Loss(cross_entropy=True, vocab=self.parts.vocab)

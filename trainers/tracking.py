@@ -1,0 +1,180 @@
+"""What people see of a run: lines and a progress bar, metrics.jsonl, completions.jsonl, W&B, report.html."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from recipes.errors import ConfigError
+from rollouts.trajectory import Trajectory
+from trainers.distributed import rank
+
+
+class Tracker:
+    """Writes a run's records. Only rank 0's instance does anything.
+
+    Args:
+        start: the step the run continues after; later rows of an interrupted attempt are dropped.
+    """
+
+    def __init__(self, config: DictConfig, run_dir: Path, start: int):
+        self.active = rank() == 0
+        if not self.active:
+            return
+        self.config, self.run_dir = config, run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run_dir / "config.yaml")
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            keep_through(run_dir / name, start if start else -1)
+        self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1)
+        self.table: list[list] = []
+        self.wandb = _start_wandb(config, run_dir)
+        self.bar = tqdm(total=config.train.steps, initial=start, desc=config.recipe, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            tqdm.write(text)
+
+    def step(self, row: dict) -> None:
+        """Record one optimizer step and move the bar."""
+        if not self.active:
+            return
+        self._record(row)
+        self.bar.update()
+        if row["step"] % self.config.log.every == 0 or row["step"] == self.config.train.steps:
+            self.say(_line(row, self.config.train.steps, self._left(row)))
+
+    def evaluation(self, row: dict, name: str, k: int) -> None:
+        """Record an evaluation's row."""
+        if not self.active:
+            return
+        self._record(row)
+        prefix = f"eval/{name}/"
+        self.say(f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
+                 f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  "
+                 f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)")
+
+    def completions(self, step: int, trajectories: Sequence[Trajectory], tokenizer) -> None:
+        """Record the first few trajectories of a step, with each token's reward."""
+        if not self.active:
+            return
+        for trajectory in trajectories:
+            rewards = trajectory.annotations.get("rewards")
+            row = {"step": step, "prompt": trajectory.prompt, "completion": trajectory.completion,
+                   "answer": trajectory.answer, "reward": None if rewards is None else float(rewards.mean()),
+                   "correct": None if trajectory.score is None else trajectory.score > 0,
+                   "finish_reason": trajectory.finish_reason, "length": len(trajectory.completion_ids),
+                   "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids]}
+            if rewards is not None:
+                row["token_rewards"] = [round(float(r), 5) for r in rewards]
+            self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.table.append([row[name] for name in ("step", "prompt", "completion", "answer", "reward", "correct")])
+
+    def finish(self) -> Path | None:
+        """Close everything and write the report.
+
+        Returns:
+            the report's path, on rank 0.
+        """
+        if not self.active:
+            return None
+        from scripts.report import write_report
+
+        self.bar.close()
+        self.metrics_file.close()
+        self.completions_file.close()
+        if self.wandb is not None:
+            self._log_table()
+            self.wandb.finish(quiet=True)
+        return write_report(self.run_dir)
+
+    def _record(self, row: dict) -> None:
+        clean = {name: _finite(value) for name, value in row.items()}
+        self.metrics_file.write(json.dumps(clean) + "\n")
+        if self.wandb is not None:
+            import wandb
+            charts = {name: value for name, value in clean.items() if not isinstance(value, list) and value is not None}
+            if "reward/by_position" in row:
+                pairs = zip(row["reward/by_position_bins"], row["reward/by_position"])
+                table = wandb.Table(["position", "reward"], [[b, r] for b, r in pairs if r is not None])
+                if row["step"] % 50 == 1:
+                    charts["reward/by_position"] = wandb.plot.line(table, "position", "reward", "reward by position")
+            self.wandb.log(charts, step=row["step"])
+
+    def _log_table(self) -> None:
+        import wandb
+        if self.table:
+            self.wandb.log({"completions": wandb.Table(
+                ["step", "prompt", "completion", "answer", "reward", "correct"], self.table)})
+
+    def _left(self, row: dict) -> float:
+        rate = self.bar.format_dict["rate"] or 1 / max(row["time/step"], 1e-9)
+        return (self.config.train.steps - row["step"]) / rate
+
+
+def _finite(value):
+    """JSON has no NaN or infinity: null stands for both."""
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(row: dict, steps: int, left: float) -> str:
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"loss {row['train/loss']:+.4f}",
+             f"grad {row['train/grad_norm']:.3g}"]
+    for name, label, form in (("reward/mean", "reward", "+.4f"), ("reward/accuracy", "acc", ".3f"),
+                              ("teacher/kl", "kl", ".3f"), ("rollout/length_mean", "len", ".1f")):
+        if name in row:
+            parts.append(f"{label} {row[name]:{form}}")
+    parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{int(left) // 60}:{int(left) % 60:02d} left"]
+    return "  ".join(parts)
+
+
+def keep_through(path: Path, step: int) -> None:
+    """Drop the records of a .jsonl that are later than `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def _start_wandb(config: DictConfig, run_dir: Path):
+    mode = config.log.wandb
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"log.wandb={mode}, but wandb does not import here ({error}); install it, or use "
+                          "log.wandb=disabled") from error
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
+    identity = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(project=config.log.project, name=f"{config.recipe}/{run_dir.name}", id=identity, resume="allow",
+                      dir=str(run_dir), mode=mode, config=OmegaConf.to_container(config),
+                      settings=wandb.Settings(silent=True, console="off", x_disable_stats=True))
+
+
+def _has_netrc_key() -> bool:
+    import netrc
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
