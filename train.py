@@ -42,6 +42,7 @@ def main(overrides: list[str]) -> int:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,8 @@
-"""Exact losses on the LM head: log-probs, token rewards, policy-gradient losses and divergences of [T, V]
-softmaxes that are never held whole.
- Letters in shapes: B sequences, T tokens (packed), V vocabulary, H hidden, K tokens per position. Log-probs
-are in nats. Bad input raises TypeError, ValueError or IndexError with one line that names the argument.
+"""Exact losses on the LM head: log-probs, token rewards, policy-gradient losses and divergences of softmaxes
+over [T, V] logits that never exist as a whole.
+
+Letters in shapes: T tokens (packed), V vocabulary, H hidden, K tokens per position. Log-probs are in nats.
+Bad input raises TypeError, ValueError or IndexError with one line that names the argument.
 """
 
 from kernels.backend import active_backend, set_backend

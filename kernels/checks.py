@@ -1,5 +1,4 @@
-"""Argument checks of the public functions: one clear line that names the argument, what it got and what it
-expects."""
+"""Argument checks of the public functions: one line naming the argument, what it got and what it expects."""
 
 import math
 
@@ -14,15 +13,15 @@ _KINDS = {
 
 
 class Shapes:
-    """Checks one call's tensors against each other: a dimension letter has one size, and all share a
-    device."""
+    """Checks one call's tensors against each other: a letter has one size, and all share a device."""
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.owner: dict[str, str] = {}
         self.device: torch.device | None = None
 
-    def check(self, name: str, value: Tensor | None, dims: str, kind: str = "float", optional: bool = False) -> None:
+    def check(self, name: str, value: Tensor | None, dims: str, kind: str = "float",
+              optional: bool = False) -> None:
         """`dims`: one letter per dimension, e.g. "TH"; a letter's first use fixes its size."""
         if value is None and optional:
             return
@@ -43,14 +42,14 @@ class Shapes:
         elif value.device != self.device:
             raise ValueError(f"{name} must be on {self.device} like the first tensor, got {value.device}")
 
-    def ids(self, name: str, value: Tensor, rows: Tensor, vocab: int, dims: tuple[str, ...] = ("T", "TK")) -> None:
+    def ids(self, name: str, value: Tensor, dims: str, rows: Tensor, vocab: int) -> None:
         """int64 ids, each within [0, vocab) at the given rows; other rows may hold anything."""
-        self.check(name, value, next((d for d in dims if len(d) == getattr(value, "ndim", 0)), dims[0]), "int64")
+        self.check(name, value, dims, "int64")
         if value.device.type == "cpu":  # elsewhere the comparison would stall the device
             live = value.index_select(0, rows)
             if live.numel() and not (0 <= live.min() and live.max() < vocab):
-                raise IndexError(f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked row, "
-                                 f"got {live.min().item()}..{live.max().item()}")
+                raise IndexError(f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked "
+                                 f"row, got {live.min().item()}..{live.max().item()}")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -66,15 +65,16 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < low or value > high or (strict and value == low):
-        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high == math.inf else f", at most {high:g}")
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+        above = "above" if strict else "at least"
+        below = "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name} must be finite, {above} {low:g}{below}, got {value}")
 
 
 def check_denominator(value: object) -> None:
     """A positive number or 0-dim tensor (the tensor's value is read on the CPU only, to avoid a stall)."""
     check_scale("denominator", value)
     if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value > 0:
-        raise ValueError(f"denominator must be above 0 (clamp an empty window's count to 1), got {float(value)}")
+        raise ValueError(f"denominator must be above 0 (give an empty window 1), got {float(value)}")
 
 
 def check_scale(name: str, value: object) -> None:
@@ -89,8 +89,8 @@ def check_vocab(valid_vocab_size: int | None, *sizes: int) -> int:
     """The number of columns that take part; required where the given vocabularies differ."""
     if valid_vocab_size is None:
         if min(sizes) != max(sizes):
-            raise ValueError(f"valid_vocab_size must be given where the vocabularies differ, got V={sizes[0]} "
-                             f"and V={sizes[1]}")
+            raise ValueError("valid_vocab_size must be given where the vocabularies differ, got None with "
+                             f"V={sizes[0]} and V={sizes[1]}")
         return sizes[0]
     if isinstance(valid_vocab_size, bool) or not isinstance(valid_vocab_size, int):
         raise TypeError(f"valid_vocab_size must be an int, got {type(valid_vocab_size).__name__}")

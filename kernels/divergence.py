@@ -20,8 +20,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "power")
 class DivergenceOutput(NamedTuple):
     """loss: differentiable scalar; the rest is detached: [T] tensors in nats, 0 at masked rows.
 
-    divergence: per token, unweighted; logprobs: the student's, of token_ids (None without); entropy: the
-    student's.
+    divergence: unweighted; logprobs: the student's, of token_ids (None without them); entropy: the student's.
     """
 
     loss: Tensor
@@ -31,8 +30,7 @@ class DivergenceOutput(NamedTuple):
 
 
 def bregman_terms(lq: Tensor, lp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and their derivatives by lq and
-    by lp.
+    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and derivatives by lq and lp.
 
     lq, lp: log-masses. alpha = 0 is the limit sum q log(q/p) - q + p, the KL divergence. Every term is >= 0,
     also in rounding: with r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1), which loses its digits where
@@ -67,7 +65,8 @@ class Divergence:
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.name, DIVERGENCES)
-        check_power(self.alpha, self.normalization)
+        if self.name == "power":
+            check_power(self.alpha, self.normalization)
         check_number("beta", self.beta, high=1.0, strict=False)
 
     def terms(self, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +82,7 @@ class Divergence:
                 value, by_s, by_t = value * self.alpha, by_s * self.alpha, by_t * self.alpha
             return value, by_s, by_t
         d = (lt - ls).nan_to_num_(0)  # NaN: both -inf
-        share = torch.where(d > 0, 1 - self.beta, self.beta)  # of the smaller mass
+        share = (d > 0).to(d.dtype).mul_(1 - 2 * self.beta).add_(self.beta)  # of the smaller mass
         mixed = torch.maximum(ls, lt) + torch.log1p(share * torch.expm1(-d.abs()))
         of_s, by_s, _ = bregman_terms(ls, mixed, 0)
         of_t, by_t, _ = bregman_terms(lt, mixed, 0)
@@ -95,10 +94,10 @@ class _Divergence(torch.autograd.Function):
     """From two logits tensors; the backward makes the terms again instead of keeping [T, V] of them."""
 
     @staticmethod
-    def forward(ctx, student, teacher, rows, ids, factors, divergence, temperature, vocab, with_entropy, inplace):
+    def forward(ctx, student, teacher, rows, ids, factors, divergence, temperature, vocab, entropy, inplace):
         n, T = len(rows), len(student)
         columns = None if ids is None else ids.index_select(0, rows)[:, None]
-        stats = (RowStats(n, factors.dtype, student.device, columns, with_entropy),
+        stats = (RowStats(n, factors.dtype, student.device, columns, entropy),
                  RowStats(n, factors.dtype, student.device))
         for at, some in row_blocks(rows, vocab):
             for one, logits in zip(stats, (student, teacher)):
@@ -130,8 +129,8 @@ class _Divergence(torch.autograd.Function):
         return grad, *[None] * 9
 
 
-def _block_terms(student: Tensor, teacher: Tensor, at: slice, some: Tensor, divergence: Divergence, temperature: float,
-                 vocab: int, finals: tuple[Softmax, Softmax]) -> tuple[Tensor, Tensor, Tensor]:
+def _block_terms(student: Tensor, teacher: Tensor, at: slice, some: Tensor, divergence: Divergence,
+                 temperature: float, vocab: int, finals: tuple[Softmax, Softmax]) -> tuple[Tensor, ...]:
     """(student log-probs, terms, derivative of the terms by them) of some rows of two logits tensors."""
     ls, lt = (final.log_probs(load_logits(logits, some, vocab, temperature, final.l.dtype), at)
               for logits, final in zip((student, teacher), finals))
@@ -140,8 +139,9 @@ def _block_terms(student: Tensor, teacher: Tensor, at: slice, some: Tensor, dive
 
 
 def distillation_divergence(student_logits: Tensor, teacher_logits: Tensor, *, denominator: float | Tensor,
-                            divergence: str = "reverse_kl", alpha: float = 1.0, normalization: str = "box_cox",
-                            beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None,
+                            divergence: str = "reverse_kl", alpha: float = 1.0,
+                            normalization: str = "box_cox", beta: float = 0.5, temperature: float = 1.0,
+                            mask: Tensor | None = None,
                             weights: Tensor | None = None, token_ids: Tensor | None = None,
                             loss_scale: float | Tensor = 1.0, valid_vocab_size: int | None = None,
                             return_entropy: bool = False, inplace_backward: bool = False) -> DivergenceOutput:
@@ -149,23 +149,23 @@ def distillation_divergence(student_logits: Tensor, teacher_logits: Tensor, *, d
 
     loss = loss_scale / denominator * sum_t weights_t D_t over unmasked tokens. With q the student's and p the
     teacher's distribution at softmax(logits / temperature), D is
-      reverse_kl  KL(q || p) forward_kl  KL(p || q) jsd         beta KL(p || m) + (1 - beta) KL(q || m), m =
-      beta p + (1 - beta) q; as in TRL's GKD, beta 0 is the
-                  forward and beta 1 the reverse KL (arXiv 2306.13649)
-      power       the exact full-vocabulary PowerOPD loss: B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a
-      p^(a+1) with
-                  normalization="box_cox" (alpha 0: reverse KL), alpha B with "none". Its gradient is the
-                  expectation of the sampled one: grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)] (reward of
-                  arXiv 2606.17199)
+      reverse_kl  KL(q || p)
+      forward_kl  KL(p || q)
+      jsd         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; beta 0 is the
+                  forward and beta 1 the reverse KL, as in TRL's GKD (arXiv 2306.13649)
+      power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox" (alpha 0:
+                  reverse KL), alpha B with "none": the exact full-vocabulary PowerOPD loss (arXiv
+                  2606.17199), since grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)]
     All are summed from terms that are >= 0 one by one. Where the student gives mass to a token that the
     teacher excludes (-inf), the reverse KL is inf, as it should be.
 
     student_logits [T, V] floating, differentiable; teacher_logits [T, V'] floating, constant;
     valid_vocab_size: the columns that take part, needed where V != V'; mask [T] bool or uint8 (masked: loss
     and gradient exactly 0, may hold NaN); weights [T] floating; token_ids [T] int64: whose student log-probs
-    to return; denominator (above 0), loss_scale: numbers or 0-dim tensors. inplace_backward: as in
-    `selective_logprobs`. Returns DivergenceOutput(loss, divergence [T], logprobs [T] or None, entropy [T] or
-    None), float32 (float64 for float64 inputs), nats.
+    to return; denominator (above 0), loss_scale: numbers or 0-dim tensors; inplace_backward: as in
+    `selective_logprobs`.
+    Returns DivergenceOutput(loss, divergence [T], logprobs [T] or None, entropy [T] or None), float32
+    (float64 for float64 inputs), nats.
 
     Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (an id outside the valid
     vocabulary).
@@ -179,8 +179,9 @@ def distillation_divergence(student_logits: Tensor, teacher_logits: Tensor, *, d
     rule = Divergence(divergence, alpha, normalization, beta)
     rows = check_loss(shapes, len(student_logits), mask, weights, token_ids, vocab, denominator, loss_scale)
     factors = loss_factors(rows, weights, denominator, loss_scale, acc_dtype(student_logits, teacher_logits))
-    return DivergenceOutput(*_Divergence.apply(student_logits, teacher_logits.detach(), rows, token_ids, factors, rule,
-                                               temperature, vocab, return_entropy, inplace_backward))
+    return DivergenceOutput(*_Divergence.apply(
+        student_logits, teacher_logits.detach(), rows, token_ids, factors, rule, temperature, vocab,
+        return_entropy, inplace_backward))
 
 
 def check_loss(shapes: Shapes, T: int, mask: Tensor | None, weights: Tensor | None, token_ids: Tensor | None,
@@ -191,5 +192,5 @@ def check_loss(shapes: Shapes, T: int, mask: Tensor | None, weights: Tensor | No
     check_scale("loss_scale", loss_scale)
     rows = active_rows(mask, T, shapes.device)
     if token_ids is not None:
-        shapes.ids("token_ids", token_ids, rows, vocab, dims=("T",))
+        shapes.ids("token_ids", token_ids, "T", rows, vocab)
     return rows

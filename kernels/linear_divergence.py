@@ -53,12 +53,13 @@ class _View:
 class _FusedLinearDivergence(torch.autograd.Function):
     """Both heads' logits of a chunk of rows are kept until their gradient is made.
 
-    With needs_teacher (self-distillation: both views share one head) the teacher view's gradient joins the same dW.
+    With needs_teacher (self-distillation: both views share one head) the teacher view's gradient joins the
+    same dW.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, head: LinearHead, teacher_head: LinearHead, rows, ids,
-                factors, divergence: Divergence, with_entropy, needs, needs_teacher):
+    def forward(ctx, hidden, weight, bias, teacher_hidden, head: LinearHead, teacher_head: LinearHead, rows,
+                ids, factors, divergence: Divergence, with_entropy, needs, needs_teacher):
         n, T = len(rows), len(hidden)
         grads = HeadGrads(head, hidden, needs)
         teacher_grads = HeadGrads(teacher_head, teacher_hidden, (needs_teacher[0], False, False))
@@ -100,45 +101,48 @@ def linear_divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None, teach
                       head: LinearHead, teacher_head: LinearHead, rows: Tensor, ids: Tensor | None,
                       factors: Tensor, divergence: Divergence, *, with_entropy: bool = False,
                       shared: bool = False) -> DivergenceOutput:
-    """Checked arguments to the one-shot function; `shared`: the teacher view, of the same head, is differentiated
-    too."""
+    """Checked arguments to the one-shot function; `shared`: one head, and both views are differentiated."""
     needs = needs_grad(hidden, weight, bias)
     needs_teacher = needs_grad(teacher_hidden, weight, bias) if shared else (False, False, False)
     return DivergenceOutput(*_FusedLinearDivergence.apply(
-        hidden, weight, bias, teacher_hidden if shared else teacher_hidden.detach(), head, teacher_head, rows, ids,
-        factors, divergence, with_entropy, needs, needs_teacher))
+        hidden, weight, bias, teacher_hidden if shared else teacher_hidden.detach(), head, teacher_head, rows,
+        ids, factors, divergence, with_entropy, needs, needs_teacher))
 
 
 def fused_linear_distillation_divergence(
         student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
         denominator: float | Tensor, divergence: str = "reverse_kl", alpha: float = 1.0,
-        normalization: str = "box_cox", beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None,
-        weights: Tensor | None = None, token_ids: Tensor | None = None, loss_scale: float | Tensor = 1.0,
-        valid_vocab_size: int | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+        normalization: str = "box_cox", beta: float = 0.5, temperature: float = 1.0,
+        mask: Tensor | None = None, weights: Tensor | None = None, token_ids: Tensor | None = None,
+        loss_scale: float | Tensor = 1.0, valid_vocab_size: int | None = None,
+        student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
         student_logit_softcap: float | None = None, teacher_logit_softcap: float | None = None,
         return_entropy: bool = False) -> DivergenceOutput:
     """`distillation_divergence` from hidden states and LM heads, with the gradient made in the forward.
 
-    Only a chunk of rows' logits exists at a time. Student and teacher may differ in hidden size and dtype;
-    the teacher is constant. student_hidden [T, H], student_weight [V, H], student_bias [V]: floating,
-    differentiable; teacher_hidden [T, H'], teacher_weight [V', H'], teacher_bias [V'] floating;
-    valid_vocab_size is needed where V != V' (both heads are cut to it). Logits are softcap(hidden @ weight.T
-    + bias) / temperature. The other arguments, the result and the errors are those of
-    `distillation_divergence`; gradients are accumulated in float32 (float64 for float64 inputs) and a frozen
-    head costs no dW.
+    Only a chunk of rows' logits exists at a time. Logits are softcap(hidden @ weight.T + bias) / temperature.
+    Student and teacher may differ in hidden size and dtype; the teacher is constant. Gradients are
+    accumulated in float32 (float64 for float64 inputs), and a frozen head costs no dW.
+
+    student_hidden [T, H], student_weight [V, H], student_bias [V]: floating, differentiable; teacher_hidden
+    [T, H'], teacher_weight [V', H'], teacher_bias [V'] floating; valid_vocab_size: both heads are cut to it,
+    needed where V != V'. The other arguments, the result and the errors are those of
+    `distillation_divergence`.
     """
     shapes = Shapes()
     check_head(shapes, student_hidden, student_weight, student_bias, temperature, student_logit_softcap, mask,
                names=("student_hidden", "student_weight", "student_bias", "student_logit_softcap"))
     check_head(shapes, teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, None,
-               names=("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logit_softcap"), dims="Thv")
+               names=("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logit_softcap"),
+               dims="Thv")
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0], teacher_weight.shape[0])
     rule = Divergence(divergence, alpha, normalization, beta)
     rows = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator, loss_scale)
     dtype = acc_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     width = max(student_hidden.shape[1], teacher_hidden.shape[1])
     head = make_head(dtype, student_weight, student_bias, temperature, student_logit_softcap, vocab, width)
-    teacher_head = make_head(dtype, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, vocab, width)
-    return linear_divergence(student_hidden, student_weight, student_bias, teacher_hidden, head, teacher_head, rows,
-                             token_ids, loss_factors(rows, weights, denominator, loss_scale, dtype), rule,
-                             with_entropy=return_entropy)
+    teacher_head = make_head(dtype, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, vocab,
+                             width)
+    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    return linear_divergence(student_hidden, student_weight, student_bias, teacher_hidden, head, teacher_head,
+                             rows, token_ids, factors, rule, with_entropy=return_entropy)

@@ -24,17 +24,21 @@ class LogprobOutput(NamedTuple):
 
 
 class TopkOutput(NamedTuple):
-    """ids [T, k] int64, logprobs [T, k] in descending order, tail_mass [T] = 1 - sum of the k
-    probabilities."""
+    """ids [T, k] int64, logprobs [T, k] descending, tail_mass [T] = 1 - the sum of the k probabilities."""
 
     ids: Tensor
     logprobs: Tensor
     tail_mass: Tensor
 
 
+def _id_dims(ids: object) -> str:
+    return "TK" if isinstance(ids, Tensor) and ids.ndim == 2 else "T"
+
+
 def _columns(ids: Tensor, rows: Tensor) -> Tensor:
-    """Token ids of the rows as [n, K]."""
-    return ids.index_select(0, rows).reshape(len(rows), -1)
+    """Token ids (or their gradients) of the rows as [n, K]."""
+    some = ids.index_select(0, rows)
+    return some[:, None] if ids.ndim == 1 else some
 
 
 def _outputs(ctx, stats: Softmax, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,8 +48,8 @@ def _outputs(ctx, stats: Softmax, ids: Tensor, rows: Tensor) -> tuple[Tensor, Te
     ctx.set_materialize_grads(False)
     max_logprob = spread(stats.max_logprob, rows, T)
     ctx.mark_non_differentiable(max_logprob)
-    return spread(stats.logprobs, rows, T).reshape(ids.shape), spread(stats.lse, rows, T), \
-        spread(entropy, rows, T), max_logprob
+    logprobs = spread(stats.logprobs, rows, T).reshape(ids.shape)
+    return logprobs, spread(stats.lse, rows, T), spread(entropy, rows, T), max_logprob
 
 
 def _upstream(rows: Tensor, saved: tuple[Tensor, ...], g_logprobs: Tensor | None, g_lse: Tensor | None,
@@ -58,8 +62,7 @@ def _upstream(rows: Tensor, saved: tuple[Tensor, ...], g_logprobs: Tensor | None
 
 
 def row_blocks(rows: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
-    """Blocks of rows that together hold about a cache's worth of logits: (positions among the rows,
-    indices)."""
+    """Blocks of rows that hold about a cache's worth of logits: (positions among the rows, indices)."""
     size = max(1, _BLOCK_ELEMENTS // columns)
     return [(slice(i, i + size), rows[i:i + size]) for i in range(0, len(rows), size)]
 
@@ -109,17 +112,17 @@ class _SelectiveLogprobs(torch.autograd.Function):
 
 def selective_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0,
                        mask: Tensor | None = None, valid_vocab_size: int | None = None,
-                       return_entropy: bool = False, return_lse: bool = False, return_max_logprob: bool = False,
-                       inplace_backward: bool = False) -> LogprobOutput:
-    """log softmax(logits / temperature) at the given tokens, without a [T, V] tensor besides the logits'
-    gradient.
+                       return_entropy: bool = False, return_lse: bool = False,
+                       return_max_logprob: bool = False, inplace_backward: bool = False) -> LogprobOutput:
+    """log softmax(logits / temperature) at the given tokens; only the gradient is a new [T, V] tensor.
 
     logits [T, V] floating, any row stride; token_ids [T] or [T, K] int64; mask [T] bool or uint8: masked rows
-    give 0 and gradient 0 and may hold NaN or any id. valid_vocab_size: later columns are padding and take no
-    part. Returns LogprobOutput(logprobs like token_ids, lse [T], entropy [T], max_logprob [T]: the argmax
-    token's log-prob, detached), nats. Columns at -inf have probability 0 and gradient 0. inplace_backward:
-    the backward writes the gradient into the logits' own storage; use it only where nothing else reads the
-    logits afterwards.
+    give 0 and gradient 0, and may hold NaN or any id; valid_vocab_size: later columns are padding and take no
+    part. Columns at -inf have probability 0 and gradient 0.
+    inplace_backward: the backward writes the gradient into the logits' own storage; use it only where nothing
+    else reads the logits afterwards.
+    Returns LogprobOutput(logprobs like token_ids, lse [T], entropy [T], max_logprob [T]: the argmax token's
+    log-prob, detached), nats, float32 (float64 for float64 inputs).
 
     Raises TypeError, ValueError (shapes, dtypes, temperature), IndexError (an id outside the valid
     vocabulary; checked on the CPU only).
@@ -130,7 +133,7 @@ def selective_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float 
     check_number("temperature", temperature)
     vocab = check_vocab(valid_vocab_size, logits.shape[1])
     rows = active_rows(mask, len(logits), logits.device)
-    shapes.ids("token_ids", token_ids, rows, vocab)
+    shapes.ids("token_ids", token_ids, _id_dims(token_ids), rows, vocab)
     out = _SelectiveLogprobs.apply(logits, token_ids, rows, temperature, vocab, return_entropy,
                                    inplace_backward)
     return LogprobOutput(out[0], out[1] if return_lse else None, out[2] if return_entropy else None,
@@ -183,8 +186,9 @@ class _FusedLinearLogprobs(torch.autograd.Function):
 
 
 def fused_linear_logprobs(hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, *,
-                          bias: Tensor | None = None, temperature: float = 1.0, logit_softcap: float | None = None,
-                          valid_vocab_size: int | None = None, mask: Tensor | None = None,
+                          bias: Tensor | None = None, temperature: float = 1.0,
+                          logit_softcap: float | None = None, valid_vocab_size: int | None = None,
+                          mask: Tensor | None = None,
                           return_entropy: bool = False, return_lse: bool = False,
                           return_max_logprob: bool = False) -> LogprobOutput:
     """Log-probs of the given tokens under softmax(softcap(hidden @ lm_head_weight.T + bias) / temperature).
@@ -197,10 +201,10 @@ def fused_linear_logprobs(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     logits become c tanh(logits / c); valid_vocab_size: later rows of the head are padding and take no part;
     mask [T] bool or uint8: masked rows give 0 and gradient 0, may hold NaN or any id, and cost nothing.
     Returns LogprobOutput(logprobs like token_ids, lse [T], entropy [T], max_logprob [T]), nats, float32
-    (float64 for float64 inputs); max_logprob is the argmax token's log-prob, detached. On the CPU a row's
-    outputs are bitwise the same however the T rows are split over calls or masked: every GEMM has the same
-    number of rows (padded) and the same columns. This rests on the BLAS treating the rows of one GEMM alike,
-    which the tests check on the machine they run on.
+    (float64 for float64 inputs); max_logprob is the argmax token's log-prob, detached.
+    On the CPU a row's outputs are bitwise the same however the T rows are split over calls or masked: every
+    GEMM has the same number of rows (padded) and the same columns. This rests on the BLAS treating the rows
+    of one GEMM alike, which the tests check on the machine they run on.
 
     Raises TypeError, ValueError (shapes, dtypes, scalars), IndexError (an id outside the valid vocabulary;
     checked on the CPU only).
@@ -209,7 +213,7 @@ def fused_linear_logprobs(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     check_head(shapes, hidden, lm_head_weight, bias, temperature, logit_softcap, mask)
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
     rows = active_rows(mask, len(hidden), hidden.device)
-    shapes.ids("token_ids", token_ids, rows, vocab)
+    shapes.ids("token_ids", token_ids, _id_dims(token_ids), rows, vocab)
     dtype = acc_dtype(hidden, lm_head_weight)
     head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)
     out = _FusedLinearLogprobs.apply(hidden, lm_head_weight, bias, head, token_ids, rows, return_entropy)
@@ -242,9 +246,9 @@ def fused_linear_topk_logprobs(hidden: Tensor, lm_head_weight: Tensor, k: int, *
                                valid_vocab_size: int | None = None, mask: Tensor | None = None) -> TopkOutput:
     """The k most likely tokens of each row and their log-probs, without gradient and without a [T, V] tensor.
 
-    What a teacher sends for `topk_distillation_divergence`. Arguments as in `fused_linear_logprobs`; 1 <= k
-    <= the valid vocabulary. Returns TopkOutput(ids [T, k] int64, logprobs [T, k] nats, descending, tail_mass
-    [T] within [0, 1]); masked rows are 0. Raises TypeError or ValueError.
+    What a teacher sends for `topk_distillation_divergence`. Arguments as in `fused_linear_logprobs`; k is at
+    least 1 and at most the valid vocabulary. Returns TopkOutput(ids [T, k] int64, logprobs [T, k] nats,
+    descending, tail_mass [T] within [0, 1]); masked rows are 0. Raises TypeError or ValueError.
     """
     shapes = Shapes()
     check_head(shapes, hidden, lm_head_weight, bias, temperature, logit_softcap, mask)

@@ -13,8 +13,8 @@ from kernels.logprobs import check_head
 from kernels.policy_loss import PolicyObjective, TokenTerms, loss_factors, token_stats, weighted_sum
 from kernels.rewards import make_reward
 from kernels.rows import LogprobGrad, RowStats, acc_dtype
-from kernels.stream import (HeadGrads, LinearHead, active_rows, make_head, needs_grad, pad_rows, scaled_grad, spread,
-                            stream_logits)
+from kernels.stream import (HeadGrads, LinearHead, active_rows, make_head, needs_grad, pad_rows, scaled_grad,
+                            spread, stream_logits)
 
 
 class OPDOutput(NamedTuple):
@@ -112,25 +112,26 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
                           is_cap: float | None = None, entropy_coef: float = 0.0,
                           loss_scale: float | Tensor = 1.0, bias: Tensor | None = None,
                           temperature: float = 1.0, logit_softcap: float | None = None,
-                          valid_vocab_size: int | None = None,
-                          return_entropy: bool = False, return_max_logprob: bool = False) -> OPDOutput:
+                          valid_vocab_size: int | None = None, return_entropy: bool = False,
+                          return_max_logprob: bool = False) -> OPDOutput:
     """On-policy distillation loss of sampled tokens from hidden states; the forward makes the gradient too.
 
-    loss = loss_scale / denominator * sum_t weights_t (objective_t - entropy_coef entropy_t) over unmasked tokens.
-    The advantage of a token is its reward plus `advantages`, whichever are given. The reward compares
-    teacher_logprobs with the student's own log-probs, detached: reward="power" is `power_reward` (PowerOPD, arXiv
-    2606.17199 eq. 4), "log_ratio" is `log_ratio_reward`, None is advantages only; reward=None with advantages of
-    one is cross-entropy. Objectives, importance weights and stats as in `policy_gradient_loss`.
-    One LM-head forward, 3 GEMMs in all (2 with a frozen head), and at most a chunk of rows' logits at a time; dX
-    and dW are accumulated in float32 (float64 for float64 inputs). The log-probs are bitwise those of
-    `fused_linear_logprobs`.
+    loss = loss_scale / denominator * sum_t weights_t (objective_t - entropy_coef entropy_t), unmasked tokens
+    only. A token's advantage is its reward plus `advantages`, whichever are given. The reward compares
+    teacher_logprobs with the student's own log-probs, detached: reward="power" is `power_reward` (PowerOPD,
+    arXiv 2606.17199 eq. 4), "log_ratio" is `log_ratio_reward`, None is advantages only; reward=None with
+    advantages of one is cross-entropy. Objectives, importance weights and stats are those of
+    `policy_gradient_loss`. 3 GEMMs in all (2 with a frozen head) and at most a chunk of rows' logits at a
+    time; dX and dW are accumulated in float32 (float64 for float64 inputs). The log-probs are bitwise those
+    of `fused_linear_logprobs`.
 
     hidden [T, H], lm_head_weight [V, H], bias [V]: floating, differentiable; token_ids [T] int64;
     teacher_logprobs [T] nats (of whatever token the teacher was scored on); advantages, weights,
     old_logprobs, rollout_logprobs [T] floating, constants; mask [T] bool or uint8 (masked: loss and gradient
-    exactly 0, may hold NaN or any id, costs nothing); denominator (above 0), loss_scale: numbers or 0-dim tensors.
-    Returns OPDOutput(loss, logprobs [T], rewards [T] (without `advantages`), entropy [T] or None, max_logprob [T]
-    or None, stats).
+    exactly 0, may hold NaN or any id, costs nothing); denominator (above 0), loss_scale: numbers or 0-dim
+    tensors.
+    Returns OPDOutput(loss, logprobs [T], rewards [T] (without `advantages`), entropy [T] or None,
+    max_logprob [T] or None, stats).
 
     Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (a token id outside the valid
     vocabulary; checked on the CPU only).
@@ -143,7 +144,7 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
         shapes.check(name, value, "T", optional=True)
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
     rows = active_rows(mask, len(hidden), hidden.device)
-    shapes.ids("token_ids", token_ids, rows, vocab, dims=("T",))
+    shapes.ids("token_ids", token_ids, "T", rows, vocab)
     reward_of = make_reward(reward, alpha, normalization, clip, tanh_scale)
     if reward is None and advantages is None:
         raise ValueError("advantages must be given with reward=None, got None")
@@ -162,8 +163,9 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
 
     def take(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().index_select(0, rows).to(dtype)
-    tokens = _Tokens(token_ids.index_select(0, rows), loss_factors(rows, weights, denominator, loss_scale, dtype),
-                     take(teacher_logprobs), take(advantages), take(old_logprobs), take(rollout_logprobs))
+    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    tokens = _Tokens(token_ids.index_select(0, rows), factors, take(teacher_logprobs), take(advantages),
+                     take(old_logprobs), take(rollout_logprobs))
     loss, logprobs, rewards, entropy, max_logprob, stats = _FusedLinearOPD.apply(
         hidden, lm_head_weight, bias, head, rows, tokens, _Loss(reward_of, rule, entropy_coef),
         return_entropy or entropy_coef != 0, needs_grad(hidden, lm_head_weight, bias))

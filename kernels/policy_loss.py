@@ -1,5 +1,4 @@
-"""The policy-gradient loss of sampled tokens: one definition, used from log-probs and inside the fused LM
-head."""
+"""The policy-gradient loss of sampled tokens: one definition, for log-probs and for the fused LM head."""
 
 import math
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ class PGOutput(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and which bounds were
-    active."""
+    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and active bounds."""
 
     loss: Tensor
     slope: Tensor
@@ -61,8 +59,8 @@ class PolicyObjective:
     def check_inputs(self, rollout_logprobs: Tensor | None) -> None:
         if (rollout_logprobs is None) != (self.is_cap is None):
             given = "no" if rollout_logprobs is None else "a tensor of"
-            raise ValueError("rollout_logprobs and is_cap must be given together (is_cap=math.inf: no cap), got "
-                             f"is_cap={self.is_cap} and {given} rollout_logprobs")
+            raise ValueError("rollout_logprobs and is_cap must be given together (is_cap=math.inf: no cap), "
+                             f"got {given} rollout_logprobs and is_cap={self.is_cap}")
 
     def terms(self, logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
               rollout_logprobs: Tensor | None) -> TokenTerms:
@@ -118,8 +116,8 @@ def weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
     return (values.double() * factors.double()).sum().to(values.dtype)
 
 
-def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tensor, loss_scale: float | Tensor,
-                 dtype: torch.dtype) -> Tensor:
+def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tensor,
+                 loss_scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """weight * loss_scale / denominator of the given rows, [n]."""
     factors = torch.ones(len(rows), dtype=dtype, device=rows.device)
     if weights is not None:
@@ -156,16 +154,17 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, *, denominator: f
     """Policy-gradient loss from per-token log-probs.
 
     With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is
-      reinforce  -A logprob ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A); with
-      dual_clip c > 1 at most -c A for A < 0
-                 (arXiv 1707.06347; dual clip arXiv 1912.09729)
+      reinforce  -A logprob
+      ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347); where A < 0 at
+                 most -dual_clip A (arXiv 1912.09729)
       cispo      -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob (arXiv 2506.13585)
-    times the truncated importance weight min(exp(trainer log-prob - rollout_logprobs), is_cap) where those
-    are given (trainer = old_logprobs, else logprobs), times weights. Aggregations divide by `denominator`,
-    which the caller counts over the whole optimizer step: token_mean: sum over tokens (denominator: tokens);
-    seq_mean_token_mean: sum over sequences of the mean over their unmasked tokens here (denominator:
-    sequences; a sequence must not be split over calls); seq_mean_token_sum: sum over tokens (denominator:
-    sequences).
+    times weights, and times the truncated importance weight min(exp(trainer - rollout_logprobs), is_cap)
+    where rollout_logprobs are given (trainer: old_logprobs, else logprobs). Without old_logprobs the ratio is
+    1. The sum is divided by `denominator`, which the caller counts over the whole optimizer step:
+      token_mean           the sum over tokens (denominator: tokens)
+      seq_mean_token_mean  the sum over sequences of the mean over their unmasked tokens in this call, so a
+                           sequence must not be split over calls (denominator: sequences)
+      seq_mean_token_sum   the sum over tokens (denominator: sequences)
 
     logprobs [T] floating, nats, differentiable; advantages, weights, old_logprobs, rollout_logprobs [T]
     floating, taken as constants; mask [T] bool or uint8 (masked tokens: loss and gradient exactly 0, may hold

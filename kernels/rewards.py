@@ -1,5 +1,7 @@
 """Token rewards from the teacher's and the student's log-prob of the sampled token."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,7 @@ NORMALIZATIONS = ("box_cox", "none")
 
 
 def box_cox_gap(distance: Tensor, alpha: float) -> Tensor:
-    """(1 - e^(-alpha x)) / alpha for x >= 0, and its limit x at alpha = 0: at most 1/alpha, accurate at any
-    size."""
+    """(1 - e^(-alpha x)) / alpha for x >= 0, at most 1/alpha; its limit x at alpha = 0."""
     return distance if alpha == 0 else torch.expm1(distance * -alpha).neg_().div_(alpha)
 
 
@@ -26,10 +27,11 @@ def check_log_ratio(clip: float | None, tanh_scale: float | None) -> None:
     check_number("clip", clip, optional=True)
     check_number("tanh_scale", tanh_scale, optional=True)
     if clip is not None and tanh_scale is not None:
-        raise ValueError(f"clip and tanh_scale exclude each other, got clip={clip} and tanh_scale={tanh_scale}")
+        raise ValueError(f"clip and tanh_scale exclude each other, got {clip} and {tanh_scale}")
 
 
-def _aligned(teacher_logprobs: Tensor, student_logprobs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _aligned(teacher_logprobs: Tensor, student_logprobs: Tensor,
+             mask: Tensor | None) -> tuple[Tensor, Tensor]:
     shapes = Shapes()
     shapes.check("teacher_logprobs", teacher_logprobs, "T")
     shapes.check("student_logprobs", student_logprobs, "T")
@@ -49,18 +51,18 @@ def _masked(reward: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def power_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: float, *, normalization: str = "box_cox",
-                 mask: Tensor | None = None) -> Tensor:
+def power_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: float, *,
+                 normalization: str = "box_cox", mask: Tensor | None = None) -> Tensor:
     """The PowerOPD reward p^alpha - q^alpha of the sampled tokens (arXiv 2606.17199 eq. 4), without gradient.
 
     normalization="none" is the paper's form, within [-1, 1]. "box_cox" keeps the Box-Cox factor 1/alpha that
     the paper absorbs into the learning rate: within [-1/alpha, 1/alpha], and alpha -> 0 is the log-ratio
     (alpha == 0 is accepted and is that limit, which is unbounded).
 
-    teacher_logprobs, student_logprobs: [T] floating, nats; -inf allowed (both -inf: reward 0); clamped to <=
-    0. mask: [T] bool or uint8; masked tokens get 0 and may hold anything. Returns [T] float32 (float64 where
-    an input is). Positive iff the teacher likes the token more. The computation is anchored at the larger
-    probability: it never flips the sign and underflows to 0.
+    teacher_logprobs, student_logprobs: [T] floating, nats, clamped to at most 0; -inf allowed (both: 0).
+    mask: [T] bool or uint8; masked tokens get 0 and may hold anything.
+    Returns [T] float32 (float64 where an input is), positive iff the teacher likes the token more. The
+    computation is anchored at the larger probability: it never flips the sign and underflows to 0.
 
     Raises TypeError or ValueError: shapes, dtypes, negative or non-finite alpha, alpha == 0 with "none".
     """
@@ -93,16 +95,16 @@ def log_ratio_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, *, clip
     return _masked(reward, mask)
 
 
-def make_reward(reward: str | None, alpha: float, normalization: str, clip: float | None, tanh_scale: float | None):
-    """The reward of that name as a function (teacher_logprobs, student_logprobs) -> [T]; None for no
-    reward."""
+def make_reward(reward: str | None, alpha: float, normalization: str, clip: float | None,
+                tanh_scale: float | None) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The reward of that name as a function of (teacher_logprobs, student_logprobs); None for no reward."""
     check_choice("reward", reward, ("power", "log_ratio", None))
     if reward != "log_ratio" and not (clip is None and tanh_scale is None):
         raise ValueError(f"clip and tanh_scale belong to reward='log_ratio', got reward={reward!r}")
-    check_power(alpha, normalization)
-    check_log_ratio(clip, tanh_scale)
     if reward == "power":
+        check_power(alpha, normalization)
         return lambda lp, lq: power_reward(lp, lq, alpha, normalization=normalization)
     if reward == "log_ratio":
+        check_log_ratio(clip, tanh_scale)
         return lambda lp, lq: log_ratio_reward(lp, lq, clip=clip, tanh_scale=tanh_scale)
     return None

@@ -1,6 +1,7 @@
 """Row mathematics of a softmax over logits: running statistics, log-probs, and their gradient.
- These functions see a block of logits [n, N] (n rows, N neighbouring vocabulary columns) and per-row vectors.
-They are the place where a device kernel takes over from torch: everything around them is GEMMs and
+
+`fold` and `LogprobGrad.by_logits_` see a block of logits [n, N] (n rows, N neighbouring vocabulary columns)
+and per-row vectors. They are where a device kernel takes over from torch: around them are GEMMs and
 bookkeeping.
 """
 
@@ -47,8 +48,7 @@ class RowStats:
         self.target = None if ids is None else torch.zeros(ids.shape, dtype=dtype, device=device)
 
     def fold(self, rows: slice, z: Tensor, v0: int) -> None:
-        """Rows' logits z [n, N] of the columns v0..v0+N; the target logit is the very number that enters the
-        sum."""
+        """The rows' logits z [n, N] of the columns v0..v0+N; a target's logit is the number that enters l."""
         fold(z, self.m[rows], self.l[rows], None if self.q is None else self.q[rows])
         if self.ids is not None:
             local = self.ids[rows] - v0
@@ -89,8 +89,8 @@ class Softmax:
 class LogprobGrad(NamedTuple):
     """A gradient by row outputs, and what turns it into one by logits; [n] tensors, None stands for zero.
 
-    The function differentiated is sum(g_target * logprobs + g_lse * lse + g_entropy * entropy), where logprobs and
-    g_target [n, K] belong to the target ids [n, K].
+    The function differentiated is sum(g_target * logprobs + g_lse * lse + g_entropy * entropy), where
+    logprobs and g_target [n, K] belong to the target ids [n, K].
     """
 
     shift: Tensor
@@ -122,4 +122,4 @@ class LogprobGrad(NamedTuple):
             z.add_((constant / self.l)[:, None]).mul_(e)
         local = self.ids - v0
         inside = (local >= 0) & (local < z.shape[1])
-        return z.scatter_add_(1, local.clamp_(0, z.shape[1] - 1), self.g_target * inside)
+        return z.scatter_add_(1, local.clamp_(0, z.shape[1] - 1), torch.where(inside, self.g_target, 0))

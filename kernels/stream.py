@@ -1,7 +1,7 @@
-"""The LM head, streamed: logits are made in [rows, columns] tiles, used, and dropped, so no [T, V] tensor
-exists.
- A tile's GEMM always has the same number of rows (the last block is padded with zero rows) and the vocabulary
-is cut by (H, dtype) alone, so a row's result does not depend on how many other rows come with it.
+"""The LM head, streamed: logits are made in [rows, columns] tiles, so that no [T, V] tensor exists.
+
+The GEMM of a tile always has the same number of rows (the last block is padded with zero rows) and the
+vocabulary is cut by H alone, so that a row's result does not depend on how many other rows come with it.
 """
 
 from collections.abc import Callable
@@ -130,8 +130,8 @@ class HeadGrads:
                  by_logits: Callable[[Tensor, int], Tensor], kept: list[Tensor] | None = None) -> None:
         """Add the gradient of some rows.
 
-        `by_logits(z, v0)` overwrites the logits z [n, N] of the columns from v0 by the gradient; the logits are
-        those of the workspace `kept`, or are made again.
+        `by_logits(z, v0)` overwrites the logits z [n, N] of the columns from v0 by the gradient. The logits
+        are those of the workspace `kept`; without one they are made again.
         """
         h = hidden.index_select(0, rows).to(head.dtype)
         dx = torch.zeros_like(h) if self.hidden is not None else None
@@ -156,8 +156,7 @@ class HeadGrads:
 
 
 def scaled_grad(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """A gradient made in the forward, times the upstream scalar. At 1 it is handed on as it is, without a
-    copy."""
+    """A gradient made in the forward, times the upstream scalar; at 1 it is handed on without a copy."""
     if grad is None:
         return None
     if upstream.device.type == "cpu" and upstream == 1:  # reading the value on a GPU would stall it

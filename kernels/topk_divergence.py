@@ -1,5 +1,4 @@
-"""Divergences on a small support of K tokens per position: what a teacher that sends top-k log-probs
-allows."""
+"""Divergences on a support of K tokens per position: what a teacher that sends top-k log-probs allows."""
 
 import torch
 from torch import Tensor
@@ -84,10 +83,10 @@ def given_log_masses(logprobs: Tensor, tail: str, given_tail: Tensor | None = No
     return torch.cat([logprobs, rest[:, None]], 1)
 
 
-def model_log_masses(hidden: Tensor, weight: Tensor, ids: Tensor, tail: str, dtype: torch.dtype, rows: Tensor, *,
-                     bias: Tensor | None, temperature: float, logit_softcap: float | None, valid_vocab_size: int,
-                     mask: Tensor | None) -> Tensor:
-    """The same of a model at the support ids [n, K] of the active rows, differentiable."""
+def model_log_masses(hidden: Tensor, weight: Tensor, ids: Tensor, tail: str, dtype: torch.dtype,
+                     rows: Tensor, *, bias: Tensor | None, temperature: float, logit_softcap: float | None,
+                     valid_vocab_size: int, mask: Tensor | None) -> Tensor:
+    """Those of a model at the support ids [n, K] of the active rows, differentiable."""
     if tail == "renormalize":  # the full softmax cancels, so K logits per row are enough
         z = _SupportLogits.apply(hidden, weight, bias, rows, ids, dtype)
         if logit_softcap is not None:
@@ -114,16 +113,17 @@ def topk_distillation_divergence(
         weights: Tensor | None = None, loss_scale: float | Tensor = 1.0) -> DivergenceOutput:
     """Divergence of the student from a teacher that is known on K tokens per position.
 
-    tail="bucket": all other tokens are one more outcome (a lower bound of the full divergence; its log-mass
-    is teacher_tail_logprob [T], by default log(1 - sum of the K)); "renormalize": both distributions are
-    renormalised on the support (only K logits per row are computed: no full LM-head GEMM); "ignore": the
-    support's terms alone, each >= 0 (for a KL: sum a log(a/b) - a + b), so that matching the teacher on the
-    support is optimal and the mass outside is free.
+    tail="bucket": all other tokens are one more outcome; the teacher's log-mass of it is teacher_tail_logprob
+    [T], by default log(1 - sum of the K). For the KLs and the JSD it is a lower bound of the full divergence.
+    tail="renormalize": both distributions are renormalised on the support; only K logits per row are computed,
+    no full LM-head GEMM.
+    tail="ignore": the support's terms alone, each >= 0 (for a KL: a log(a/b) - a + b), so that matching the
+    teacher on the support is optimal and the mass outside is free.
 
     student_hidden [T, H], student_weight [V, H], bias [V]: floating, differentiable; support_ids [T, K]
     int64, distinct within a row; teacher_logprobs [T, K] floating, nats, constant, at the same temperature.
-    For the divergences, the other arguments and the errors see `distillation_divergence`; no [T, V] tensor is
-    made. Returns DivergenceOutput(loss, divergence [T], None, None).
+    For the divergences, the other arguments and the errors see `distillation_divergence`.
+    Returns DivergenceOutput(loss, divergence [T], None, None). No [T, V] tensor is made.
     """
     shapes = Shapes()
     check_head(shapes, student_hidden, student_weight, bias, temperature, logit_softcap, mask,
@@ -136,12 +136,12 @@ def topk_distillation_divergence(
     rule = Divergence(divergence, alpha, normalization, beta)
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0])
     rows = check_loss(shapes, len(student_hidden), mask, weights, None, vocab, denominator, loss_scale)
-    shapes.ids("support_ids", support_ids, rows, vocab, dims=("TK",))
+    shapes.ids("support_ids", support_ids, "TK", rows, vocab)
 
     dtype = acc_dtype(student_hidden, student_weight, teacher_logprobs)
-    ls = model_log_masses(student_hidden, student_weight, support_ids.index_select(0, rows), tail, dtype, rows,
-                          bias=bias, temperature=temperature, logit_softcap=logit_softcap, valid_vocab_size=vocab,
-                          mask=mask)
+    ids = support_ids.index_select(0, rows)
+    ls = model_log_masses(student_hidden, student_weight, ids, tail, dtype, rows, bias=bias, mask=mask,
+                          temperature=temperature, logit_softcap=logit_softcap, valid_vocab_size=vocab)
     with torch.no_grad():
         rest = None if teacher_tail_logprob is None else teacher_tail_logprob.index_select(0, rows).to(dtype)
         lt = given_log_masses(teacher_logprobs.index_select(0, rows).to(dtype), tail, rest)

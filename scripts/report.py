@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import math
@@ -64,9 +65,7 @@ def _number(value) -> float | None:
     """A finite float, NaN for a gap (null, NaN, infinite), None where it is no scalar."""
     if value is None or value in ("NaN", "Infinity", "-Infinity"):
         return math.nan
-    if not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e300 else math.nan
+    return (float(value) if abs(value) < 1e300 else math.nan) if isinstance(value, (int, float)) else None
 
 
 def _numbers(values) -> np.ndarray:
@@ -109,9 +108,10 @@ def read_run(path: Path) -> Run:
         if step is None or math.isnan(step):
             skipped += 1
             continue
-        bins, starts = _numbers(row.get("reward/by_position")), _numbers(row.get("reward/by_position_bins"))
+        bins = _numbers(row.get("reward/by_position"))
+        starts = _numbers(row.get("reward/by_position_bins"))[:len(bins)]
         if np.isfinite(bins).any():
-            positions[int(step)] = (starts if len(starts[np.isfinite(starts)]) == len(bins) else np.arange(len(bins)) * 1.0, bins)
+            positions[int(step)] = (starts if np.isfinite(starts).sum() == len(bins) else 1.0 * np.arange(len(bins)), bins)
         for key, value in row.items():
             if key != "step" and (number := _number(value)) is not None:
                 values[key][step] = number
@@ -121,10 +121,9 @@ def read_run(path: Path) -> Run:
     shown = _spread(sorted({step_of(line) for line in _lines(file) if line.rstrip().endswith("}")} - {-1}))
     rows = [row for row in _rows(line for line in _lines(file) if step_of(line) in shown) if row]  # the others are not parsed
     samples = [(step, found[:SAMPLES]) for step in shown if (found := [row for row in rows if row.get("step") == step])]
-    text, config = "".join(_lines(path / "config.yaml")), None
+    text, config = "".join(_lines(path / "config.yaml")), {}
     with contextlib.suppress(yaml.YAMLError, ValueError):
-        config = yaml.safe_load(text)
-    config = _flat(config) if isinstance(config, dict) else {}
+        config = _flat(yaml.safe_load(text))
     return Run(path, str(config.get("recipe") or path.resolve().name), config, text, series,
                [(step, *positions[step]) for step in sorted(positions)], samples, skipped)
 
@@ -201,8 +200,7 @@ def _card(title: str, lines: list[Line], keys: list[str], wide: bool, unit: str 
     for axis, of in ((ax.xaxis, ""), (ax.yaxis, percent)):
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _, of=of: short(value, of, 5)))
     ax.set_xlabel(x_label, labelpad=4)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
     svg = buffer.getvalue()[buffer.getvalue().index("<svg"):]
     for pattern, new in (("<metadata>.*?</metadata>|<!--.*?-->", ""), (r' id="\w+_\d+"| xmlns(:xlink)?="[^"]*"', ""),
                          ("xlink:href", "href"), (r'font: ([\d.]+px)[^;"]*', r"font-size: \1"),
@@ -222,7 +220,7 @@ def _card(title: str, lines: list[Line], keys: list[str], wide: bool, unit: str 
 
 def _curves(runs: list[Run], title: str, wants: tuple[str, ...], unit: str = "", log: str = "", band: str = "") -> dict | None:
     """The arguments of `_card` for some metrics; one that ends in @ is a prefix, `band` names a half-width. `log`: "auto"
-    where values span over a decade, "yes" where any is positive. Colour tells the metric, or the run where there are several."""
+    where values span over a decade, "yes" where any is positive. Colour is the metric, or the run if there are several."""
     many, lines = len(runs) > 1, []
     keys = list(dict.fromkeys(k for want in wants for run in runs for k in sorted(run.series)
                               if k == want or want.endswith("@") and k.startswith(want)))
@@ -234,11 +232,10 @@ def _curves(runs: list[Run], title: str, wants: tuple[str, ...], unit: str = "",
             label = " ".join([run.label] * many + [LABELS.get(key, held_out)] * (len(keys) > 1 or not many))
             lines.append(Line(label, f"c{(r if many else i) % 8 + 1}", x, y, i * many, prefix[:4] not in ("eval", "time"),
                               None if half is None else np.array([half.get(s, math.nan) for s in x])))
-    if not lines:
-        return None
-    values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+    values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines] or [[]])
     return {"title": title, "lines": lines, "keys": keys, "unit": "" if unit == "%" and values.max() > 1.001 else unit,
-            "log": bool(log == "yes" and values.max() > 0 or log == "auto" and values.max() > 10 * values.min() > 0)}
+            "log": bool(log == "yes" and values.max() > 0 or log == "auto" and values.max() > 10 * values.min() > 0)
+            } if lines else None
 
 
 def _by_position(runs: list[Run]) -> dict | None:
@@ -246,8 +243,8 @@ def _by_position(runs: list[Run]) -> dict | None:
     lines, many = [], len(runs) > 1
     for r, run in enumerate(runs):
         picks = (run.positions[:1] + run.positions[1:][-1:]) if many else _spread(run.positions)
-        lines += [Line(f"{run.label} step {step}" if many else f"step {step}", f"c{r % 8 + 1}" if many else f"s{3 - back}", x, y,
-                       back * many) for back, (step, x, y) in zip(range(len(picks))[::-1], picks)]
+        lines += [Line(f"{run.label} " * many + f"step {step}", f"c{r % 8 + 1}" if many else f"s{3 - back}", x, y, back * many)
+                  for back, (step, x, y) in zip(range(len(picks))[::-1], picks)]
     unknown = all(np.array_equal(line.x, np.arange(len(line.x))) for line in lines)
     return {"title": "Reward by position", "lines": lines, "keys": ["reward/by_position"], "bins": True,
             "x_label": "position bin" if unknown else "position in the completion, tokens"} if lines else None
@@ -273,7 +270,8 @@ def _cards(runs: list[Run]) -> list[dict]:
     per_data = lambda title, unit, *metrics: [
         _curves(runs, title + (f" · {name}" if len(data) > 1 else ""), tuple(f"eval/{name}/{m}" for m in metrics), unit)
         for name in data]
-    found = [
+    phases = _phases(runs[0]) if len(runs) == 1 else []
+    found = [card for card in [
         *per_data("Held-out accuracy", "%", "avg@", "pass@"),
         _curves(runs, "Training accuracy", ("reward/accuracy",), "%"),
         _curves(runs, "Reward, mean ± std", ("reward/mean",), band="reward/std"),
@@ -290,11 +288,9 @@ def _cards(runs: list[Run]) -> list[dict]:
         _curves(runs, "Trainer against sampler", ("mismatch/logp_abs_mean", "mismatch/kl"), "nats", log="yes"),
         _curves(runs, "Effective sample size", ("mismatch/ess",), "%"),
         _curves(runs, "Entropy", ("rollout/entropy",), "nats"),
-        _curves(runs, "Throughput", ("perf/tokens_per_second",), "tokens/s")]
-    phases = _phases(runs[0]) if len(runs) == 1 else []
-    found.append({"title": "Time per step", "lines": phases, "keys": [f"time/{line.label}" for line in phases], "unit": "s",
-                  "stack": True} if phases else _curves(runs, "Time per step", ("time/step",), "s"))
-    found = [card for card in found if card]
+        _curves(runs, "Throughput", ("perf/tokens_per_second",), "tokens/s"),
+        {"title": "Time per step", "lines": phases, "keys": ["time/*"], "unit": "s", "stack": True} if phases
+        else _curves(runs, "Time per step", ("time/step",), "s")] if card]
     return [_card(wide=len(found) % 2 == 1 and card is found[-1], **card) for card in found]
 
 
@@ -302,13 +298,15 @@ def _spark(x: np.ndarray, y: np.ndarray, low: float, high: float, left: float, r
     """An SVG path in a box of 100 by 30, y between low and high, x between left and right; gaps break it."""
     pick = _thinned(y, 75)
     u, v = 100 * (x[pick] - left) / ((right - left) or 1), 28 - 26 * (y[pick] - low) / ((high - low) or 1)
-    return "".join(f"{'L' if i and math.isfinite(v[i - 1]) else 'M'}{u[i]:.1f} {v[i]:.1f}" for i in np.flatnonzero(np.isfinite(v)))
+    ok = np.isfinite(v)
+    return "".join(f"{'L' if i and ok[i - 1] else 'M'}{u[i]:.1f} {v[i]:.1f}" for i in np.flatnonzero(ok))
 
 
 def _tiles(run: Run) -> list[dict]:
     """The summary: name, value in `unit` (or before and value, and which sign of the change is good), a line about it."""
     ends = lambda metric: [k for k in sorted(run.series) if re.match(f"eval/.+/{metric}$", k)]
-    peak = run.series.get("perf/peak_memory_gib")
+    phases = " · ".join(f"{line.label} {short(np.nanmean(line.y))}" for line in _phases(run))
+    memory = [short(np.nanmax(run.series[k][1]), "GiB at the peak") for k in ("perf/peak_memory_gib",) if k in run.series]
     avg = ends("avg@[^/]+")
     accuracy = [("Accuracy" + (f" · {key[5:].rpartition('/')[0]}" if len(avg) > 1 else ""), [key], "%", 1)
                 for key in avg[:2] or ["reward/accuracy"]]
@@ -317,8 +315,8 @@ def _tiles(run: Run) -> list[dict]:
             *accuracy, ("Mean length", [*ends("length_mean"), "rollout/length_mean"], "tokens", 0),
             ("Truncated", [*ends("truncated_frac"), "rollout/truncated_frac"], "%", -1),
             ("Gradient norm, median", ["train/grad_norm"], "", "before clipping"),
-            ("Step time, median", ["time/step"], "s", " · ".join(f"{line.label} {short(np.nanmean(line.y))}" for line in _phases(run))),
-            ("Tokens per second, median", ["perf/tokens_per_second"], "", peak and f"peak memory {short(np.nanmax(peak[1]), 'GiB')}" or "")]:
+            ("Step time, median", ["time/step"], "s", phases),
+            ("Tokens per second, median", ["perf/tokens_per_second"], "", "".join(memory))]:
         key = next((key for key in keys if key in run.series), None)
         if key is None:
             continue
@@ -333,10 +331,9 @@ def _tiles(run: Run) -> list[dict]:
                      "before": y[:edge].mean() if len(y) > edge else None}
         tiles.append(tile)
     steps = set().union(*(set(x) for key, (x, _) in run.series.items() if key.startswith("train/")))
-    planned, seconds = run.config.get("train.steps"), np.nansum(run.series.get("time/step", [(), ()])[1])
-    spent = next(short(seconds / size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * size or size == 1)
+    planned, seconds = run.config.get("train.steps"), round(np.nansum(run.series.get("time/step", [(), ()])[1]))
     return tiles + [{"name": "Steps", "value": str(len(steps)), "unit": f"of {planned}" if planned else "",
-                     "about": f"{spent} in steps" if seconds else ""}] * bool(steps)
+                     "about": f"{datetime.timedelta(seconds=seconds)} in steps" if seconds else ""}] * bool(steps)
 
 
 def _tokens(row: dict, scale: float) -> tuple[list, int]:
@@ -353,15 +350,14 @@ def write_report(run_dir: Path, *others: Path) -> Path:
     import jinja2
     import matplotlib
     runs = [read_run(Path(path)) for path in (run_dir, *others)]
-    names = [(run.recipe, f"{run.recipe}/{run.path.resolve().name}", str(run.path)) for run in runs]
-    level = next((i for i in range(2) if len({name[i] for name in names}) == len(runs)), 2)
-    for run, name in zip(runs, names):
-        run.label = name[level]
+    names = list(zip(*((run.recipe, f"{run.recipe}/{run.path.resolve().name}", str(run.path)) for run in runs)))
+    for run, label in zip(runs, next((some for some in names if len(set(some)) == len(runs)), names[-1])):
+        run.label = label
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({
-            "svg.fonttype": "none", "font.size": 11, "axes.grid": True, "axes.grid.axis": "y", "svg.hashsalt": "onstream", "axes.axisbelow": True,
-            **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+            "svg.fonttype": "none", "svg.hashsalt": "onstream", "font.size": 11, "axes.grid": True, "axes.grid.axis": "y",
+            "axes.axisbelow": True, **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
             **dict.fromkeys(("grid.color", "axes.edgecolor"), COLORS["grid"]),
             **dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), COLORS["muted"]),
             **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0)})
@@ -374,7 +370,8 @@ def write_report(run_dir: Path, *others: Path) -> Path:
             "name": key.rpartition("/")[2], "low": limits[0], "high": limits[1],
             "paths": [(color, _spark(x, y, *limits)) for color, x, y in found],
             "last": [(color, y[np.isfinite(y)][-1]) for color, _, y in found]})
-    rewards = np.concatenate([_numbers(row.get("token_rewards")) for run in runs for _, rows in run.samples for row in rows] or [[]])
+    shown = [row for run in runs for _, rows in run.samples for row in rows]
+    rewards = np.array([reward for row in shown for reward in _numbers(row.get("token_rewards"))])
     scale = float(np.percentile(np.abs(rewards[np.isfinite(rewards)]), 98)) if np.isfinite(rewards).any() else 0.0
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters["short"] = short
@@ -387,7 +384,7 @@ def write_report(run_dir: Path, *others: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.report", description="Write RUN_DIR/report.html.")
+    parser = argparse.ArgumentParser("python -m scripts.report", description="Write RUN_DIR/report.html.")
     parser.add_argument("run_dir", type=Path, nargs="+", help="a run directory; further ones are compared with the first")
     folders = parser.parse_args(arguments).run_dir
     try:

@@ -89,7 +89,7 @@ def make(name: str, spec: TinyModel, quiet: bool = False) -> Path:
         initialise(start, spec)
         arguments = ["recipe=sft", f"model.path={start}", f"run.dir={work / 'run'}", f"seed={spec.seed}",
                      f"train.steps={spec.steps}", f"train.lr={spec.lr}", f"train.prompts_per_step={spec.prompts}",
-                     "data.stories=200000", "engine=zero0", "log.wandb=disabled", "log.every=100",
+                     f"data.stories={min(spec.steps * spec.prompts, 100_000)}", "engine=zero0", "log.wandb=disabled", "log.every=100",
                      "log.completions=0", "eval.every=-1"]
         environment = {key: value for key, value in os.environ.items()
                        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
@@ -128,15 +128,16 @@ def initialise(folder: Path, spec: TinyModel) -> None:
 
 
 def make_tokenizer(end: str):
-    """A byte-level BPE of about 500 tokens learned from stories, each digit a token of its own; any text encodes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE of 512 tokens learned from stories, each digit a token of its own; any text encodes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from rollouts.stories import story
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(SPECIAL), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))

@@ -1,6 +1,8 @@
 """Ranks: set up the process group, and the few collectives on Python values that the loop needs."""
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 from typing import Any
@@ -11,6 +13,8 @@ import torch.distributed as dist
 
 def setup() -> torch.device:
     """Join the process group (one rank without torchrun) and return this rank's device."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else it warns that it had to guess
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -19,12 +23,12 @@ def setup() -> torch.device:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port)}
-    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces what it builds
+            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
 
 

@@ -93,7 +93,7 @@ class Tracker:
         self.completions_file.close()
         if self.wandb is not None:
             self._log_table()
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
         return write_report(self.run_dir)
 
     def _record(self, row: dict) -> None:

@@ -91,7 +91,7 @@ def test_summary_shows_the_values_of_the_run(tmp_path):
     assert f"Gradient norm, median {np.median(norms):.3g} before clipping" in text
     assert "Step time, median 2 s rollout 1 · update 0.5 · other 0.5" in text
     assert "Tokens per second, median 1234" in text
-    assert "Steps 60 of 100 2 min in steps" in text
+    assert "Steps 60 of 100 0:02:00 in steps" in text
     assert "poweropd" in re.search("<h1>(.*?)</h1>", page, re.S)[1] and "run run" in text
     assert titles_of(page) == ["Held-out accuracy", "Reward, mean ± std", "Reward by position", "Response length",
                                "Gradient norm", "Loss", "KL to the teacher", "Trainer against sampler", "Throughput",
@@ -183,7 +183,7 @@ def test_two_runs_are_overlaid_and_summarised_side_by_side(tmp_path):
     plot, svg = plot_of(page, "Gradient norm")
     assert [line["name"] for line in plot["lines"]] == ["poweropd", "opd"] and plot["log"]
     assert "var(--c1)" in svg and "var(--c2)" in svg
-    assert not plot_of(page, "Loss")[0]["log"]
+    assert not plot_of(page, "Loss")[0]["log"] and plot_of(page, "Trainer against sampler")[0]["log"]
     norms = [short(np.median(read_run(run).series["train/grad_norm"][1])) for run in (first, second)]
     text = text_of(page)
     assert f"Gradient norm, median {norms[0]} before clipping {norms[1]} before clipping" in text
@@ -237,6 +237,23 @@ def test_datasets_get_a_card_and_a_tile_each(tmp_path):
     assert [line["name"] for line in plot_of(page, "Held-out accuracy · b")[0]["lines"]] == ["avg@16", "pass@4"]
     text = text_of(page)  # a score over 1 is no share
     assert "Accuracy · a +0% 31.2 → 31.2" in text and "Accuracy · b +0.0 pts 50.0% → 50.0%" in text
+
+
+def test_without_evaluation_the_tiles_compare_the_ends_of_the_rollouts(tmp_path):
+    rows = [{"step": s, "reward/accuracy": s / 100, "rollout/length_mean": 100.0 - s, "rollout/truncated_frac": s / 100}
+            for s in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = text_of(write_report(tmp_path).read_text())  # a 20th of the steps at either end
+    assert "Accuracy +38.0 pts 1.5% → 39.5% reward/accuracy, first → last 2 steps" in text
+    assert "Mean length −39% 98.5 → 60.5 tokens" in text and "Truncated +38.0 pts 1.5% → 39.5%" in text
+
+
+def test_metrics_of_one_card_have_a_colour_each(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    plot, svg = plot_of(page, "Held-out accuracy")
+    assert [(line["name"], line["color"], line["y"]) for line in plot["lines"]] == [
+        ("avg@8", "c1", [0.25, 0.75]), ("pass@8", "c2", [0.5, 0.9])]
+    assert "var(--c1)" in svg and "var(--c2)" in svg and "#0203" not in page
 
 
 def test_smoothing_keeps_constants_gaps_and_length():

@@ -1,0 +1,52 @@
+"""Shared pieces: tiny models with random weights, and a way to run the project's commands as a user would."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """A student and a teacher of one vocabulary with other end tokens: random weights, made in a second."""
+    from scripts.tiny_models import TinyModel, initialise
+
+    folder = tmp_path_factory.mktemp("models")
+    for name, end, seed in (("student", "<|endoftext|>", 1), ("teacher", "<|im_end|>", 2)):
+        initialise(folder / name, TinyModel(hidden=64, layers=2, steps=0, end=end, seed=seed))
+    return {"student": folder / "student", "teacher": folder / "teacher"}
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """Run a command in the repository, `python -m …` or torchrun; returns the finished process."""
+    def run(*command: str, ranks: int = 0, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+        start = [sys.executable]
+        if ranks:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(ranks, 1)))}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        return subprocess.run([*start, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=timeout, **kwargs)
+    return run
+
+
+@pytest.fixture
+def overrides(tiny_models, tmp_path):
+    """A run of a few steps on the tiny random models."""
+    def make(**extra) -> list[str]:
+        keys = {"recipe": "poweropd", "model.path": tiny_models["student"], "teacher.path": tiny_models["teacher"],
+                "run.dir": tmp_path / "run", "train.steps": 2, "train.prompts_per_step": 8, "data.stories": 64,
+                "rollout.max_new_tokens": 12, "eval.size": 4, "eval.k": 2, "log.wandb": "disabled"}
+        keys |= {name.replace("__", "."): value for name, value in extra.items()}
+        return [f"{name}={value}" for name, value in keys.items()]
+    return make

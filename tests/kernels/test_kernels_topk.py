@@ -1,0 +1,160 @@
+import pytest
+import torch
+
+from kernels import (fused_linear_distillation_divergence, fused_linear_self_distillation_kl,
+                     fused_linear_topk_logprobs, topk_distillation_divergence)
+
+DIVERGENCES = {
+    "reverse_kl": {},
+    "forward_kl": {},
+    "jsd": {"beta": 0.3},
+    "power": {"alpha": 2.0},
+}
+
+
+def masses(lp, ids, tail, given=None):
+    """Log-masses of the support, with the tail's rule, from full log-probs."""
+    on = lp.gather(1, ids)
+    if tail == "renormalize":
+        return torch.log_softmax(on, -1)
+    if tail == "ignore":
+        return on
+    out = torch.ones_like(lp, dtype=torch.bool).scatter(1, ids, False)
+    rest = torch.where(out, lp, -torch.inf).logsumexp(1) if given is None else given
+    return torch.cat([on, rest[:, None]], 1)
+
+
+def oracle(ls, lt, *, divergence, alpha=1.0, beta=0.5):
+    """Generalised (unnormalised) divergences, by their textbook formulas."""
+    q, p = ls.exp(), lt.exp()
+
+    def kl(la, lb):
+        return (la.exp() * (la - lb) - la.exp() + lb.exp()).sum(1)
+    if divergence == "reverse_kl":
+        return kl(ls, lt)
+    if divergence == "forward_kl":
+        return kl(lt, ls)
+    if divergence == "jsd":
+        m = (beta * p + (1 - beta) * q).log()
+        return beta * kl(lt, m) + (1 - beta) * kl(ls, m)
+    return (q ** (alpha + 1) - (alpha + 1) * q * p**alpha + alpha * p ** (alpha + 1)).sum(1) / (alpha * (alpha + 1))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_against_oracle(problem, naive_logits, head, divergence, tail):
+    p = problem(70, 2100, 4)
+    options, naive = head(p)
+    inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options]
+    top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 9, temperature=naive["temperature"],
+                                     valid_vocab_size=naive["vocab"])
+    kind = {"divergence": divergence, **DIVERGENCES[divergence]}
+    out = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, mask=p.mask,
+                                       weights=p.weights, denominator=7.0, loss_scale=0.5, **kind, **options)
+    ls = torch.log_softmax(naive_logits(p.hidden, p.weight, **naive), -1)
+    lt = torch.log_softmax(naive_logits(p.teacher_hidden, p.teacher_weight, temperature=naive["temperature"],
+                                        vocab=naive["vocab"]), -1)
+    d = oracle(masses(ls, top.ids, tail), masses(lt, top.ids, tail), **kind)
+    loss = (d * p.weights * p.mask).sum() * 0.5 / 7
+    torch.testing.assert_close(out.divergence, (d * p.mask).detach())
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(torch.autograd.grad(2 * out.loss, inputs), torch.autograd.grad(2 * loss, inputs),
+                               rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
+def test_gradcheck_and_given_tail(problem, tail):
+    p = problem(3, 11, 5)
+    top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 4)
+    given = torch.log(top.tail_mass * 0.5) if tail == "bucket" else None
+    for divergence, options in DIVERGENCES.items():
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: topk_distillation_divergence(
+                h, w, top.ids, top.logprobs, divergence=divergence, tail=tail, teacher_tail_logprob=given, bias=b,
+                logit_softcap=4.0, mask=p.mask, denominator=2.0, **options).loss,
+            [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)])
+    if tail == "bucket":
+        a, b = (topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, teacher_tail_logprob=t,
+                                             denominator=1).divergence for t in (top.tail_mass.log(), None))
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_all_tokens_as_support_is_the_full_divergence(problem, divergence):
+    p = problem(6, 40, 5)
+    options = {"divergence": divergence, "denominator": 1.0}
+    full = fused_linear_distillation_divergence(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **options)
+    for k in (40, 5):
+        top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, k)
+        for tail in ("bucket", "ignore", "renormalize"):
+            d = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, **options).divergence
+            if k == 40:
+                torch.testing.assert_close(d, full.divergence)
+            elif tail == "bucket":
+                assert (d <= full.divergence + 1e-12).all()
+            assert (d >= 0).all()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identical_models_are_at_zero(problem, tail, dtype):
+    p = problem(20, 300, 6, dtype)
+    weight = p.weight.requires_grad_()
+    for k in (300, 10):
+        top = fused_linear_topk_logprobs(p.hidden, weight, k)
+        out = topk_distillation_divergence(p.hidden, weight, top.ids, top.logprobs, tail=tail, denominator=20.0)
+        assert (out.divergence >= 0).all() and out.divergence.max() < 1e-9
+        assert torch.autograd.grad(out.loss, weight)[0].abs().max() < 1e-4
+
+
+def test_masked_and_empty(problem):
+    p = problem(8, 40, 6)
+    top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 5)
+    junk = ~p.mask
+    for tail in ("bucket", "ignore", "renormalize"):
+        clean = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, mask=p.mask, denominator=1)
+        hidden, ids, lt = p.hidden.clone(), top.ids.clone(), top.logprobs.clone()
+        hidden[junk], ids[junk], lt[junk] = torch.nan, -1, torch.nan
+        inputs = [hidden.requires_grad_(), p.weight.clone().requires_grad_()]
+        out = topk_distillation_divergence(*inputs, ids, lt, tail=tail, mask=p.mask, denominator=1)
+        assert torch.equal(out.loss, clean.loss) and torch.equal(out.divergence, clean.divergence)
+        grads = torch.autograd.grad(out.loss, inputs)
+        assert all(g.isfinite().all() for g in grads) and (grads[0][junk] == 0).all()
+        for rows, mask in ((slice(0, 0), None), (slice(None), torch.zeros(8, dtype=torch.bool))):
+            inputs = [p.hidden[rows].clone().requires_grad_(), p.weight.clone().requires_grad_()]
+            out = topk_distillation_divergence(*inputs, top.ids[rows], top.logprobs[rows], tail=tail, mask=mask,
+                                               denominator=1)
+            assert out.loss == 0
+            assert all((g == 0).all() for g in torch.autograd.grad(out.loss, inputs))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
+@pytest.mark.parametrize("stop_grad", ["teacher", "none"])
+def test_self_distillation_on_the_teacher_views_top(problem, naive_logits, tail, stop_grad):
+    p = problem(70, 2100, 4)
+    teacher = p.rand(70, 4)
+    inputs = [x.requires_grad_() for x in (p.hidden, teacher, p.weight, p.bias)]
+    out = fused_linear_self_distillation_kl(p.hidden, teacher, p.weight, bias=p.bias, top_k=7, tail=tail,
+                                            stop_grad=stop_grad, mask=p.mask, temperature=1.3, denominator=3.0)
+    ls, lt = (torch.log_softmax(naive_logits(x, p.weight, p.bias, 1.3), -1) for x in (p.hidden, teacher))
+    lt = lt if stop_grad == "none" else lt.detach()
+    ids = lt.detach().topk(7, dim=1).indices
+    loss = (oracle(masses(ls, ids, tail), masses(lt, ids, tail), divergence="forward_kl") * p.mask).sum() / 3
+    torch.testing.assert_close(out.loss, loss)
+    got = torch.autograd.grad(out.loss, inputs, allow_unused=True)
+    want = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert (got[1] is None) == (stop_grad == "teacher")
+    torch.testing.assert_close([g for g in got if g is not None], [w for w in want if w is not None])
+
+
+def test_autocast_does_not_round(problem):
+    p = problem(9, 40, 5, torch.float32)
+    top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 5)
+    inputs = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    for tail in ("bucket", "renormalize"):
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = topk_distillation_divergence(*inputs, top.ids, top.logprobs, tail=tail, denominator=9)
+                results.append([out.loss, *torch.autograd.grad(out.loss, inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))

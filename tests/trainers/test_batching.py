@@ -1,0 +1,57 @@
+"""Packing: every token once, budgets kept, what goes in comes out."""
+import numpy as np
+import pytest
+import torch
+
+from rollouts.trajectory import Trajectory
+from trainers.batching import assign, empty_like, pack, split, unpack
+
+
+def trajectories(count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        completion = rng.integers(3, 99, rng.integers(1, 30)).tolist()
+        made.append(Trajectory(index, 0, rng.integers(3, 99, rng.integers(1, 30)).tolist(), completion, "stop"))
+        made[-1].annotations = {"mask": rng.random(len(completion)) > 0.2,
+                                "wide": rng.random((len(completion), 3)).astype(np.float32)}
+    return made
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_every_sequence_goes_to_one_rank_and_loads_are_even(ranks):
+    lengths = [t.length for t in trajectories()]
+    shares = assign(lengths, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_microbatches_keep_the_budget_and_an_overlong_sequence_is_alone():
+    lengths = [10, 90, 30, 200, 60, 50, 5]
+    groups = split(lengths, 100)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert sum(lengths[i] for i in group) <= 100 or group == [3]
+
+
+def test_packing_puts_each_target_next_to_the_row_that_predicts_it():
+    made = trajectories()
+    batch = pack(made, [3, 0, 7], torch.device("cpu"))
+    assert batch.input_ids[0].tolist() == [i for m in (3, 0, 7) for i in made[m].token_ids]
+    assert batch.targets.tolist() == [i for m in (3, 0, 7) for i in made[m].completion_ids]
+    assert torch.equal(batch.input_ids[0, batch.rows + 1], batch.targets)
+    assert torch.equal(batch.position_ids[0, batch.rows + 1], batch.position_ids[0, batch.rows] + 1)
+    assert batch.bounds == np.cumsum([0] + [made[m].length for m in (3, 0, 7)]).tolist()
+
+
+def test_unpack_is_the_inverse_of_pack():
+    made = trajectories()
+    batch = pack(made, [5, 1, 9], torch.device("cpu"))
+    for member, wide in zip(batch.members, unpack(batch, made, batch.annotations["wide"])):
+        np.testing.assert_array_equal(wide, made[member].annotations["wide"])
+
+
+def test_an_empty_microbatch_counts_for_nothing():
+    batch = empty_like(pack(trajectories(), [0, 1], torch.device("cpu")))
+    assert not batch.mask.any() and batch.members == []

@@ -1,0 +1,83 @@
+"""Checkpoints: only whole ones count, and a broken one is named."""
+import json
+
+import pytest
+
+from recipes.errors import CheckpointError
+from trainers import checkpoint
+from trainers.tracking import keep_through
+
+
+class Writes:
+    """Stands where the policy engine stands in `checkpoint.save`: it writes files of known content."""
+
+    def __init__(self, fail=False):
+        self.fail = fail
+
+    def save_state(self, folder):
+        (folder / "state").mkdir()
+        (folder / "state" / "weights.pt").write_bytes(b"w" * 1000)
+        if self.fail:
+            raise KeyboardInterrupt
+
+    def save_model(self, folder, tokenizer, stop_ids):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+
+FACTS = {"ranks": 1, "zero_stage": 1}
+
+
+def save(run, step, **kwargs):
+    return checkpoint.save(run, step, Writes(**kwargs), None, (), FACTS, keep=2)
+
+
+def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
+    for step in (2, 4, 10):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_4", "step_10"]
+    run, point = checkpoint.find("auto", tmp_path)
+    assert point.name == "step_10" and checkpoint.verify(point, FACTS) == 10
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    save(tmp_path, 2)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 4, fail=True)
+    assert checkpoint.find("auto", tmp_path)[1].name == "step_2"
+    save(tmp_path, 4)  # and does not stand in the way of the next attempt
+    assert checkpoint.find("auto", tmp_path)[1].name == "step_4"
+
+
+def test_without_a_checkpoint_auto_starts_and_a_path_is_refused(tmp_path):
+    assert checkpoint.find("auto", tmp_path) == (tmp_path, None)
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        checkpoint.find(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: (p / "state" / "weights.pt").write_bytes(b"x" * 1000), "weights.pt is corrupt"),
+    (lambda p: (p / "state" / "weights.pt").write_bytes(b"w" * 10), "weights.pt is corrupt"),
+    (lambda p: (p / "model" / "config.json").unlink(), "config.json is missing"),
+    (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
+])
+def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, message):
+    folder = save(tmp_path, 2)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.verify(checkpoint.find(str(folder), tmp_path)[1], FACTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="was saved with ranks=1, this run has 2"):
+        checkpoint.verify(save(tmp_path, 2), FACTS | {"ranks": 2})
+
+
+def test_records_after_the_checkpoint_and_a_cut_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step} for step in (0, 1, 2, 2, 3, 4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "tra')
+    keep_through(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 2]
