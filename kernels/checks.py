@@ -25,7 +25,7 @@ class Shapes:
         """`dims`: one letter per dimension, e.g. "TH"; a letter's first use fixes its size."""
         if value is None and optional:
             return
-        wanted = f"a {kind} tensor [{', '.join(dims)}]"
+        wanted = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} tensor [{', '.join(dims)}]"
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
         if not _KINDS[kind](value):
@@ -85,6 +85,13 @@ def check_scale(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
+def check_count(name: str, value: object, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 1 <= value <= high:
+        raise ValueError(f"{name} must lie in [1, {high}], got {value}")
+
+
 def check_vocab(valid_vocab_size: int | None, *sizes: int) -> int:
     """The number of columns that take part; required where the given vocabularies differ."""
     if valid_vocab_size is None:
@@ -92,8 +99,5 @@ def check_vocab(valid_vocab_size: int | None, *sizes: int) -> int:
             raise ValueError("valid_vocab_size must be given where the vocabularies differ, got None with "
                              f"V={sizes[0]} and V={sizes[1]}")
         return sizes[0]
-    if isinstance(valid_vocab_size, bool) or not isinstance(valid_vocab_size, int):
-        raise TypeError(f"valid_vocab_size must be an int, got {type(valid_vocab_size).__name__}")
-    if not 1 <= valid_vocab_size <= min(sizes):
-        raise ValueError(f"valid_vocab_size must lie in [1, {min(sizes)}], got {valid_vocab_size}")
+    check_count("valid_vocab_size", valid_vocab_size, min(sizes))
     return valid_vocab_size

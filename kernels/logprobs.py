@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import Shapes, check_number, check_vocab
+from kernels.checks import Shapes, check_count, check_number, check_vocab
 from kernels.rows import LogprobGrad, RowStats, Softmax, acc_dtype
 from kernels.stream import HeadGrads, LinearHead, active_rows, make_head, pad_rows, spread, stream_logits
 
@@ -253,10 +253,7 @@ def fused_linear_topk_logprobs(hidden: Tensor, lm_head_weight: Tensor, k: int, *
     shapes = Shapes()
     check_head(shapes, hidden, lm_head_weight, bias, temperature, logit_softcap, mask)
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= vocab:
-        raise ValueError(f"k must lie in [1, {vocab}] (the valid vocabulary), got {k}")
+    check_count("k", k, vocab)
     rows = active_rows(mask, len(hidden), hidden.device)
     dtype = acc_dtype(hidden, lm_head_weight)
     head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.checks import Shapes, check_choice, check_vocab
+from kernels.checks import Shapes, check_choice, check_count, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss
 from kernels.linear_divergence import linear_divergence
 from kernels.logprobs import HEAD_NAMES, check_head, fused_linear_topk_logprobs
@@ -51,6 +51,7 @@ def fused_linear_self_distillation_kl(
         return linear_divergence(student_hidden, lm_head_weight, bias, teacher_hidden, head, head, rows, None,
                                  factors, rule, shared=both)
 
+    check_count("top_k", top_k, vocab)
     options = {"bias": bias, "temperature": temperature, "logit_softcap": logit_softcap,
                "valid_vocab_size": vocab, "mask": mask}
     top = fused_linear_topk_logprobs(teacher_hidden, lm_head_weight, top_k, **options)

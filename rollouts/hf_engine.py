@@ -126,7 +126,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
     logprobs = (logits / sampling.temperature).log_softmax(-1)
     probs = logprobs.double().exp()
     if sampling.top_k > 0 or sampling.top_p < 1:
-        ranked, index = probs.sort(-1, descending=True, stable=True)
+        ranked, index = torch.sort(probs, dim=-1, descending=True, stable=True)
         keep = torch.ones_like(ranked, dtype=torch.bool)
         if sampling.top_k > 0:
             keep[:, sampling.top_k:] = False

@@ -1,0 +1,193 @@
+"""Both rollout engines, for real: the same contract, the trainer's log-probs, seeds, stops, and verified weights."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.compose import compose
+from recipes.errors import SyncError
+from rollouts.fingerprint import checksum, fingerprint, sampled_columns
+from rollouts.hf_engine import HuggingFaceEngine, sample
+from rollouts.sync import sync_weights
+from rollouts.trajectory import Request, Sampling, sample_seed
+from rollouts.vllm_engine import VllmEngine
+
+SAMPLING = Sampling(max_new_tokens=20, stop_ids=(7, 11))
+
+
+@pytest.fixture(scope="module", params=["vllm", "hf"])
+def engine(request, tiny_models):
+    kind = {"vllm": VllmEngine, "hf": HuggingFaceEngine}[request.param]
+    config = compose(["rollout.batch_size=16"])
+    made = kind(str(tiny_models["student"]), config, torch.device("cpu"), torch.float32, max_length=128)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def model(tiny_models):
+    return AutoModelForCausalLM.from_pretrained(tiny_models["student"], dtype=torch.float32).eval()
+
+
+def requests(count=24, step=1):
+    rng = np.random.default_rng(0)
+    return [Request(i, 0, tuple(rng.integers(20, 400, 3 + i % 9).tolist()), sample_seed(0, step, i, 0))
+            for i in range(count)]
+
+
+def everything(model):
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def reset(engine, model):
+    sync_weights(engine, lambda: ((n, p.detach()) for n, p in everything(model)), salt=0)
+
+
+def test_log_probs_are_those_of_the_full_forward(engine, model):
+    reset(engine, model)
+    for trajectory in engine.generate(requests(), SAMPLING):
+        with torch.no_grad():
+            logits = model(torch.tensor([trajectory.token_ids])).logits[0].log_softmax(-1)
+        start = len(trajectory.prompt_ids)
+        expected = [float(logits[start + t - 1, token]) for t, token in enumerate(trajectory.completion_ids)]
+        np.testing.assert_allclose(trajectory.logprobs, expected, atol=2e-5)
+
+
+def test_stops_and_lengths(engine, model):
+    reset(engine, model)
+    drawn = engine.generate(requests(200), SAMPLING)
+    assert {t.finish_reason for t in drawn} == {"stop", "length"}
+    for trajectory in drawn:
+        stops = [t in SAMPLING.stop_ids for t in trajectory.completion_ids]
+        assert not any(stops[:-1])
+        assert stops[-1] == (trajectory.finish_reason == "stop")
+        assert len(trajectory.completion_ids) == 20 or stops[-1]
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(engine, model):
+    reset(engine, model)
+    together = engine.generate(requests(), SAMPLING)
+    alone = [engine.generate([r], SAMPLING)[0] for r in requests()[:4]]
+    backwards = engine.generate(requests()[::-1], SAMPLING)[::-1]
+    other = engine.generate(requests(step=2), SAMPLING)
+    assert [t.completion_ids for t in together[:4]] == [t.completion_ids for t in alone]
+    assert [t.completion_ids for t in together] == [t.completion_ids for t in backwards]
+    assert sum(a.completion_ids == b.completion_ids for a, b in zip(together, other)) < 3
+
+
+def test_greedy_is_the_argmax(engine, model):
+    reset(engine, model)
+    drawn = engine.generate(requests(3), Sampling(8, temperature=0.0))
+    for trajectory in drawn:
+        with torch.no_grad():
+            best = model(torch.tensor([trajectory.token_ids])).logits[0].argmax(-1)
+        start = len(trajectory.prompt_ids)
+        assert trajectory.completion_ids == best[start - 1:-1].tolist()
+
+
+def test_new_weights_arrive_and_a_tensor_not_sent_is_named(engine, model):
+    reset(engine, model)
+    before = engine.generate(requests(4), SAMPLING)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    reset(engine, model)
+    after = engine.generate(requests(4), SAMPLING)
+    assert [t.completion_ids for t in before] != [t.completion_ids for t in after]
+    with torch.no_grad():
+        logits = model(torch.tensor([after[0].token_ids])).logits[0].log_softmax(-1)
+    start = len(after[0].prompt_ids)
+    np.testing.assert_allclose(after[0].logprobs[0], float(logits[start - 1, after[0].completion_ids[0]]), atol=2e-5)
+
+    for missing in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
+                    "model.layers.0.self_attn.o_proj.weight"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+
+        class Drops:
+            fingerprints = engine.fingerprints
+
+            @staticmethod
+            def load_weights(weights):
+                engine.load_weights((n, stale[n] if n == missing else w) for n, w in weights)
+        stale = {n: p.detach() / 1.01 for n, p in everything(model)}
+        with pytest.raises(SyncError, match=missing.replace(".", r"\.")) as caught:
+            sync_weights(Drops, lambda: ((n, p.detach()) for n, p in everything(model)), salt=3)
+        assert "more" not in str(caught.value)  # and no other
+
+
+def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(tiny_models, model):
+    """vLLM on a CPU keeps a packed copy of a tied head that a reload of the embedding alone does not touch."""
+    engine = VllmEngine(str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.1)
+    names = [(n, p.detach()) for n, p in model.named_parameters()]
+    assert "lm_head.weight" not in dict(names)
+    with pytest.raises(SyncError, match="lm_head.weight"):
+        class WithoutHead:
+            fingerprints = engine.fingerprints
+
+            @staticmethod
+            def load_weights(weights):
+                engine.load_weights((n, w) for n, w in weights if n != "lm_head.weight")
+        sync_weights(WithoutHead, lambda: iter([*names, ("lm_head.weight", model.lm_head.weight.detach())]), salt=1)
+    engine.close()
+
+
+def test_fingerprints_see_every_bit_and_place():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 40)
+    base = fingerprint(weight, "w", 0)
+    for row, column in ((0, 0), (49, 39), (13, 7)):
+        changed = weight.clone()
+        changed[row, column] = math.nextafter(float(changed[row, column]), 10) + 1e-7
+        assert fingerprint(changed, "w", 0) != base
+    swapped = weight.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert fingerprint(swapped, "w", 0) != base
+    assert checksum(torch.tensor([0.0, -0.0])) == checksum(torch.zeros(2))
+    wide = {tuple(sampled_columns("w", 1000, salt).tolist()) for salt in range(5)}
+    assert len(wide) == 5 and all(len(columns) == 64 for columns in wide)
+
+
+def test_the_hf_sampler_draws_from_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(12) * 1.5
+    count = 200_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for sampling in (Sampling(1, temperature=0.7), Sampling(1, top_k=3), Sampling(1, top_p=0.6), Sampling(1, 1.3, 0.8, 5)):
+        scaled = (logits.double() / sampling.temperature).softmax(-1)
+        expected = scaled.clone()
+        order = expected.argsort(descending=True)
+        if sampling.top_k > 0:
+            expected[order[sampling.top_k:]] = 0
+        if sampling.top_p < 1:
+            expected /= expected.sum()
+            before = expected[order].cumsum(0) - expected[order]
+            expected[order[before >= sampling.top_p]] = 0
+        expected /= expected.sum()
+        tokens, logprobs = sample(logits.expand(count, -1), uniforms, sampling)
+        share = torch.bincount(tokens, minlength=12) / count
+        torch.testing.assert_close(share.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs.double(), scaled.log()[tokens], atol=1e-5, rtol=0)
+
+
+def test_seeds_differ_by_step_prompt_sample_and_purpose():
+    seeds = {sample_seed(r, s, p, n, w) for r in (0, 1) for s in (1, 2) for p in (1, 12) for n in (0, 2)
+             for w in ("train", "eval")}
+    assert len(seeds) == 32 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_both_engines_decode_the_same_greedy_text(tiny_models):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
+    ids = tuple(tokenizer("Mia has 34 shells.").input_ids)
+    texts = []
+    for kind in (VllmEngine, HuggingFaceEngine):
+        engine = kind(str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64)
+        texts.append(engine.generate([Request(0, 0, ids, 0)], Sampling(16, temperature=0.0))[0].completion_ids)
+        engine.close()
+    assert texts[0] == texts[1]

@@ -1,0 +1,106 @@
+"""Bad input: each ends in one line that names the key or file, before a model loads."""
+import json
+import shutil
+
+import pytest
+
+from recipes.compose import compose
+from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
+from trainers.prepare import prepare
+
+
+def refused(kind, overrides) -> str:
+    with pytest.raises(kind) as caught:
+        prepare(compose(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_sound_run_is_prepared(overrides, tiny_models):
+    prepared = prepare(compose(overrides()))
+    assert len(prepared.prompts) == 64 and len(prepared.eval_prompts) == 4 and prepared.start == 0
+    assert len(prepared.stop_ids) == 2 and prepared.teacher_stop in prepared.stop_ids
+
+
+@pytest.mark.parametrize("key", ["model__path", "teacher__path"])
+def test_a_missing_model(overrides, key):
+    assert refused(ModelError, overrides(**{key: "/no/such/model"})) == \
+        f"{key.replace('__', '.')}=/no/such/model: no such folder"
+
+
+def test_a_folder_that_is_no_model(overrides, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "is not a model folder" in refused(ModelError, overrides(model__path=tmp_path / "empty"))
+
+
+def test_a_teacher_of_another_vocabulary(overrides, tiny_models, tmp_path):
+    other = shutil.copytree(tiny_models["teacher"], tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    a, b = list(vocab)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refused(ModelError, overrides(teacher__path=other))
+    assert "has another vocabulary than model.path=" in message and "(id 30" in message
+
+
+def test_missing_data(overrides):
+    assert "/no/such/file.jsonl" in refused(DataError, overrides(data__path="/no/such/file.jsonl"))
+
+
+def test_an_empty_dataset(overrides, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in refused(DataError, overrides(data__path=tmp_path / "empty.jsonl"))
+
+
+def test_a_row_without_a_prompt(overrides, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": null, "answer": "1"}\n')
+    message = refused(DataError, overrides(data__path=tmp_path / "rows.jsonl"))
+    assert "rows.jsonl" in message and "2" in message
+
+
+def test_no_answers_to_evaluate_against(overrides, tmp_path):
+    (tmp_path / "bare.jsonl").write_text('{"question": "a"}\n')
+    assert "eval.path" in refused(DataError, overrides(eval__path=tmp_path / "bare.jsonl"))
+
+
+def test_a_run_directory_that_holds_another_run(overrides, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert "already holds a run; continue it with resume=auto" in refused(ConfigError, overrides())
+
+
+def test_a_corrupt_checkpoint(overrides, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step_2"
+    folder.mkdir(parents=True)
+    (folder / "weights.pt").write_bytes(b"1")
+    (folder / "manifest.json").write_text(json.dumps({"step": 2, "files": {"weights.pt": [1, "0" * 32]}}))
+    assert "weights.pt is corrupt" in refused(CheckpointError, overrides(resume="auto"))
+
+
+def test_completions_longer_than_the_context(overrides):
+    assert "exceeds the model's context of 2048" in refused(ConfigError, overrides(rollout__max_new_tokens=4000))
+
+
+@pytest.mark.parametrize("key, value", [("rollout__engine", "vlm"), ("reward__token", "powr"), ("trainer", "odp"),
+                                        ("reward__verifier", "maths")])
+def test_an_unknown_component_names_the_nearest(overrides, key, value):
+    message = refused(ConfigError, overrides(**{key: value}))
+    assert key.replace("__", ".") in message and "did you mean" in message
+
+
+def test_the_command_itself_prints_one_line_and_no_traceback(overrides, run_command):
+    done = run_command("train.py", *overrides(data__path="/no/such.jsonl"))
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "/no/such.jsonl" in lines[0]
+
+
+def test_dry_run_checks_and_prints_without_a_run(overrides, run_command, tmp_path):
+    done = run_command("train.py", *overrides(dry_run="true"))
+    assert done.returncode == 0 and "alpha: 5.0" in done.stdout and "# ok: 64 prompts" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_error_of_ours_is_one_kind():
+    assert all(issubclass(kind, OnstreamError) for kind in (CheckpointError, ConfigError, DataError, ModelError))
