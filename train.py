@@ -46,8 +46,8 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules:
+    if status == 0 and "torch" in sys.modules:
         import torch.distributed as dist
-        if dist.is_available() and dist.is_initialized() and status == 0:
+        if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(status)

@@ -51,7 +51,7 @@ def bregman_terms(lq: Tensor, lp: Tensor, alpha: float) -> tuple[Tensor, Tensor,
     by_q = -q * r
     by_p = power * (p - q)
     far = by_p + by_q
-    return torch.where((d.abs() < 1) & ~gone, near, far).clamp_min_(0).div_(alpha + 1), by_q, by_p
+    return torch.where(d.abs() < 1, near, far).clamp_min_(0).div_(alpha + 1), by_q, by_p
 
 
 @dataclass(frozen=True)

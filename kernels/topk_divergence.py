@@ -115,7 +115,7 @@ def topk_distillation_divergence(
 
     tail="bucket": all other tokens are one more outcome; the teacher's log-mass of it is teacher_tail_logprob
     [T], by default log(1 - sum of the K). For the KLs and the JSD it is a lower bound of the full divergence.
-    tail="renormalize": both distributions are renormalised on the support; only K logits per row are computed,
+    tail="renormalize": both distributions are renormalised on the support; only K logits per row are made,
     no full LM-head GEMM.
     tail="ignore": the support's terms alone, each >= 0 (for a KL: a log(a/b) - a + b), so that matching the
     teacher on the support is optimal and the mass outside is free.

@@ -15,6 +15,7 @@ from recipes.errors import DataError
 SPLITS = ("train", "heldout")
 HELDOUT_PERCENT = 15  # of the arithmetic chains
 HARD = 4  # from this difficulty on: multiplication, and numbers up to 999 instead of 99
+SMALL = 20  # the largest amount added or taken below that: tiny models learn it in a minute
 
 NAMES = (
     *((name, "She") for name in ("Mia", "Ana", "Eva", "Lily", "Nora", "Zoe", "Ella", "Ruth", "Ivy", "Rosa")),
@@ -73,8 +74,8 @@ def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = Fa
         seed, index: any integers.
         split: `train` or `heldout`. A chain (start number, operations) belongs to one of them by its hash,
             whatever the names, the items, the seed or the difficulty, so the two never share a problem.
-        difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and -, on
-            numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
+        difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and - of
+            1 to 20, on numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
         verbose: the same story, solved with redundant sentences (restated, explained, checked by the inverse
             operation), each present with probability 0.75.
 
@@ -134,7 +135,8 @@ def _draw(seed: int, index: int, split: str, difficulty: int) -> tuple[random.Ra
         start = value = rng.randint(2, limit)
         steps = []
         for _ in range(rng.randint(1, difficulty)):
-            largest = {"+": limit - value, "-": value}
+            amount = limit if difficulty >= HARD else SMALL
+            largest = {"+": min(limit - value, amount), "-": min(value, amount)}
             if difficulty >= HARD and 0 < value <= limit // 2:
                 largest["*"] = min(5, limit // value)
             sign = rng.choice([sign for sign, n in largest.items() if n > 0])

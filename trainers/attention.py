@@ -25,16 +25,18 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **kwargs)
+    lengths = [end - start for start, end in zip(sequence_bounds, sequence_bounds[1:])]
     outputs = []
-    for start, end in zip(sequence_bounds, sequence_bounds[1:]):
+    # split, not slices: its backward is one concatenation, where each slice's would fill a [T] gradient.
+    for length, q, k, v in zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value))):
         mask = None
-        if sliding_window is not None and end - start > sliding_window:
-            place = torch.arange(end - start, device=query.device)
+        if sliding_window is not None and length > sliding_window:
+            place = torch.arange(length, device=query.device)
             distance = place[:, None] - place[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
         outputs.append(scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attn_mask=mask,
-            dropout_p=dropout if module.training else 0.0, is_causal=mask is None, scale=scaling, enable_gqa=True))
+            q, k, v, attn_mask=mask, dropout_p=dropout if module.training else 0.0, is_causal=mask is None,
+            scale=scaling, enable_gqa=True))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -85,7 +85,10 @@ class Loop:
                 self.evaluate(step)
             if last or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0):
                 self.save(step)
-        return tracker.finish()
+        report = tracker.finish()
+        if self.rollout is not None:
+            self.rollout.close()
+        return report
 
     def step(self, step: int) -> tuple[dict, list]:
         """One optimizer step.

@@ -7,19 +7,34 @@ import torch
 
 
 def _problem(T=7, V=23, H=5, dtype=torch.float64, seed=0, scale=1.0):
-    """Student and teacher hidden states and heads, sampled tokens, a mask with one masked row (holding junk)."""
+    """Student and teacher hidden states and heads, sampled tokens, a mask with one masked row."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
     ids = torch.randint(0, V, (T,), generator=g)
     edges = torch.tensor([0, V - 1, min(2047, V - 1), min(2048, V - 1)])  # both sides of a tile border
-    ids[:min(T, 4)] = edges[:min(T, 4)]
+    ids[: min(T, 4)] = edges[: min(T, 4)]
     mask = torch.ones(T, dtype=torch.bool)
     mask[T // 2] = False
-    return SimpleNamespace(T=T, V=V, H=H, dtype=dtype, hidden=rand(T, H), weight=rand(V, H), bias=rand(V),
-                           teacher_hidden=rand(T, H + 3), teacher_weight=rand(V, H + 3), ids=ids, mask=mask,
-                           teacher_logprobs=-rand(T).abs() * 3, advantages=rand(T), weights=rand(T).abs(), rand=rand)
+    return SimpleNamespace(
+        T=T,
+        V=V,
+        H=H,
+        dtype=dtype,
+        hidden=rand(T, H),
+        weight=rand(V, H),
+        bias=rand(V),
+        teacher_hidden=rand(T, H + 3),
+        teacher_weight=rand(V, H + 3),
+        ids=ids,
+        mask=mask,
+        teacher_logprobs=-rand(T).abs() * 3,
+        advantages=rand(T),
+        weights=rand(T).abs(),
+        rand=rand,
+    )
 
 
 def _logits(hidden, weight, bias=None, temperature=1.0, softcap=None, vocab=None):
@@ -64,7 +79,12 @@ def head(request):
         if "valid_vocab_size" in options:
             options["valid_vocab_size"] += p.V
             p.ids = p.ids.clamp(max=options["valid_vocab_size"] - 1)
-        naive = {"bias": options.get("bias"), "temperature": options.get("temperature", 1.0),
-                 "softcap": options.get("logit_softcap"), "vocab": options.get("valid_vocab_size")}
+        naive = {
+            "bias": options.get("bias"),
+            "temperature": options.get("temperature", 1.0),
+            "softcap": options.get("logit_softcap"),
+            "vocab": options.get("valid_vocab_size"),
+        }
         return options, naive
+
     return make

@@ -22,7 +22,9 @@ def close(out, expected, live=None, **tolerance):
         assert (got[~live_] == 0).all()
 
 
-@pytest.mark.parametrize(("T", "V", "H"), [(1, 1, 1), (3, 2, 40), (70, 127, 16), (5, 3051, 3), (5, 500, 5000)])
+@pytest.mark.parametrize(
+    ("T", "V", "H"), [(1, 1, 1), (3, 2, 40), (70, 127, 16), (5, 3051, 3), (5, 500, 5000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_against_oracle(problem, naive_logits, T, V, H, dtype):
     p = problem(T, V, H, dtype, scale=1 if H < 100 else 0.2)
@@ -37,8 +39,13 @@ def test_head_options(problem, naive_logits, head):
     p = problem(7, 2100, 5)
     options, naive = head(p)
     expected = oracle(naive_logits(p.hidden, p.weight, **naive), p.ids)
-    close(fused_linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options, **ALL), expected, p.mask,
-          rtol=0, atol=1e-11)
+    close(
+        fused_linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options, **ALL),
+        expected,
+        p.mask,
+        rtol=0,
+        atol=1e-11,
+    )
 
 
 def test_padded_vocabulary_takes_no_part(problem, naive_logits):
@@ -70,22 +77,40 @@ def test_gradcheck(problem, K):
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
 
     def linear(hidden, weight, bias):
-        return fused_linear_logprobs(hidden, weight, ids, bias=bias, mask=p.mask, temperature=0.8, logit_softcap=3.0,
-                                     valid_vocab_size=11, return_entropy=True, return_lse=True)[:3]
+        return fused_linear_logprobs(
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=p.mask,
+            temperature=0.8,
+            logit_softcap=3.0,
+            valid_vocab_size=11,
+            return_entropy=True,
+            return_lse=True,
+        )[:3]
+
     assert torch.autograd.gradcheck(linear, inputs)
 
     def plain(logits):
-        return selective_logprobs(logits, ids, mask=p.mask, temperature=0.8, return_entropy=True, return_lse=True)[:3]
+        return selective_logprobs(
+            logits, ids, mask=p.mask, temperature=0.8, return_entropy=True, return_lse=True
+        )[:3]
+
     assert torch.autograd.gradcheck(plain, [p.rand(3, 11).requires_grad_()])
 
 
 def test_gradient_over_tiles_and_blocks(problem, naive_logits, head):
-    """Against autograd of the naive log-probs; several tiles, row blocks and row chunks; any upstream gradient."""
+    """Against autograd of the naive log-probs, over tiles, row blocks and chunks; any upstream gradient."""
     p = problem(300, 2100, 4)
     options, naive = head(p)
-    inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options]
+    inputs = [
+        x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options
+    ]
     upstream = [p.rand(p.T) for _ in range(3)]
-    out = fused_linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, return_entropy=True, return_lse=True, **options)
+    out = fused_linear_logprobs(
+        p.hidden, p.weight, p.ids, mask=p.mask, return_entropy=True, return_lse=True, **options
+    )
     grads = torch.autograd.grad([out.logprobs, out.lse, out.entropy], inputs, upstream)
     expected = oracle(naive_logits(p.hidden, p.weight, **naive), p.ids)[:3]
     want = torch.autograd.grad([x * p.mask for x in expected], inputs, upstream)
@@ -101,7 +126,9 @@ def test_low_precision_gradients_are_accumulated_in_float32(problem, naive_logit
     for got, exact in zip(grads, want):
         assert got.dtype == dtype
         # only the result is rounded to the dtype
-        torch.testing.assert_close(got, exact.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-4)
+        torch.testing.assert_close(
+            got, exact.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-4
+        )
 
 
 def test_rows_do_not_depend_on_the_split(problem):
@@ -112,6 +139,7 @@ def test_rows_do_not_depend_on_the_split(problem):
         def score(rows, mask=None):
             out = fused_linear_logprobs(p.hidden[rows], p.weight, p.ids[rows], mask=mask, **ALL)
             return torch.stack(out)
+
         whole = score(slice(None))
         for cut in (1, 3, 17, 63, 64, 65, 149):
             assert torch.equal(torch.cat([score(slice(cut)), score(slice(cut, None))], 1), whole), (H, cut)
@@ -217,8 +245,9 @@ def test_inplace_backward_writes_into_the_logits(problem):
     for inplace in (False, True):
         leaf = z.clone().requires_grad_()
         logits = leaf * 1.0
-        out = selective_logprobs(logits, ids, mask=mask, valid_vocab_size=28, inplace_backward=inplace,
-                                 return_entropy=True)
+        out = selective_logprobs(
+            logits, ids, mask=mask, valid_vocab_size=28, inplace_backward=inplace, return_entropy=True
+        )
         (out.logprobs.sum() + out.entropy.sum()).backward()
         grads.append(leaf.grad)
         assert torch.equal(logits.detach(), grads[-1] if inplace else z)
@@ -228,11 +257,15 @@ def test_inplace_backward_writes_into_the_logits(problem):
 def test_row_stride_is_free(problem):
     p = problem(6, 30, 5, torch.float32)
     wide = p.rand(6, 64)
-    assert torch.equal(selective_logprobs(wide[:, 4:34], p.ids).logprobs,
-                       selective_logprobs(wide[:, 4:34].contiguous(), p.ids).logprobs)
+    assert torch.equal(
+        selective_logprobs(wide[:, 4:34], p.ids).logprobs,
+        selective_logprobs(wide[:, 4:34].contiguous(), p.ids).logprobs,
+    )
     packed = torch.cat([p.hidden, p.hidden], 1)
-    assert torch.equal(fused_linear_logprobs(packed[:, 5:], p.weight, p.ids).logprobs,
-                       fused_linear_logprobs(p.hidden, p.weight, p.ids).logprobs)
+    assert torch.equal(
+        fused_linear_logprobs(packed[:, 5:], p.weight, p.ids).logprobs,
+        fused_linear_logprobs(p.hidden, p.weight, p.ids).logprobs,
+    )
 
 
 def test_frozen_head_and_no_grad(problem):

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from kernels import fused_linear_logprobs, fused_linear_opd_loss, log_ratio_reward, policy_gradient_loss, power_reward
+from kernels import (
+    fused_linear_logprobs,
+    fused_linear_opd_loss,
+    log_ratio_reward,
+    policy_gradient_loss,
+    power_reward,
+)
 
 REWARDS = {
     "power": {"alpha": 2.0},
@@ -35,7 +41,9 @@ def naive_reward(lt, ls, *, reward="power", alpha=1.0, normalization="box_cox", 
     return d.clamp(-clip, clip) if clip else torch.tanh(d / tanh_scale) if tanh_scale else d
 
 
-def naive_loss(lp, adv, old, rollout, objective="reinforce", clip_low=0.2, clip_high=0.2, dual_clip=None, is_cap=None):
+def naive_loss(
+    lp, adv, old, rollout, objective="reinforce", clip_low=0.2, clip_high=0.2, dual_clip=None, is_cap=None
+):
     ratio = torch.exp(lp - old)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -adv * lp
@@ -43,7 +51,9 @@ def naive_loss(lp, adv, old, rollout, objective="reinforce", clip_low=0.2, clip_
         loss = loss * clipped.detach()
     elif objective == "ppo_clip":
         gain = torch.minimum(ratio * adv, clipped * adv)
-        loss = -(gain if dual_clip is None else torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain))
+        loss = -(
+            gain if dual_clip is None else torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain)
+        )
     return loss if is_cap is None else loss * torch.exp(old - rollout).clamp(max=is_cap)
 
 
@@ -61,10 +71,25 @@ def run(p, naive_logits, naive_head, reward, objective, *, both=True, entropy_co
     adv = p.advantages if both or reward.get("reward", "") is None else None
     on = {"old_logprobs": old, "rollout_logprobs": rollout if "is_cap" in objective else None}
     lt = None if reward.get("reward", "") is None else p.teacher_logprobs
-    out = fused_linear_opd_loss(inputs[0], inputs[1], p.ids, lt, advantages=adv, weights=p.weights, mask=p.mask,
-                                denominator=11.0, loss_scale=0.5, entropy_coef=entropy_coef, return_entropy=True,
-                                return_max_logprob=True, bias=inputs[2] if bias is not None else None,
-                                **on, **reward, **objective, **options)
+    out = fused_linear_opd_loss(
+        inputs[0],
+        inputs[1],
+        p.ids,
+        lt,
+        advantages=adv,
+        weights=p.weights,
+        mask=p.mask,
+        denominator=11.0,
+        loss_scale=0.5,
+        entropy_coef=entropy_coef,
+        return_entropy=True,
+        return_max_logprob=True,
+        bias=inputs[2] if bias is not None else None,
+        **on,
+        **reward,
+        **objective,
+        **options,
+    )
     grads = torch.autograd.grad(out.loss, inputs, torch.tensor(3.0, dtype=torch.float64))
 
     rewards = naive_reward(p.teacher_logprobs, lp, **reward)
@@ -73,8 +98,12 @@ def run(p, naive_logits, naive_head, reward, objective, *, both=True, entropy_co
     per_token = naive_loss(lp, total, old, rollout, **objective) - entropy_coef * entropy
     loss = (per_token * p.weights * p.mask).sum() * 0.5 / 11
     want = torch.autograd.grad(3 * loss, inputs)
-    for got, exact in ((out.logprobs, lp), (out.rewards, rewards), (out.entropy, entropy),
-                       (out.max_logprob, full.amax(1))):
+    for got, exact in (
+        (out.logprobs, lp),
+        (out.rewards, rewards),
+        (out.entropy, entropy),
+        (out.max_logprob, full.amax(1)),
+    ):
         torch.testing.assert_close(got, exact.detach() * p.mask)
         assert not got.requires_grad
     torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
@@ -105,16 +134,32 @@ def test_cross_entropy_is_the_special_case(problem):
 
 
 def test_gradcheck(problem):
-    """Only with given advantages: a reward is taken as a constant, which a numerical derivative does not know."""
+    """With given advantages only: a reward is a constant, which a numerical derivative does not know."""
     p = problem(3, 11, 5)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     old = torch.full((3,), -2.4)
     for objective in ("reinforce", "ppo_clip"):
         assert torch.autograd.gradcheck(
-            lambda h, w, b: fused_linear_opd_loss(
-                h, w, p.ids, reward=None, advantages=p.advantages, old_logprobs=old, bias=b, mask=p.mask,
-                temperature=1.2, logit_softcap=4.0, valid_vocab_size=11, entropy_coef=0.1, objective=objective,
-                denominator=2.0).loss, inputs)
+            lambda h, w, b: (
+                fused_linear_opd_loss(
+                    h,
+                    w,
+                    p.ids,
+                    reward=None,
+                    advantages=p.advantages,
+                    old_logprobs=old,
+                    bias=b,
+                    mask=p.mask,
+                    temperature=1.2,
+                    logit_softcap=4.0,
+                    valid_vocab_size=11,
+                    entropy_coef=0.1,
+                    objective=objective,
+                    denominator=2.0,
+                ).loss
+            ),
+            inputs,
+        )
 
 
 def test_equals_the_kernels_it_fuses_bitwise(problem):
@@ -123,18 +168,30 @@ def test_equals_the_kernels_it_fuses_bitwise(problem):
     score = fused_linear_logprobs(p.hidden, p.weight, p.ids, return_entropy=True, return_max_logprob=True)
     old = score.logprobs
     for rows in (slice(None), slice(0, 65), slice(3, 4)):
-        out = fused_linear_opd_loss(p.hidden[rows].requires_grad_(), p.weight, p.ids[rows], p.teacher_logprobs[rows],
-                                    alpha=3.0, old_logprobs=old[rows], objective="ppo_clip", denominator=7,
-                                    return_entropy=True, return_max_logprob=True)
+        out = fused_linear_opd_loss(
+            p.hidden[rows].requires_grad_(),
+            p.weight,
+            p.ids[rows],
+            p.teacher_logprobs[rows],
+            alpha=3.0,
+            old_logprobs=old[rows],
+            objective="ppo_clip",
+            denominator=7,
+            return_entropy=True,
+            return_max_logprob=True,
+        )
         assert torch.equal(out.logprobs, old[rows])
         assert torch.equal(out.entropy, score.entropy[rows])
         assert torch.equal(out.max_logprob, score.max_logprob[rows])
         assert torch.equal(out.rewards, power_reward(p.teacher_logprobs, old, 3.0)[rows])
         assert out.stats["ratio_mean"] == 1 and out.stats["approx_kl"] == 0
-        loss = policy_gradient_loss(old[rows], out.rewards, old_logprobs=old[rows], objective="ppo_clip",
-                                    denominator=7).loss
+        loss = policy_gradient_loss(
+            old[rows], out.rewards, old_logprobs=old[rows], objective="ppo_clip", denominator=7
+        ).loss
         assert torch.equal(out.loss, loss)
-    out = fused_linear_opd_loss(p.hidden, p.weight, p.ids, p.teacher_logprobs, reward="log_ratio", denominator=1)
+    out = fused_linear_opd_loss(
+        p.hidden, p.weight, p.ids, p.teacher_logprobs, reward="log_ratio", denominator=1
+    )
     assert torch.equal(out.rewards, log_ratio_reward(p.teacher_logprobs, old))
 
 
@@ -167,7 +224,8 @@ def test_tied_embedding_and_repeated_backward(problem):
             return fused_linear_opd_loss(hidden, weight, p.ids, p.teacher_logprobs, denominator=12).loss
         lp = torch.log_softmax(hidden @ weight.t(), -1).gather(1, p.ids[:, None])[:, 0]
         return -((p.teacher_logprobs.exp() - lp.detach().exp()) * lp).sum() / 12
-    want, = torch.autograd.grad(loss(False), weight)
+
+    (want,) = torch.autograd.grad(loss(False), weight)
     fused = loss(True)
     for scale in (1.0, 2.5, 1.0):
         (fused * scale).backward(retain_graph=True)
@@ -179,9 +237,17 @@ def test_accumulating_microbatches_is_one_batch(problem):
     weight = p.weight.clone().requires_grad_()
 
     def loss(rows):
-        return fused_linear_opd_loss(p.hidden[rows], weight, p.ids[rows], p.teacher_logprobs[rows], mask=p.mask[rows],
-                                     denominator=torch.tensor(39), alpha=0.5).loss
-    whole, = torch.autograd.grad(loss(slice(None)), weight)
+        return fused_linear_opd_loss(
+            p.hidden[rows],
+            weight,
+            p.ids[rows],
+            p.teacher_logprobs[rows],
+            mask=p.mask[rows],
+            denominator=torch.tensor(39),
+            alpha=0.5,
+        ).loss
+
+    (whole,) = torch.autograd.grad(loss(slice(None)), weight)
     for rows in (slice(0, 7), slice(7, 30), slice(30, 40)):
         loss(rows).backward()
     torch.testing.assert_close(weight.grad, whole)
@@ -191,7 +257,9 @@ def test_accumulating_microbatches_is_one_batch(problem):
 def test_low_precision(problem, naive_logits, dtype):
     p = problem(300, 64, 16, dtype, scale=0.7)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight)]
-    out = fused_linear_opd_loss(*inputs, p.ids, p.teacher_logprobs.float(), denominator=300, return_entropy=True)
+    out = fused_linear_opd_loss(
+        *inputs, p.ids, p.teacher_logprobs.float(), denominator=300, return_entropy=True
+    )
     lp = torch.log_softmax(naive_logits(*inputs), -1).gather(1, p.ids[:, None])[:, 0]
     torch.testing.assert_close(out.logprobs.double(), lp, rtol=0, atol=2e-5)
     assert out.logprobs.dtype == out.loss.dtype == out.entropy.dtype == torch.float32
@@ -217,6 +285,7 @@ def test_masked_rows_may_hold_anything(problem):
         inputs = [hidden.requires_grad_(), p.weight.clone().requires_grad_()]
         out = fused_linear_opd_loss(*inputs, ids, lt, mask=p.mask, denominator=8, entropy_coef=0.1, **extra)
         return out, torch.autograd.grad(out.loss, inputs)
+
     (clean, want), (out, grads) = run(False), run(True)
     assert torch.equal(out.loss, clean.loss)
     assert all(torch.equal(a, b) for a, b in zip(grads, want))
@@ -228,8 +297,9 @@ def test_no_rows(problem):
     p = problem(4, 30, 5)
     for rows, mask in ((slice(0, 0), None), (slice(None), torch.zeros(4, dtype=torch.uint8))):
         inputs = [p.hidden[rows].clone().requires_grad_(), p.weight.clone().requires_grad_()]
-        out = fused_linear_opd_loss(*inputs, p.ids[rows], p.teacher_logprobs[rows], mask=mask, denominator=1,
-                                    entropy_coef=0.1)
+        out = fused_linear_opd_loss(
+            *inputs, p.ids[rows], p.teacher_logprobs[rows], mask=mask, denominator=1, entropy_coef=0.1
+        )
         assert out.loss == 0
         out.loss.backward()
         assert all((x.grad == 0).all() and x.grad.shape == x.shape for x in inputs)

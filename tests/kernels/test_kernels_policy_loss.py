@@ -6,8 +6,18 @@ import torch
 from kernels import policy_gradient_loss
 
 
-def naive(lp, adv, *, old=None, rollout=None, objective="reinforce", clip_low=0.2, clip_high=0.2, dual_clip=None,
-          is_cap=None):
+def naive(
+    lp,
+    adv,
+    *,
+    old=None,
+    rollout=None,
+    objective="reinforce",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    is_cap=None,
+):
     """Per-token loss, differentiable, by the textbook."""
     old = lp.detach() if old is None else old
     ratio = torch.exp(lp - old)
@@ -55,8 +65,17 @@ def test_against_the_textbook(objective, is_cap, on_policy):
     options = OBJECTIVES[objective]
     per_token = naive(lp, adv, old=old, rollout=rollout, is_cap=is_cap, **options)
     want = (per_token * weights)[mask].sum() / 13
-    out = policy_gradient_loss(lp, adv, old_logprobs=old, rollout_logprobs=rollout, is_cap=is_cap, mask=mask,
-                               weights=weights, denominator=13, **options)
+    out = policy_gradient_loss(
+        lp,
+        adv,
+        old_logprobs=old,
+        rollout_logprobs=rollout,
+        is_cap=is_cap,
+        mask=mask,
+        weights=weights,
+        denominator=13,
+        **options,
+    )
     torch.testing.assert_close(out.loss, want)
     (grad,), (exact,) = torch.autograd.grad(3 * out.loss, lp), torch.autograd.grad(3 * want, lp)
     torch.testing.assert_close(grad, exact)
@@ -70,17 +89,23 @@ def test_aggregations():
     per_token = naive(lp, adv).detach()
 
     def loss(aggregation, n):
-        return policy_gradient_loss(lp, adv, mask=mask, seq_ids=seq, aggregation=aggregation, denominator=n).loss
+        return policy_gradient_loss(
+            lp, adv, mask=mask, seq_ids=seq, aggregation=aggregation, denominator=n
+        ).loss
+
     torch.testing.assert_close(loss("token_mean", 5), per_token[mask].mean())
     torch.testing.assert_close(loss("seq_mean_token_sum", 2), per_token[mask].sum() / 2)
-    torch.testing.assert_close(loss("seq_mean_token_mean", 2), (per_token[:2].mean() + per_token[3:].mean()) / 2)
+    torch.testing.assert_close(
+        loss("seq_mean_token_mean", 2), (per_token[:2].mean() + per_token[3:].mean()) / 2
+    )
 
 
 def test_gradcheck():
     lp, old, rollout, adv = tokens(5, seed=3)
     for options in ({"objective": "ppo_clip"}, {"objective": "ppo_clip", "dual_clip": 1.2}, {}):
         assert torch.autograd.gradcheck(
-            lambda x: policy_gradient_loss(x, adv, old_logprobs=old, denominator=2.0, **options).loss, [lp])
+            lambda x: policy_gradient_loss(x, adv, old_logprobs=old, denominator=2.0, **options).loss, [lp]
+        )
 
 
 def test_stats():
@@ -88,11 +113,24 @@ def test_stats():
     old = lp.detach() - torch.tensor([0.0, 1.0, -1.0, 0.1, 0.0])
     adv = torch.tensor([1.0, 1.0, -1.0, 1.0, 0.0])
     mask = torch.tensor([1, 1, 1, 1, 0]).bool()
-    out = policy_gradient_loss(lp, adv, old_logprobs=old, rollout_logprobs=old - 1, is_cap=2.0, mask=mask,
-                               objective="ppo_clip", denominator=4)
+    out = policy_gradient_loss(
+        lp,
+        adv,
+        old_logprobs=old,
+        rollout_logprobs=old - 1,
+        is_cap=2.0,
+        mask=mask,
+        objective="ppo_clip",
+        denominator=4,
+    )
     d = torch.tensor([0.0, 1.0, -1.0, 0.1])
-    want = {"ratio_mean": d.exp().mean(), "clip_frac_high": 0.25, "clip_frac_low": 0.25, "is_cap_frac": 1.0,
-            "approx_kl": (d.exp() - 1 - d).mean()}
+    want = {
+        "ratio_mean": d.exp().mean(),
+        "clip_frac_high": 0.25,
+        "clip_frac_low": 0.25,
+        "is_cap_frac": 1.0,
+        "approx_kl": (d.exp() - 1 - d).mean(),
+    }
     for name, value in want.items():
         assert out.stats[name].item() == pytest.approx(float(value), rel=1e-5), name
         assert not out.stats[name].requires_grad
@@ -105,24 +143,42 @@ def test_masked_nan_empty_and_extreme_tokens():
     bad = lp.detach().clone()
     bad[~mask] = torch.nan
     bad.requires_grad_()
-    clean = policy_gradient_loss(lp, adv, old_logprobs=old, mask=mask, denominator=4, objective="ppo_clip").loss
+    clean = policy_gradient_loss(
+        lp, adv, old_logprobs=old, mask=mask, denominator=4, objective="ppo_clip"
+    ).loss
     junk = torch.where(mask, 0, torch.nan)
-    out = policy_gradient_loss(bad, adv + junk, old_logprobs=old + junk, weights=junk + 1, mask=mask, denominator=4,
-                               objective="ppo_clip")
+    out = policy_gradient_loss(
+        bad,
+        adv + junk,
+        old_logprobs=old + junk,
+        weights=junk + 1,
+        mask=mask,
+        denominator=4,
+        objective="ppo_clip",
+    )
     assert torch.equal(out.loss, clean)
     out.loss.backward()
     assert (bad.grad[~mask] == 0).all()
     for m in (torch.zeros(6, dtype=torch.bool), None):
         x = lp if m is not None else lp[:0]
-        out = policy_gradient_loss(x, adv[:len(x)], mask=m, denominator=1.0, old_logprobs=old[:len(x)])
+        out = policy_gradient_loss(x, adv[: len(x)], mask=m, denominator=1.0, old_logprobs=old[: len(x)])
         assert out.loss == 0 and all(s == 0 for s in out.stats.values())
-        grad, = torch.autograd.grad(out.loss, lp)
+        (grad,) = torch.autograd.grad(out.loss, lp)
         assert (grad == 0).all()
     far = torch.tensor([0.0, -3000.0, -torch.inf], requires_grad=True)
-    out = policy_gradient_loss(far, torch.tensor([1.0, 1.0, 0.0]), old_logprobs=torch.tensor([-3000.0, 0.0, -1.0]),
-                               denominator=1, objective="ppo_clip")
-    out.loss.backward()
-    assert out.loss.isfinite() and far.grad.isfinite().all()
+    for adv in ([1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]):
+        out = policy_gradient_loss(
+            far,
+            torch.tensor(adv),
+            old_logprobs=torch.tensor([-3000.0, 0.0, -1.0]),
+            denominator=1,
+            objective="ppo_clip",
+        )
+        (grad,) = torch.autograd.grad(out.loss, far)
+        assert out.loss.isfinite() and grad.isfinite().all()
+        assert all(x.isfinite() for x in out.stats.values())
+    impossible = torch.tensor([-torch.inf, -1.0])
+    assert policy_gradient_loss(impossible, torch.tensor([0.0, 1.0]), denominator=1).loss == 1
 
 
 def test_tensor_denominator_dtype_and_determinism():

@@ -71,7 +71,9 @@ def test_edges(alpha):
 def test_log_ratio_bounds():
     p, q = torch.tensor([-5.0, -1.0, -torch.inf]), torch.tensor([-1.0, -1.5, -2.0])
     assert log_ratio_reward(p, q, clip=1.0).tolist() == [-1.0, 0.5, -1.0]
-    torch.testing.assert_close(log_ratio_reward(p, q, tanh_scale=5.0), torch.tanh(torch.tensor([-0.8, 0.1, -torch.inf])))
+    torch.testing.assert_close(
+        log_ratio_reward(p, q, tanh_scale=5.0), torch.tanh(torch.tensor([-0.8, 0.1, -torch.inf]))
+    )
     assert log_ratio_reward(p, q)[2] == -torch.inf
 
 

@@ -1,8 +1,12 @@
 import pytest
 import torch
 
-from kernels import (fused_linear_distillation_divergence, fused_linear_self_distillation_kl,
-                     fused_linear_topk_logprobs, topk_distillation_divergence)
+from kernels import (
+    fused_linear_distillation_divergence,
+    fused_linear_self_distillation_kl,
+    fused_linear_topk_logprobs,
+    topk_distillation_divergence,
+)
 
 DIVERGENCES = {
     "reverse_kl": {},
@@ -30,6 +34,7 @@ def oracle(ls, lt, *, divergence, alpha=1.0, beta=0.5):
 
     def kl(la, lb):
         return (la.exp() * (la - lb) - la.exp() + lb.exp()).sum(1)
+
     if divergence == "reverse_kl":
         return kl(ls, lt)
     if divergence == "forward_kl":
@@ -37,29 +42,58 @@ def oracle(ls, lt, *, divergence, alpha=1.0, beta=0.5):
     if divergence == "jsd":
         m = (beta * p + (1 - beta) * q).log()
         return beta * kl(lt, m) + (1 - beta) * kl(ls, m)
-    return (q ** (alpha + 1) - (alpha + 1) * q * p**alpha + alpha * p ** (alpha + 1)).sum(1) / (alpha * (alpha + 1))
+    return (q ** (alpha + 1) - (alpha + 1) * q * p**alpha + alpha * p ** (alpha + 1)).sum(1) / (
+        alpha * (alpha + 1)
+    )
 
 
 @pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_against_oracle(problem, naive_logits, head, divergence, tail):
+def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypatch):
+    monkeypatch.setattr("kernels.topk_divergence._GATHER_BYTES", 4000)  # several chunks of gathered head rows
     p = problem(70, 2100, 4)
     options, naive = head(p)
-    inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options]
-    top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 9, temperature=naive["temperature"],
-                                     valid_vocab_size=naive["vocab"])
+    inputs = [
+        x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options
+    ]
+    top = fused_linear_topk_logprobs(
+        p.teacher_hidden,
+        p.teacher_weight,
+        9,
+        temperature=naive["temperature"],
+        valid_vocab_size=naive["vocab"],
+    )
     kind = {"divergence": divergence, **DIVERGENCES[divergence]}
-    out = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, mask=p.mask,
-                                       weights=p.weights, denominator=7.0, loss_scale=0.5, **kind, **options)
+    out = topk_distillation_divergence(
+        p.hidden,
+        p.weight,
+        top.ids,
+        top.logprobs,
+        tail=tail,
+        mask=p.mask,
+        weights=p.weights,
+        denominator=7.0,
+        loss_scale=0.5,
+        **kind,
+        **options,
+    )
     ls = torch.log_softmax(naive_logits(p.hidden, p.weight, **naive), -1)
-    lt = torch.log_softmax(naive_logits(p.teacher_hidden, p.teacher_weight, temperature=naive["temperature"],
-                                        vocab=naive["vocab"]), -1)
+    lt = torch.log_softmax(
+        naive_logits(
+            p.teacher_hidden, p.teacher_weight, temperature=naive["temperature"], vocab=naive["vocab"]
+        ),
+        -1,
+    )
     d = oracle(masses(ls, top.ids, tail), masses(lt, top.ids, tail), **kind)
     loss = (d * p.weights * p.mask).sum() * 0.5 / 7
     torch.testing.assert_close(out.divergence, (d * p.mask).detach())
     torch.testing.assert_close(out.loss, loss)
-    torch.testing.assert_close(torch.autograd.grad(2 * out.loss, inputs), torch.autograd.grad(2 * loss, inputs),
-                               rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * out.loss, inputs),
+        torch.autograd.grad(2 * loss, inputs),
+        rtol=1e-7,
+        atol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
@@ -69,13 +103,31 @@ def test_gradcheck_and_given_tail(problem, tail):
     given = torch.log(top.tail_mass * 0.5) if tail == "bucket" else None
     for divergence, options in DIVERGENCES.items():
         assert torch.autograd.gradcheck(
-            lambda h, w, b: topk_distillation_divergence(
-                h, w, top.ids, top.logprobs, divergence=divergence, tail=tail, teacher_tail_logprob=given, bias=b,
-                logit_softcap=4.0, mask=p.mask, denominator=2.0, **options).loss,
-            [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)])
+            lambda h, w, b: (
+                topk_distillation_divergence(
+                    h,
+                    w,
+                    top.ids,
+                    top.logprobs,
+                    divergence=divergence,
+                    tail=tail,
+                    teacher_tail_logprob=given,
+                    bias=b,
+                    logit_softcap=4.0,
+                    mask=p.mask,
+                    denominator=2.0,
+                    **options,
+                ).loss
+            ),
+            [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)],
+        )
     if tail == "bucket":
-        a, b = (topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, teacher_tail_logprob=t,
-                                             denominator=1).divergence for t in (top.tail_mass.log(), None))
+        a, b = (
+            topk_distillation_divergence(
+                p.hidden, p.weight, top.ids, top.logprobs, teacher_tail_logprob=t, denominator=1
+            ).divergence
+            for t in (top.tail_mass.log(), None)
+        )
         torch.testing.assert_close(a, b)
 
 
@@ -83,11 +135,15 @@ def test_gradcheck_and_given_tail(problem, tail):
 def test_all_tokens_as_support_is_the_full_divergence(problem, divergence):
     p = problem(6, 40, 5)
     options = {"divergence": divergence, "denominator": 1.0}
-    full = fused_linear_distillation_divergence(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **options)
+    full = fused_linear_distillation_divergence(
+        p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **options
+    )
     for k in (40, 5):
         top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, k)
         for tail in ("bucket", "ignore", "renormalize"):
-            d = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, **options).divergence
+            d = topk_distillation_divergence(
+                p.hidden, p.weight, top.ids, top.logprobs, tail=tail, **options
+            ).divergence
             if k == 40:
                 torch.testing.assert_close(d, full.divergence)
             elif tail == "bucket":
@@ -102,7 +158,9 @@ def test_identical_models_are_at_zero(problem, tail, dtype):
     weight = p.weight.requires_grad_()
     for k in (300, 10):
         top = fused_linear_topk_logprobs(p.hidden, weight, k)
-        out = topk_distillation_divergence(p.hidden, weight, top.ids, top.logprobs, tail=tail, denominator=20.0)
+        out = topk_distillation_divergence(
+            p.hidden, weight, top.ids, top.logprobs, tail=tail, denominator=20.0
+        )
         assert (out.divergence >= 0).all() and out.divergence.max() < 1e-9
         assert torch.autograd.grad(out.loss, weight)[0].abs().max() < 1e-4
 
@@ -112,7 +170,9 @@ def test_masked_and_empty(problem):
     top = fused_linear_topk_logprobs(p.teacher_hidden, p.teacher_weight, 5)
     junk = ~p.mask
     for tail in ("bucket", "ignore", "renormalize"):
-        clean = topk_distillation_divergence(p.hidden, p.weight, top.ids, top.logprobs, tail=tail, mask=p.mask, denominator=1)
+        clean = topk_distillation_divergence(
+            p.hidden, p.weight, top.ids, top.logprobs, tail=tail, mask=p.mask, denominator=1
+        )
         hidden, ids, lt = p.hidden.clone(), top.ids.clone(), top.logprobs.clone()
         hidden[junk], ids[junk], lt[junk] = torch.nan, -1, torch.nan
         inputs = [hidden.requires_grad_(), p.weight.clone().requires_grad_()]
@@ -122,8 +182,9 @@ def test_masked_and_empty(problem):
         assert all(g.isfinite().all() for g in grads) and (grads[0][junk] == 0).all()
         for rows, mask in ((slice(0, 0), None), (slice(None), torch.zeros(8, dtype=torch.bool))):
             inputs = [p.hidden[rows].clone().requires_grad_(), p.weight.clone().requires_grad_()]
-            out = topk_distillation_divergence(*inputs, top.ids[rows], top.logprobs[rows], tail=tail, mask=mask,
-                                               denominator=1)
+            out = topk_distillation_divergence(
+                *inputs, top.ids[rows], top.logprobs[rows], tail=tail, mask=mask, denominator=1
+            )
             assert out.loss == 0
             assert all((g == 0).all() for g in torch.autograd.grad(out.loss, inputs))
 
@@ -134,8 +195,18 @@ def test_self_distillation_on_the_teacher_views_top(problem, naive_logits, tail,
     p = problem(70, 2100, 4)
     teacher = p.rand(70, 4)
     inputs = [x.requires_grad_() for x in (p.hidden, teacher, p.weight, p.bias)]
-    out = fused_linear_self_distillation_kl(p.hidden, teacher, p.weight, bias=p.bias, top_k=7, tail=tail,
-                                            stop_grad=stop_grad, mask=p.mask, temperature=1.3, denominator=3.0)
+    out = fused_linear_self_distillation_kl(
+        p.hidden,
+        teacher,
+        p.weight,
+        bias=p.bias,
+        top_k=7,
+        tail=tail,
+        stop_grad=stop_grad,
+        mask=p.mask,
+        temperature=1.3,
+        denominator=3.0,
+    )
     ls, lt = (torch.log_softmax(naive_logits(x, p.weight, p.bias, 1.3), -1) for x in (p.hidden, teacher))
     lt = lt if stop_grad == "none" else lt.detach()
     ids = lt.detach().topk(7, dim=1).indices
