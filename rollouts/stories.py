@@ -104,7 +104,7 @@ def stories(count: int, *, seed: int, split: str, difficulty: int, verbose: bool
     """`count` stories of a split.
 
     Held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
-    were (difficulty 1 has about 1,400 chains), and allowed from there on. A shorter list is a prefix of a
+    were (difficulty 1 has about 500 chains), and allowed from there on. A shorter list is a prefix of a
     longer one. Training stories are simply those of index 0, 1, …
 
     Raises:

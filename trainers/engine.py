@@ -57,7 +57,7 @@ class PolicyEngine:
             "bf16": {"enabled": self.bf16}, "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31, "wall_clock_breakdown": False,
         }
-        if self.bf16:
+        if self.bf16 and zero.zero_stage > 0:  # DeepSpeed's stage 0 refuses it
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
         self.policy = policy

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import (
+    fused_linear_distillation_divergence,
     fused_linear_logprobs,
     fused_linear_opd_loss,
     log_ratio_reward,
@@ -324,3 +325,20 @@ def test_autocast_does_not_round(problem):
             out = fused_linear_opd_loss(*inputs, p.ids, p.teacher_logprobs, denominator=9)
             results.append([out.loss, *torch.autograd.grad(out.loss, inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 5.0])
+def test_expected_gradient_is_that_of_the_full_vocabulary_loss(problem, alpha):
+    """Every token once, weighted by its probability, is the exact expectation over samples."""
+    p = problem(1, 13, 5)
+    inputs = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    lq = torch.log_softmax(p.hidden.detach() @ p.weight.detach().t(), -1)[0]
+    lt = torch.log_softmax(p.teacher_hidden @ p.teacher_weight.t(), -1)[0]
+    sampled = fused_linear_opd_loss(
+        p.hidden.expand(13, 5), p.weight, torch.arange(13), lt, alpha=alpha, weights=lq.exp(), denominator=1
+    )
+    full = fused_linear_distillation_divergence(
+        *inputs, p.teacher_hidden, p.teacher_weight, divergence="power", alpha=alpha, denominator=1
+    )
+    want = torch.autograd.grad(full.loss, inputs)
+    torch.testing.assert_close(torch.autograd.grad(sampled.loss, inputs), want, rtol=1e-10, atol=1e-13)
