@@ -1,9 +1,9 @@
 """Makes the embedded tiny teacher and student: on first use, from a seed, by the project's own `sft` recipe.
 
-`model.path=stories-student` and `teacher.path=stories-teacher` (the defaults) name them. They are Qwen3 decoders
-of well under a million parameters, trained from random weights on the stories' worked solutions; the student is
-smaller and stopped earlier. As with a base student and a chat teacher, they share a vocabulary but end on
-different tokens: the student on <|endoftext|>, the teacher on <|im_end|>.
+`model.path=stories-student` and `teacher.path=stories-teacher` (the defaults) name them: Qwen3 decoders of 0.65M
+parameters. The student is trained from random weights on the stories' worked solutions and stopped early; the
+teacher goes on from there. As with a base student and a chat teacher, they share a vocabulary but end on different
+tokens: the student on <|endoftext|>, the teacher on <|im_end|>.
 
     python -m scripts.tiny_models [--vocab-size V]      make both now, and print their folders
 """
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -32,21 +31,22 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A recipe for one tiny model."""
+    """How one tiny model is made."""
 
-    hidden: int
-    layers: int
-    steps: int
     end: str  # its end token
+    steps: int  # of supervised fine-tuning
     seed: int
-    lr: float = 4e-3
-    prompts: int = 64  # per step
+    start: str | None = None  # the model it goes on from; None: random weights
+    hidden: int = 128
+    layers: int = 3
+    lr: float = 5e-3
+    prompts: int = 48  # per step
     vocab_size: int = 0  # of the embedding; 0: the tokenizer's
 
 
 MODELS = {
-    "stories-teacher": TinyModel(hidden=128, layers=3, steps=1100, end="<|im_end|>", seed=1),
-    "stories-student": TinyModel(hidden=128, layers=3, steps=450, end="<|endoftext|>", seed=2),
+    "stories-student": TinyModel(end="<|endoftext|>", steps=500, seed=1),
+    "stories-teacher": TinyModel(end="<|im_end|>", steps=500, seed=2, start="stories-student"),
 }
 
 
@@ -57,61 +57,58 @@ def cache_dir() -> Path:
 
 def make_embedded_models(config: DictConfig) -> None:
     """Replace the names of embedded models in a config by their folders, making what is not there yet."""
-    from trainers.distributed import rank
-
     for section in (config.model, config.teacher):
-        if section.path in MODELS and not (section is config.teacher and config.trainer == "sft"):
-            section.path = str(make(section.path, MODELS[section.path], quiet=rank() != 0))
+        if section.path in MODELS and (section is config.model or config.trainer != "sft"):
+            section.path = str(make(section.path))
 
 
-def make(name: str, spec: TinyModel, quiet: bool = False) -> Path:
+def make(name: str, vocab_size: int = 0) -> Path:
     """The folder of a tiny model, trained first if it is not in the cache. Ranks wait for the one that trains.
 
-    The cache key holds everything the weights follow from: the spec and the code of the stories.
+    The cache key holds everything the weights follow from: how it and its start are made, and the stories' code.
 
     Raises:
-        ModelError: training failed; the message has the log's last line.
+        ModelError: training failed.
     """
     from filelock import FileLock
 
-    source = (ROOT / "rollouts" / "stories.py").read_bytes() + json.dumps(asdict(spec)).encode()
-    folder = cache_dir() / f"{name}-{hashlib.blake2b(source, digest_size=6).hexdigest()}"
+    spec = replace(MODELS[name], vocab_size=vocab_size)
+    recipe = (ROOT / "rollouts" / "stories.py").read_text() + Path(__file__).read_text() + str(vocab_size)
+    folder = cache_dir() / f"{name}-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if (folder / "config.json").is_file():
-            return folder
-        if not quiet:
-            print(f"making {name} ({spec.layers} layers, {spec.hidden} wide, {spec.steps} steps) in {folder}; once only",
-                  flush=True)
-        work = Path(f"{folder}.work")
-        shutil.rmtree(work, ignore_errors=True)
-        start = work / "start"
-        initialise(start, spec)
-        arguments = ["recipe=sft", f"model.path={start}", f"run.dir={work / 'run'}", f"seed={spec.seed}",
-                     f"train.steps={spec.steps}", f"train.lr={spec.lr}", f"train.prompts_per_step={spec.prompts}",
-                     f"data.stories={min(spec.steps * spec.prompts, 100_000)}", "engine=zero0", "log.wandb=disabled", "log.every=100",
-                     "log.completions=0", "eval.every=-1"]
-        environment = {key: value for key, value in os.environ.items()
-                       if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                                      "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
-                       and not key.startswith("TORCHELASTIC")}
-        environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # torchrun sets 1; nothing else runs meanwhile
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, cwd=ROOT,
-                              stderr=subprocess.STDOUT if quiet else None,
-                              stdout=subprocess.DEVNULL if quiet else None)
-        made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model"
-        if done.returncode or not made.is_dir():
-            raise ModelError(f"the embedded {name} could not be trained (exit status {done.returncode}); the run is "
-                             f"in {work / 'run'}")
-        made.rename(folder)
-        shutil.rmtree(work)
+        if not (folder / "config.json").is_file():
+            start = make(spec.start, vocab_size) if spec.start else None
+            print(f"making {name} ({spec.steps} steps of recipe=sft) in {folder}; once only", flush=True)
+            work = Path(f"{folder}.work")
+            shutil.rmtree(work, ignore_errors=True)
+            initialise(work / "start", spec, start)
+            train(work, spec)
+            (work / "run" / "checkpoints" / f"step_{spec.steps}" / "model").rename(folder)
+            shutil.rmtree(work)
     return folder
 
 
-def initialise(folder: Path, spec: TinyModel) -> None:
-    """Write a randomly initialised model and its tokenizer."""
+def train(work: Path, spec: TinyModel) -> None:
+    """Run the `sft` recipe on WORK/start into WORK/run, in a process of one rank."""
+    arguments = ["recipe=sft", f"model.path={work / 'start'}", f"run.dir={work / 'run'}", f"seed={spec.seed}",
+                 f"train.steps={spec.steps}", f"train.lr={spec.lr}", f"train.prompts_per_step={spec.prompts}",
+                 f"data.stories={spec.steps * spec.prompts}", "engine=zero0", "log.wandb=disabled", "log.every=100",
+                 "log.completions=0", "eval.every=-1"]
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_"))
+                   and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # torchrun sets 1, but nothing else runs meanwhile
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, cwd=ROOT)
+    if done.returncode:
+        raise ModelError(f"the embedded model in {work} could not be trained (exit status {done.returncode}); what "
+                         "it printed says why")
+
+
+def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None:
+    """Write the untrained model and its tokenizer: random weights, or those of `start`, with `spec.end`."""
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_tokenizer(spec.end)
     torch.manual_seed(spec.seed)
@@ -120,7 +117,7 @@ def initialise(folder: Path, spec: TinyModel) -> None:
         num_hidden_layers=spec.layers, num_attention_heads=spec.hidden // 32, num_key_value_heads=spec.hidden // 32,
         head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config) if start is None else AutoModelForCausalLM.from_pretrained(start, config=config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -156,8 +153,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="make the embedded tiny models")
     parser.add_argument("--vocab-size", type=int, default=0, help="pad the embedding to this many rows, e.g. 151936")
     size = parser.parse_args().vocab_size
-    for name, spec in MODELS.items():
-        print(make(name, TinyModel(**{**asdict(spec), "vocab_size": size})))
+    for name in MODELS:
+        print(make(name, size))
     return 0
 
 

@@ -21,7 +21,7 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("models")
     for name, end, seed in (("student", "<|endoftext|>", 1), ("teacher", "<|im_end|>", 2)):
-        initialise(folder / name, TinyModel(hidden=64, layers=2, steps=0, end=end, seed=seed))
+        initialise(folder / name, TinyModel(end=end, steps=0, seed=seed, hidden=64, layers=2))
     return {"student": folder / "student", "teacher": folder / "teacher"}
 
 

@@ -100,13 +100,7 @@ class Tracker:
         clean = {name: _finite(value) for name, value in row.items()}
         self.metrics_file.write(json.dumps(clean) + "\n")
         if self.wandb is not None:
-            import wandb
             charts = {name: value for name, value in clean.items() if not isinstance(value, list) and value is not None}
-            if "reward/by_position" in row:
-                pairs = zip(row["reward/by_position_bins"], row["reward/by_position"])
-                table = wandb.Table(["position", "reward"], [[b, r] for b, r in pairs if r is not None])
-                if row["step"] % 50 == 1:
-                    charts["reward/by_position"] = wandb.plot.line(table, "position", "reward", "reward by position")
             self.wandb.log(charts, step=row["step"])
 
     def _log_table(self) -> None:
