@@ -18,6 +18,7 @@ def main(overrides: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = compose(overrides)
+        quiet()
         from scripts.tiny_models import make_embedded_models
         make_embedded_models(config)
         from trainers.prepare import prepare
@@ -37,6 +38,14 @@ def main(overrides: list[str]) -> int:
         place = f" (rank {rank})" if rank else ""
         print(f"error{place}: {error}", file=sys.stderr)
         return 1
+
+
+def quiet() -> None:
+    """Keep the libraries' progress bars and start-up remarks out of the run's output."""
+    import torch
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns it guessed
+    from transformers.utils import logging
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

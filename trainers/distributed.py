@@ -14,7 +14,6 @@ import torch.distributed as dist
 def setup() -> torch.device:
     """Join the process group (one rank without torchrun) and return this rank's device."""
     cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else it warns that it had to guess
     import deepspeed
 
     if "RANK" not in os.environ:

@@ -79,18 +79,6 @@ class Policy(nn.Module):
         return self.head(self.hidden(batch), function, batch)
 
 
-@contextlib.contextmanager
-def _quiet():
-    from transformers.utils import logging
-    was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            logging.enable_progress_bar()
-
-
 def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "packed") -> Policy:
     """Load a model folder or hub name.
 
@@ -101,8 +89,7 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
 
     attention.register()
     try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return Policy(model.to(device))
@@ -123,9 +110,8 @@ def check_model(key: str, path: str):
     if not local.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise ModelError(f"{key}={path}: no such folder")
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         where = "is not a model folder" if local.is_dir() else "is neither a folder nor a model the hub gave"
         raise ModelError(f"{key}={path} {where}: {str(error).strip().splitlines()[0]}") from error

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Sequence
 
@@ -36,7 +37,10 @@ class Tracker:
         self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1)
         self.table: list[list] = []
         self.wandb = _start_wandb(config, run_dir)
-        self.bar = tqdm(total=config.train.steps, initial=start, desc=config.recipe, unit="step", dynamic_ncols=True)
+        self.start, self.began = start, time.monotonic()
+        # disable=None: no bar where stderr is no terminal; every line has the time left anyway.
+        self.bar = tqdm(total=config.train.steps, initial=start, desc=config.recipe, unit="step", dynamic_ncols=True,
+                        disable=None)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -110,8 +114,8 @@ class Tracker:
                 ["step", "prompt", "completion", "answer", "reward", "correct"], self.table)})
 
     def _left(self, row: dict) -> float:
-        rate = self.bar.format_dict["rate"] or 1 / max(row["time/step"], 1e-9)
-        return (self.config.train.steps - row["step"]) / rate
+        done = row["step"] - self.start
+        return (time.monotonic() - self.began) / done * (self.config.train.steps - row["step"])
 
 
 def _finite(value):
