@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-import time
+from collections import deque
 from pathlib import Path
 from typing import Sequence
 
@@ -37,7 +37,7 @@ class Tracker:
         self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1)
         self.table: list[list] = []
         self.wandb = _start_wandb(config, run_dir)
-        self.start, self.began = start, time.monotonic()
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         # disable=None: no bar where stderr is no terminal; every line has the time left anyway.
         self.bar = tqdm(total=config.train.steps, initial=start, desc=config.recipe, unit="step", dynamic_ncols=True,
                         disable=None)
@@ -52,9 +52,11 @@ class Tracker:
         if not self.active:
             return
         self._record(row)
+        self.recent.append(row["time/step"])
         self.bar.update()
         if row["step"] % self.config.log.every == 0 or row["step"] == self.config.train.steps:
-            self.say(_line(row, self.config.train.steps, self._left(row)))
+            left = (self.config.train.steps - row["step"]) * sum(self.recent) / len(self.recent)
+            self.say(_line(row, self.config.train.steps, left))
 
     def evaluation(self, row: dict, name: str, k: int) -> None:
         """Record an evaluation's row."""
@@ -112,10 +114,6 @@ class Tracker:
         if self.table:
             self.wandb.log({"completions": wandb.Table(
                 ["step", "prompt", "completion", "answer", "reward", "correct"], self.table)})
-
-    def _left(self, row: dict) -> float:
-        done = row["step"] - self.start
-        return (time.monotonic() - self.began) / done * (self.config.train.steps - row["step"])
 
 
 def _finite(value):
