@@ -124,7 +124,7 @@ class CheckpointConfig:
 
 @dataclass
 class KernelsConfig:
-    backend: str = "auto"  # auto, triton, torch
+    backend: str = "auto"  # auto, torch: there is one so far
 
 
 @dataclass

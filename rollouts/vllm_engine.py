@@ -70,7 +70,8 @@ class VllmEngine:
             raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        """One trajectory per request, in their order."""
+        """One trajectory per request, in their order. Log-probs are at `rollout.temperature`; where that is not 1
+        and top-k or top-p truncate, vLLM can only give them renormalised over what is left."""
         self.llm.reset_prefix_cache()  # what is cached must not depend on what was drawn before a resume
         params = [self.sampling_params(
             max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,

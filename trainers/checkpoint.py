@@ -15,6 +15,7 @@ from recipes.errors import CheckpointError
 from trainers import distributed
 
 MANIFEST = "manifest.json"
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as in run.dir's default
 
 
 def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, keep: int) -> Path:
@@ -60,11 +61,16 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
 
     Args:
         resume: `auto` (the newest checkpoint of `run_dir`, or a fresh start), or a run's or checkpoint's folder.
+        run_dir: the run's directory. If it is the default, named after the time and so always new, `auto` takes
+            the newest run beside it that has a checkpoint.
 
     Raises:
         CheckpointError: the path is neither.
     """
     if resume == "auto":
+        if TIMESTAMP.fullmatch(run_dir.name) and not run_dir.exists():
+            runs = sorted(d for d in run_dir.parent.glob("*") if TIMESTAMP.fullmatch(d.name) and complete(d))
+            run_dir = runs[-1] if runs else run_dir
         checkpoints = complete(run_dir)
         return run_dir, checkpoints[-1] if checkpoints else None
     path = Path(resume).expanduser()

@@ -38,6 +38,9 @@ class Loop:
     def __init__(self, config: DictConfig, prepared: Prepared):
         self.config, self.prepared = config, prepared
         self.device = distributed.setup()
+        # The default run directory is named after the time, which each rank read for itself.
+        prepared.run_dir = distributed.gather(prepared.run_dir)[0]
+        config.run.dir = str(prepared.run_dir)
         kernels.set_backend(config.kernels.backend)
         random.seed(config.seed)
         np.random.seed(config.seed)

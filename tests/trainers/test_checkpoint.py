@@ -49,6 +49,15 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
     assert checkpoint.find("auto", tmp_path)[1].name == "step_4"
 
 
+def test_auto_without_a_run_directory_continues_the_newest_run_of_the_recipe(tmp_path):
+    for name in ("2026-11-20_10-00-00", "2026-11-20_11-00-00"):
+        save(tmp_path / name, 4)
+    (tmp_path / "2026-11-20_12-00-00").mkdir()  # died before its first checkpoint
+    run, point = checkpoint.find("auto", tmp_path / "2026-11-20_13-00-00")
+    assert run.name == "2026-11-20_11-00-00" and point == run / "checkpoints" / "step_4"
+    assert checkpoint.find("auto", tmp_path / "mine") == (tmp_path / "mine", None)
+
+
 def test_without_a_checkpoint_auto_starts_and_a_path_is_refused(tmp_path):
     assert checkpoint.find("auto", tmp_path) == (tmp_path, None)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
