@@ -30,9 +30,10 @@ def main(overrides: list[str]) -> int:
                 print(f"# ok: {len(prepared.prompts)} prompts, sequences of up to {prepared.max_length} tokens")
             return 0
         from trainers.loop import Loop
-        report = Loop(config, prepared).fit()
+        run_dir = Loop(config, prepared).fit()
         if rank == 0:
-            print(f"report {report}")
+            from scripts.report import write_report
+            print(f"report {write_report(run_dir)}")
         return 0
     except OnstreamError as error:
         place = f" (rank {rank})" if rank else ""

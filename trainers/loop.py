@@ -63,11 +63,11 @@ class Loop:
         self.trainer = method(parts)
         self.loss = self.trainer.loss()
 
-    def fit(self) -> Path | None:
+    def fit(self) -> Path:
         """Train to `train.steps`.
 
         Returns:
-            the report's path, on rank 0.
+            the run directory.
         """
         config, prepared = self.config, self.prepared
         self.tracker = tracker = Tracker(config, prepared.run_dir, prepared.start)
@@ -88,10 +88,10 @@ class Loop:
                 self.evaluate(step)
             if last or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0):
                 self.save(step)
-        report = tracker.finish()
+        tracker.finish()
         if self.rollout is not None:
             self.rollout.close()
-        return report
+        return prepared.run_dir
 
     def step(self, step: int) -> tuple[dict, list]:
         """One optimizer step.

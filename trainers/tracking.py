@@ -1,4 +1,4 @@
-"""What people see of a run: lines and a progress bar, metrics.jsonl, completions.jsonl, W&B, report.html."""
+"""What people see of a run: lines and a progress bar, metrics.jsonl, completions.jsonl, W&B."""
 from __future__ import annotations
 
 import hashlib
@@ -84,23 +84,16 @@ class Tracker:
             self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.table.append([row[name] for name in ("step", "prompt", "completion", "answer", "reward", "correct")])
 
-    def finish(self) -> Path | None:
-        """Close everything and write the report.
-
-        Returns:
-            the report's path, on rank 0.
-        """
+    def finish(self) -> None:
+        """Close everything."""
         if not self.active:
-            return None
-        from scripts.report import write_report
-
+            return
         self.bar.close()
         self.metrics_file.close()
         self.completions_file.close()
         if self.wandb is not None:
             self._log_table()
             self.wandb.finish()
-        return write_report(self.run_dir)
 
     def _record(self, row: dict) -> None:
         clean = {name: _finite(value) for name, value in row.items()}
