@@ -12,6 +12,7 @@ from recipes.registry import Registry
 from rollouts.data import Prompt, PromptSampler
 from rollouts.trajectory import Request, Sampling, Trajectory, sample_seed
 from trainers import distributed
+from trainers.evaluation import describe
 from trainers.losses import Loss
 
 TRAINERS = Registry("trainer")
@@ -64,17 +65,8 @@ class Trainer:
         drawn = self.parts.rollout.generate(requests, sampling)
         by_index = {p.index: p for p in prompts}
         for trajectory in drawn:
-            self.describe(trajectory, by_index[trajectory.prompt_index])
+            describe(trajectory, by_index[trajectory.prompt_index], self.parts.tokenizer, self.parts.verifier)
         return [t for part in distributed.gather(drawn) for t in part]
-
-    def describe(self, trajectory: Trajectory, prompt: Prompt) -> None:
-        """Add the texts and, where the example has an answer, the verifier's score."""
-        ids = trajectory.completion_ids
-        text = ids[:-1] if trajectory.finish_reason == "stop" else ids
-        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
-        trajectory.completion = self.parts.tokenizer.decode(text, skip_special_tokens=False)
-        if trajectory.answer is not None and self.parts.verifier is not None:
-            trajectory.score = self.parts.verifier(trajectory.completion, trajectory.answer)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Write the annotations [T] that `loss` reads on this rank's share; `mask` always."""

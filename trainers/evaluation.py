@@ -48,6 +48,15 @@ def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
     return data_name(path), kept, dropped
 
 
+def describe(trajectory: Trajectory, prompt: Prompt, tokenizer, verifier: Callable[[str, str], float] | None) -> None:
+    """Add the texts and, where the example has an answer, the verifier's score. The stop token is not text."""
+    ids = trajectory.completion_ids[:-1] if trajectory.finish_reason == "stop" else trajectory.completion_ids
+    trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
+    trajectory.completion = tokenizer.decode(ids)
+    if trajectory.answer is not None and verifier is not None:
+        trajectory.score = verifier(trajectory.completion, trajectory.answer)
+
+
 def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Sequence[int],
              verifier: Callable[[str, str], float]) -> tuple[dict[str, float], list[Trajectory]]:
     """Sample and judge. A collective: each rank takes its share of the prompts.
@@ -66,11 +75,7 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     trajectories = rollout.generate(requests, sampling)
     judged = []
     for trajectory in trajectories:
-        prompt = by_index[trajectory.prompt_index]
-        ids = trajectory.completion_ids[:-1] if trajectory.finish_reason == "stop" else trajectory.completion_ids
-        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
-        trajectory.completion = tokenizer.decode(ids)
-        trajectory.score = verifier(trajectory.completion, trajectory.answer)
+        describe(trajectory, by_index[trajectory.prompt_index], tokenizer, verifier)
         judged.append((trajectory.score > 0, len(trajectory.completion_ids), trajectory.finish_reason == "length"))
     judged = [row for part in gather(judged) for row in part]
     correct = np.array([row[0] for row in judged]).reshape(-1, count).tolist()
