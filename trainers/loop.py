@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -146,7 +145,7 @@ class Loop:
             denominator = float(max(total, 1))
             if train.normalizer == "microbatch_token_mean":
                 denominator = max(float(batch.mask.sum()), 1.0) * microbatches
-            output = self.engine.forward(batch, functools.partial(_call_loss, self.loss, denominator))
+            output = self.engine.forward(batch, functools.partial(self.loss, denominator=denominator))
             self.engine.backward(output["loss"], last=index == rounds - 1)
             loss_sum += float(output["loss"].detach())
             values = {name: unpack(batch, mine, tensor) for name, tensor in output.items()
@@ -195,10 +194,6 @@ class Loop:
         folder = checkpoint.save(self.prepared.run_dir, step, self.engine, self.prepared.tokenizer,
                                  self.prepared.stop_ids, self.prepared.facts, self.config.checkpoint.keep)
         self.tracker.say(f"saved {folder}")
-
-
-def _call_loss(loss, denominator, head, hidden, batch):
-    return loss(head, hidden, batch, denominator)
 
 
 def _score(head, hidden, batch, *, temperature, vocab):

@@ -1,7 +1,6 @@
 """Everything that can be refused before a model loads: tokenizers, data, lengths, the run directory, a resume."""
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
