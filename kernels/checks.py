@@ -45,7 +45,8 @@ class Shapes:
     def ids(self, name: str, value: Tensor, dims: str, rows: Tensor, vocab: int) -> None:
         """int64 ids, each within [0, vocab) at the given rows; other rows may hold anything."""
         self.check(name, value, dims, "int64")
-        if value.device.type == "cpu":  # elsewhere the comparison would stall the device
+        # On a GPU this waits for the device, some tens of microseconds; a graph being captured cannot wait.
+        if value.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
             live = value.index_select(0, rows)
             if live.numel() and not (0 <= live.min() and live.max() < vocab):
                 raise IndexError(f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked "

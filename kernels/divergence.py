@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_scale, check_vocab
-from kernels.logprobs import gradient_buffer, load_logits, row_blocks
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
-from kernels.rows import RowStats, Softmax, acc_dtype
+from kernels.rows import RowStats, Softmax, acc_dtype, gradient_buffer, load_logits, row_blocks, unit_stride
 from kernels.stream import active_rows, spread
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "power")
@@ -69,6 +69,11 @@ class Divergence:
             check_power(self.alpha, self.normalization)
         check_number("beta", self.beta, high=1.0, strict=False)
 
+    def for_triton(self):
+        """The same as a `triton_divergence.Rule`."""
+        from kernels import triton_divergence
+        return triton_divergence.make_rule(self.name, self.alpha, self.normalization, self.beta)
+
     def terms(self, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(terms >= 0, their derivatives by ls, by lt); the log-masses need not be normalised."""
         if self.name == "reverse_kl" or (self.name == "jsd" and self.beta == 1):
@@ -99,16 +104,20 @@ class _Divergence(torch.autograd.Function):
         columns = None if ids is None else ids.index_select(0, rows)[:, None]
         stats = (RowStats(n, factors.dtype, student.device, columns, entropy),
                  RowStats(n, factors.dtype, student.device))
-        for at, some in row_blocks(rows, vocab):
-            for one, logits in zip(stats, (student, teacher)):
-                one.fold(at, load_logits(logits, some, vocab, temperature, factors.dtype), 0)
-        final = stats[0].final(n)
-        ctx.args = divergence, temperature, vocab, (final, stats[1].final(n))
+        for one, logits in zip(stats, (student, teacher)):
+            one.fold_logits(logits, rows, vocab, temperature)
+        final = stats[0].final()
+        ctx.args = divergence, temperature, vocab, (final, stats[1].final())
         ctx.inplace = inplace
         values, slopes = torch.zeros_like(factors), torch.zeros_like(factors)
-        for at, some in row_blocks(rows, vocab):
-            _, terms, by_student = _block_terms(student, teacher, at, some, *ctx.args)
-            values[at], slopes[at] = terms.sum(1), by_student.sum(1)
+        if use_triton(student):
+            from kernels import triton_divergence
+            triton_divergence.add_sums(*_sides(student, teacher, *ctx.args), divergence.for_triton(), values, slopes, None,
+                                       columns=vocab, rows=rows, temper=1 / temperature)
+        else:
+            for at, some in row_blocks(rows, vocab):
+                _, terms, by_student = _block_terms(student, teacher, at, some, *ctx.args)
+                values[at], slopes[at] = terms.sum(1), by_student.sum(1)
         ctx.save_for_backward(student, teacher, rows, factors, slopes)
         outputs = [spread(x, rows, T) for x in
                    (values, None if ids is None else final.logprobs[:, 0], final.entropy)]
@@ -122,11 +131,25 @@ class _Divergence(torch.autograd.Function):
         vocab, temperature = ctx.args[2], ctx.args[1]
         grad = gradient_buffer(student, rows, vocab, ctx.inplace)
         factors = factors * (upstream / temperature)
+        if use_triton(student):
+            from kernels import triton_divergence
+            out = unit_stride(grad)
+            triton_divergence.grad(*_sides(student, teacher, *ctx.args), ctx.args[0].for_triton(), slopes, factors, out,
+                                   columns=vocab, rows=rows, temper=1 / temperature)
+            return grad.copy_(out) if out.data_ptr() != grad.data_ptr() else grad, *[None] * 9
         for at, some in row_blocks(rows, vocab):
             ls, _, by_student = _block_terms(student, teacher, at, some, *ctx.args)
             dz = by_student.sub_(ls.exp_().mul_(slopes[at, None])).mul_(factors[at, None])
             grad[:, :vocab].index_copy_(0, some, dz.to(grad.dtype))
         return grad, *[None] * 9
+
+
+def _sides(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, vocab: int,
+           finals: tuple[Softmax, Softmax]) -> tuple:
+    """Both models' logits and row statistics for the Triton kernels."""
+    from kernels import triton_divergence
+    return tuple(triton_divergence.Side(unit_stride(logits), final.shift, final.log_l)
+                 for logits, final in zip((student, teacher), finals))
 
 
 def _block_terms(student: Tensor, teacher: Tensor, at: slice, some: Tensor, divergence: Divergence,

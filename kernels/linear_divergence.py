@@ -1,15 +1,18 @@
 """Full-vocabulary divergences from hidden states and LM heads, in one shot."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import use_triton
 from kernels.checks import Shapes, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss
 from kernels.logprobs import check_head
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rows import RowStats, acc_dtype
-from kernels.stream import (HeadGrads, LinearHead, make_head, needs_grad, pad_rows, scaled_grad, spread,
+from kernels.stream import (HeadGrads, LinearHead, make_head, needs_grad, scaled_grad, spread,
                             stream_logits)
 
 
@@ -21,17 +24,21 @@ class _View:
         self.workspace = head.workspace(room)
 
     def load(self, rows: Tensor, ids: Tensor | None = None, entropy: bool = False) -> None:
-        n, block = len(rows), self.head.block_rows
-        columns = None if ids is None else pad_rows(ids[:, None], block)
-        stats = RowStats(n + -n % block, self.head.dtype, rows.device, columns, entropy)
+        columns = None if ids is None else ids[:, None]
+        stats = RowStats(len(rows), self.head.dtype, rows.device, columns, entropy)
         stream_logits(self.head, self.hidden, rows, stats, self.workspace)
-        self.rows, self.final = rows, stats.final(n)
+        self.rows, self.final = rows, stats.final()
         self.by_logprobs: list[Tensor] = []
         self.sums = torch.zeros_like(self.final.l)
 
-    def log_probs(self, i: int) -> Tensor:
+    def logits(self, i: int) -> Tensor:
         """Of tile i, [n, N]."""
-        return self.final.log_probs(self.workspace[i][:len(self.rows)])
+        return self.workspace[i][:len(self.rows)]
+
+    def side(self, i: int):
+        """Tile i for the Triton kernels."""
+        from kernels import triton_divergence
+        return triton_divergence.Side(self.logits(i), self.final.shift, self.final.log_l)
 
     def take(self, by_logprobs: Tensor) -> None:
         """The next tile's derivative by its log-probs."""
@@ -39,15 +46,51 @@ class _View:
             self.by_logprobs.append(by_logprobs)
             self.sums += by_logprobs.sum(1)
 
-    def add_grads(self, factors: Tensor) -> None:
-        """Through the softmax, dz = g - p sum(g), and the head; factors [n] multiply the rows."""
-        of_p = (-self.sums / self.final.l)[:, None]
-
-        def by_logits(z: Tensor, v0: int) -> Tensor:
-            p = z.sub_(self.final.shift[:, None]).exp_()
-            return p.mul_(of_p).add_(self.by_logprobs[v0 // self.head.columns]).mul_(factors[:, None])
+    def add_grads(self, by_logits: Callable[[Tensor, int, torch.dtype], Tensor]) -> None:
         if self.wanted:
             self.grads.add_rows(self.head, self.hidden, self.rows, by_logits, self.workspace)
+
+    def by_logits(self, factors: Tensor) -> Callable[[Tensor, int, torch.dtype], Tensor]:
+        """Through the softmax, dz = g - p sum(g) with the derivatives taken; factors [n] multiply the rows."""
+        of_p = (-self.sums / self.final.l)[:, None]
+
+        def gradient(z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
+            p = z.sub_(self.final.shift[:, None]).exp_()
+            return p.mul_(of_p).add_(self.by_logprobs[v0 // self.head.columns]).mul_(factors[:, None]).to(dtype)
+        return gradient
+
+
+def _chunk(student: _View, teacher: _View, divergence: Divergence, factors: Tensor) -> Tensor:
+    """The divergence [n] of the loaded rows; their gradients, times factors [n], are added to the views'."""
+    values = torch.zeros_like(factors)
+    if use_triton(factors):
+        return _triton_chunk(student, teacher, divergence, factors, values)
+    for i in range(len(student.workspace)):
+        ls, lt = (view.final.log_probs(view.logits(i)) for view in (student, teacher))
+        terms, by_student, by_teacher = divergence.terms(ls, lt)
+        values += terms.sum(1)
+        student.take(by_student)
+        teacher.take(by_teacher)
+    for view in (student, teacher):
+        view.add_grads(view.by_logits(factors))
+    return values
+
+
+def _triton_chunk(student: _View, teacher: _View, divergence: Divergence, factors: Tensor, values: Tensor) -> Tensor:
+    """The same; the terms are made twice rather than kept."""
+    from kernels import triton_divergence
+    rule = divergence.for_triton()
+    for i in range(len(student.workspace)):
+        triton_divergence.add_sums(student.side(i), teacher.side(i), rule, values, student.sums,
+                                   teacher.sums if teacher.wanted else None)
+    for view in (student, teacher):
+        def by_logits(z: Tensor, v0: int, dtype: torch.dtype, view=view) -> Tensor:
+            i, out = v0 // student.head.columns, torch.empty(z.shape, dtype=dtype, device=z.device)
+            triton_divergence.grad(student.side(i), teacher.side(i), rule, view.sums, factors, out,
+                                   of_teacher=view is teacher)
+            return out
+        view.add_grads(by_logits)
+    return values
 
 
 class _FusedLinearDivergence(torch.autograd.Function):
@@ -74,17 +117,11 @@ class _FusedLinearDivergence(torch.autograd.Function):
             at = slice(start, start + size)
             student.load(rows[at], None if ids is None else ids.index_select(0, rows[at]), with_entropy)
             teacher.load(rows[at])
-            for i in range(len(head.tiles())):
-                terms, by_student, by_teacher = divergence.terms(student.log_probs(i), teacher.log_probs(i))
-                values[at] += terms.sum(1)
-                student.take(by_student)
-                teacher.take(by_teacher)
+            values[at] = _chunk(student, teacher, divergence, factors[at])
             if ids is not None:
                 logprobs[at] = student.final.logprobs[:, 0]
             if with_entropy:
                 entropy[at] = student.final.entropy
-            student.add_grads(factors[at])
-            teacher.add_grads(factors[at])
         outputs = [spread(x, rows, T) for x in (values, logprobs, entropy)]
         ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
         ctx.save_for_backward(*grads.as_tuple(), teacher_grads.hidden)
@@ -140,8 +177,8 @@ def fused_linear_distillation_divergence(
     rows = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator, loss_scale)
     dtype = acc_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     width = max(student_hidden.shape[1], teacher_hidden.shape[1])
-    head = make_head(dtype, student_weight, student_bias, temperature, student_logit_softcap, vocab, width)
-    teacher_head = make_head(dtype, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, vocab,
+    head = make_head(dtype, student_hidden, student_weight, student_bias, temperature, student_logit_softcap, vocab, width)
+    teacher_head = make_head(dtype, teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_softcap, vocab,
                              width)
     factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
     return linear_divergence(student_hidden, student_weight, student_bias, teacher_hidden, head, teacher_head,

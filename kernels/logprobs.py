@@ -7,11 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.checks import Shapes, check_count, check_number, check_vocab
-from kernels.rows import LogprobGrad, RowStats, Softmax, acc_dtype
-from kernels.stream import HeadGrads, LinearHead, active_rows, make_head, pad_rows, spread, stream_logits
-
-# Elements of logits that the functions taking logits work on at once.
-_BLOCK_ELEMENTS = 2**20
+from kernels.rows import LogprobGrad, RowStats, Softmax, acc_dtype, gradient_buffer
+from kernels.stream import HeadGrads, LinearHead, active_rows, make_head, spread, stream_logits
 
 
 class LogprobOutput(NamedTuple):
@@ -61,37 +58,14 @@ def _upstream(rows: Tensor, saved: tuple[Tensor, ...], g_logprobs: Tensor | None
                        None if g_entropy is None else g_entropy.index_select(0, rows), entropy)
 
 
-def row_blocks(rows: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
-    """Blocks of rows that hold about a cache's worth of logits: (positions among the rows, indices)."""
-    size = max(1, _BLOCK_ELEMENTS // columns)
-    return [(slice(i, i + size), rows[i:i + size]) for i in range(0, len(rows), size)]
-
-
-def load_logits(logits: Tensor, some: Tensor, vocab: int, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A fresh copy of some rows' valid logits, over the temperature."""
-    z = logits.detach()[:, :vocab].index_select(0, some).to(dtype)
-    return z if temperature == 1 else z.div_(temperature)
-
-
-def gradient_buffer(logits: Tensor, rows: Tensor, vocab: int, inplace: bool) -> Tensor:
-    """Where the gradient of logits goes: zero outside the given rows and the valid columns."""
-    if not inplace:
-        return torch.zeros_like(logits)
-    grad = logits.detach()
-    grad[torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, rows, False)] = 0
-    grad[:, vocab:] = 0
-    return grad
-
-
 class _SelectiveLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, rows, temperature, vocab, entropy, inplace):
         dtype = acc_dtype(logits)
         columns = _columns(ids, rows)
         stats = RowStats(len(rows), dtype, logits.device, columns, entropy)
-        for at, some in row_blocks(rows, vocab):
-            stats.fold(at, load_logits(logits, some, vocab, temperature, dtype), 0)
-        final = stats.final(len(rows))
+        stats.fold_logits(logits, rows, vocab, temperature)
+        final = stats.final()
         ctx.args = temperature, vocab, inplace
         ctx.save_for_backward(logits, rows, columns, final.shift, final.l, final.entropy)
         return _outputs(ctx, final, ids, rows)
@@ -103,10 +77,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
         temperature, vocab, inplace = ctx.args
         upstream = _upstream(rows, saved, g_logprobs, g_lse, g_entropy)
         grad = gradient_buffer(logits, rows, vocab, inplace)
-        for at, some in row_blocks(rows, vocab):
-            z = load_logits(logits, some, vocab, temperature, upstream.l.dtype)
-            dz = upstream.part(at).by_logits_(z, 0)
-            grad[:, :vocab].index_copy_(0, some, dz.div_(temperature).to(grad.dtype))
+        upstream.write_logits_grad(logits, grad, rows, vocab, temperature)
         return grad, None, None, None, None, None, None
 
 
@@ -125,7 +96,7 @@ def selective_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float 
     log-prob, detached), nats, float32 (float64 for float64 inputs).
 
     Raises TypeError, ValueError (shapes, dtypes, temperature), IndexError (an id outside the valid
-    vocabulary; checked on the CPU only).
+    vocabulary).
     """
     shapes = Shapes()
     shapes.check("logits", logits, "TV")
@@ -149,6 +120,9 @@ def check_head(shapes: Shapes, hidden: Tensor, weight: Tensor, bias: Tensor | No
     """A head's arguments under their public names; `dims` are the letters of T, H and V."""
     t, h, v = dims
     shapes.check(names[0], hidden, t + h)
+    if isinstance(weight, Tensor) and hasattr(weight, "ds_shape") and weight.numel() == 0:
+        raise ValueError(f"{names[1]} is sharded by ZeRO-3 and not gathered: call this in the forward of the module that "
+                         "owns it")
     shapes.check(names[1], weight, v + h)
     shapes.check(names[2], bias, v, optional=True)
     shapes.check("mask", mask, t, "bool or uint8", optional=True)
@@ -160,10 +134,9 @@ class _FusedLinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: LinearHead, ids, rows, entropy):
         columns = _columns(ids, rows)
-        padded = pad_rows(columns, head.block_rows)
-        stats = RowStats(len(padded), head.dtype, hidden.device, padded, entropy)
+        stats = RowStats(len(rows), head.dtype, hidden.device, columns, entropy)
         stream_logits(head, hidden, rows, stats)
-        final = stats.final(len(rows))
+        final = stats.final()
         ctx.head = head
         # weight and bias: so that a change in place before the backward is an error
         ctx.save_for_backward(hidden, weight, bias, rows, columns, final.shift, final.l, final.entropy)
@@ -176,7 +149,7 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         head = ctx.head
         upstream = _upstream(rows, saved, g_logprobs, g_lse, g_entropy)
         grads = HeadGrads(head, hidden, ctx.needs_input_grad[:3])
-        size = 4 * head.block_rows
+        size = head.block_rows
         for start in range(0, len(rows), size):
             at = slice(start, start + size)
             grads.add_rows(head, hidden, rows[at], upstream.part(at).by_logits_)
@@ -206,8 +179,8 @@ def fused_linear_logprobs(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     GEMM has the same number of rows (padded) and the same columns. This rests on the BLAS treating the rows
     of one GEMM alike, which the tests check on the machine they run on.
 
-    Raises TypeError, ValueError (shapes, dtypes, scalars), IndexError (an id outside the valid vocabulary;
-    checked on the CPU only).
+    Raises TypeError, ValueError (shapes, dtypes, scalars), IndexError (an id outside the valid
+    vocabulary).
     """
     shapes = Shapes()
     check_head(shapes, hidden, lm_head_weight, bias, temperature, logit_softcap, mask)
@@ -215,7 +188,7 @@ def fused_linear_logprobs(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     rows = active_rows(mask, len(hidden), hidden.device)
     shapes.ids("token_ids", token_ids, _id_dims(token_ids), rows, vocab)
     dtype = acc_dtype(hidden, lm_head_weight)
-    head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)
+    head = make_head(dtype, hidden, lm_head_weight, bias, temperature, logit_softcap, vocab)
     out = _FusedLinearLogprobs.apply(hidden, lm_head_weight, bias, head, token_ids, rows, return_entropy)
     return LogprobOutput(out[0], out[1] if return_lse else None, out[2] if return_entropy else None,
                          out[3] if return_max_logprob else None)
@@ -256,10 +229,10 @@ def fused_linear_topk_logprobs(hidden: Tensor, lm_head_weight: Tensor, k: int, *
     check_count("k", k, vocab)
     rows = active_rows(mask, len(hidden), hidden.device)
     dtype = acc_dtype(hidden, lm_head_weight)
-    head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)
-    n, T = len(rows), len(hidden)
-    stats = _TopkStats(n + -n % head.block_rows, k, head.dtype, hidden.device)
+    head = make_head(dtype, hidden, lm_head_weight, bias, temperature, logit_softcap, vocab)
+    T = len(hidden)
+    stats = _TopkStats(len(rows), k, head.dtype, hidden.device)
     stream_logits(head, hidden, rows, stats)
-    logprobs = stats.final(n).log_probs(stats.best[:n])
+    logprobs = stats.final().log_probs(stats.best)
     tail = (1 - logprobs.exp().sum(1)).clamp_(min=0)
-    return TopkOutput(spread(stats.best_ids[:n], rows, T), spread(logprobs, rows, T), spread(tail, rows, T))
+    return TopkOutput(spread(stats.best_ids, rows, T), spread(logprobs, rows, T), spread(tail, rows, T))

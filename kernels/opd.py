@@ -1,6 +1,5 @@
 """On-policy distillation in one shot: LM head, token reward, policy-gradient loss and their gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import Shapes, check_denominator, check_number, check_scale, check_vocab
+from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_scale, check_vocab
 from kernels.logprobs import check_head
-from kernels.policy_loss import PolicyObjective, TokenTerms, loss_factors, token_stats, weighted_sum
-from kernels.rewards import make_reward
+from kernels.policy_loss import PolicyObjective, TokenLoss, loss_factors, token_loss, weighted_sum
+from kernels.rewards import TokenReward
 from kernels.rows import LogprobGrad, RowStats, acc_dtype
-from kernels.stream import (HeadGrads, LinearHead, active_rows, make_head, needs_grad, pad_rows, scaled_grad,
+from kernels.stream import (HeadGrads, LinearHead, active_rows, make_head, needs_grad, scaled_grad,
                             spread, stream_logits)
 
 
@@ -46,14 +45,13 @@ class _Tokens(NamedTuple):
 class _Loss:
     """What turns log-probs into a loss."""
 
-    reward: Callable[[Tensor, Tensor], Tensor] | None
+    reward: TokenReward | None
     objective: PolicyObjective
     entropy_coef: float
 
-    def terms(self, logprobs: Tensor, tokens: _Tokens) -> tuple[Tensor, TokenTerms]:
-        rewards = torch.zeros_like(logprobs) if self.reward is None else self.reward(tokens.teacher, logprobs)
-        total = rewards if tokens.advantages is None else rewards + tokens.advantages
-        return rewards, self.objective.terms(logprobs, total, tokens.old, tokens.rollout)
+    def of(self, logprobs: Tensor, tokens: _Tokens) -> TokenLoss:
+        return token_loss(self.objective, logprobs, tokens.factors, tokens.advantages, tokens.old, tokens.rollout,
+                          reward=self.reward, teacher_logprobs=tokens.teacher)
 
 
 class _FusedLinearOPD(torch.autograd.Function):
@@ -70,30 +68,30 @@ class _FusedLinearOPD(torch.autograd.Function):
             at = slice(start, start + size)
             part = tokens.part(at)
             ids = part.ids[:, None]
-            padded = pad_rows(ids, head.block_rows)
-            stats = RowStats(len(padded), head.dtype, hidden.device, padded, with_entropy)
+            stats = RowStats(len(ids), head.dtype, hidden.device, ids, with_entropy)
             stream_logits(head, hidden, rows[at], stats, kept)
-            final = stats.final(len(ids))
+            final = stats.final()
             logprobs[at], max_logprob[at] = final.logprobs[:, 0], final.max_logprob
             if with_entropy:
                 entropy[at] = final.entropy
             if any(needs):
                 # The loss of a row depends on that row alone, so its gradient can be made at once.
-                slope = loss.terms(logprobs[at], part)[1].slope
+                slope = loss.of(logprobs[at], part).slope
                 g_entropy = -loss.entropy_coef * part.factors if loss.entropy_coef else None
-                grad = LogprobGrad(final.shift, final.l, ids, (slope * part.factors)[:, None],
+                grad = LogprobGrad(final.shift, final.l, ids, slope[:, None],
                                    g_entropy=g_entropy, entropy=final.entropy)
                 grads.add_rows(head, hidden, rows[at], grad.by_logits_, kept)
 
-        rewards, terms = loss.terms(logprobs, tokens)
-        value = weighted_sum(terms.loss, tokens.factors)
+        result = loss.of(logprobs, tokens)
+        rewards = torch.zeros_like(logprobs) if result.rewards is None else result.rewards
+        value = result.loss
         if loss.entropy_coef:
             value = value - loss.entropy_coef * weighted_sum(entropy, tokens.factors)
         outputs = [spread(x, rows, T) for x in (logprobs, rewards, entropy, max_logprob)]
         ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
         ctx.save_for_backward(*grads.as_tuple())
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return value, *outputs, token_stats(terms)
+        return value, *outputs, result.stats
 
     @staticmethod
     @once_differentiable
@@ -134,7 +132,7 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     max_logprob [T] or None, stats).
 
     Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (a token id outside the valid
-    vocabulary; checked on the CPU only).
+    vocabulary).
     """
     shapes = Shapes()
     check_head(shapes, hidden, lm_head_weight, bias, temperature, logit_softcap, mask)
@@ -145,7 +143,10 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
     rows = active_rows(mask, len(hidden), hidden.device)
     shapes.ids("token_ids", token_ids, "T", rows, vocab)
-    reward_of = make_reward(reward, alpha, normalization, clip, tanh_scale)
+    check_choice("reward", reward, ("power", "log_ratio", None))
+    if reward != "log_ratio" and not (clip is None and tanh_scale is None):
+        raise ValueError(f"clip and tanh_scale belong to reward='log_ratio', got reward={reward!r}")
+    reward_of = None if reward is None else TokenReward(reward, alpha, normalization, clip, tanh_scale)
     if reward is None and advantages is None:
         raise ValueError("advantages must be given with reward=None, got None")
     if (reward is None) != (teacher_logprobs is None):
@@ -159,7 +160,7 @@ def fused_linear_opd_loss(hidden: Tensor, lm_head_weight: Tensor, token_ids: Ten
     check_scale("loss_scale", loss_scale)
 
     dtype = acc_dtype(hidden, lm_head_weight)
-    head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)
+    head = make_head(dtype, hidden, lm_head_weight, bias, temperature, logit_softcap, vocab)
 
     def take(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().index_select(0, rows).to(dtype)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number
+from kernels.rewards import TokenReward
 from kernels.rows import acc_dtype
-from kernels.stream import active_rows, spread
 
 OBJECTIVES = ("reinforce", "ppo_clip", "cispo")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
@@ -102,15 +103,6 @@ class PolicyObjective:
         return TokenTerms(loss, slope, log_ratio, low, high, capped)
 
 
-def token_stats(terms: TokenTerms) -> dict[str, Tensor]:
-    """Means over the tokens of one call (0 if there are none)."""
-    n = max(len(terms.loss), 1)
-    k3 = torch.expm1(terms.log_ratio) - terms.log_ratio  # Schulman's low-variance estimate of KL(old || new)
-    return {"ratio_mean": terms.log_ratio.exp().sum() / n, "clip_frac_low": terms.clipped_low.sum() / n,
-            "clip_frac_high": terms.clipped_high.sum() / n, "approx_kl": k3.sum() / n,
-            "is_cap_frac": terms.capped.sum() / n}
-
-
 def weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
     """sum(values * factors) in a fixed order and in float64: the same for the same tokens, run after run."""
     return (values.double() * factors.double()).sum().to(values.dtype)
@@ -125,9 +117,60 @@ def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tens
     return factors * loss_scale / denominator
 
 
-def _sequence_weights(seq_ids: Tensor) -> Tensor:
-    """1 / (number of tokens of the token's sequence), [n]."""
-    return 1.0 / torch.bincount(seq_ids)[seq_ids]
+class TokenLoss(NamedTuple):
+    """rewards [T] (None without one); slope [T]: d loss / d logprob; loss: scalar; stats: detached scalars."""
+
+    rewards: Tensor | None
+    slope: Tensor
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+_STATS = ("ratio_mean", "approx_kl", "clip_frac_low", "clip_frac_high", "is_cap_frac")
+
+
+def token_loss(rule: PolicyObjective, logprobs: Tensor, factors: Tensor, advantages: Tensor | None,
+               old_logprobs: Tensor | None, rollout_logprobs: Tensor | None, mask: Tensor | None = None,
+               reward: TokenReward | None = None, teacher_logprobs: Tensor | None = None) -> TokenLoss:
+    """sum_t factors_t objective_t with the advantage reward + advantages, and its derivatives; all tensors [T].
+
+    The stats are means over the unmasked tokens (0 if there are none); masked tokens may hold NaN.
+    """
+    dtype = acc_dtype(logprobs)
+    if use_triton(logprobs):
+        from kernels import triton_tokens
+        out = triton_tokens.tokens(
+            logprobs, dtype, teacher=teacher_logprobs, advantages=advantages, factors=factors, old=old_logprobs,
+            rollout=rollout_logprobs, mask=mask, objective=rule.name, clip_low=rule.clip_low, clip_high=rule.clip_high,
+            dual_clip=rule.dual_clip, is_cap=rule.is_cap, **({} if reward is None else reward.for_triton()))
+        means = (out.sums[1:6] / out.sums[6].clamp_min(1)).to(dtype)
+        return TokenLoss(out.rewards, out.slope, out.sums[0].to(dtype), dict(zip(_STATS, means)))
+
+    live = None if mask is None else mask != 0
+
+    def clean(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.detach().to(dtype)
+        return x if live is None else torch.where(live, x, 0)
+    logprobs, factors, total = clean(logprobs), clean(factors), clean(advantages)
+    rewards = None if reward is None else clean(reward.terms(clean(teacher_logprobs), logprobs))
+    if rewards is not None:
+        total = rewards if total is None else rewards + total
+    terms = rule.terms(logprobs, total, clean(old_logprobs), clean(rollout_logprobs))
+    n = max(len(logprobs), 1) if live is None else live.sum().clamp_min(1)
+    k3 = torch.expm1(terms.log_ratio) - terms.log_ratio  # Schulman's low-variance estimate of KL(old || new)
+    ratio = terms.log_ratio.exp()
+    per_token = (ratio, k3, terms.clipped_low, terms.clipped_high, terms.capped)
+    stats = {name: (x if live is None else x * live).sum().to(dtype) / n for name, x in zip(_STATS, per_token)}
+    return TokenLoss(rewards, terms.slope * factors, weighted_sum(terms.loss, factors), stats)
+
+
+def _sequence_weights(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """1 / (number of unmasked tokens of the token's sequence), [T]; 0 at masked tokens."""
+    live = torch.ones_like(seq_ids) if mask is None else (mask != 0).long()
+    ids = seq_ids * live  # masked ones may hold anything
+    return live / torch.bincount(ids, weights=live).clamp_min(1)[ids]
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -188,13 +231,9 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, *, denominator: f
     if aggregation == "seq_mean_token_mean" and seq_ids is None:
         raise ValueError("seq_ids must be given with aggregation='seq_mean_token_mean', got None")
 
-    dtype, rows = acc_dtype(logprobs), active_rows(mask, len(logprobs), logprobs.device)
-
-    def take(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().index_select(0, rows).to(dtype)
-    terms = rule.terms(take(logprobs), take(advantages), take(old_logprobs), take(rollout_logprobs))
-    factors = loss_factors(rows, weights, denominator, 1.0, dtype)
+    factors = torch.ones_like(logprobs, dtype=acc_dtype(logprobs)) if weights is None else weights.detach()
     if aggregation == "seq_mean_token_mean":
-        factors = factors * _sequence_weights(seq_ids.index_select(0, rows))
-    grad = spread(terms.slope * factors, rows, len(logprobs))
-    return PGOutput(_TokenLoss.apply(logprobs, weighted_sum(terms.loss, factors), grad), token_stats(terms))
+        factors = factors * _sequence_weights(seq_ids, mask)
+    out = token_loss(rule, logprobs, factors.to(acc_dtype(logprobs)) / denominator, advantages, old_logprobs,
+                     rollout_logprobs, mask)
+    return PGOutput(_TokenLoss.apply(logprobs, out.loss, out.slope), out.stats)

@@ -1,10 +1,11 @@
 """Token rewards from the teacher's and the student's log-prob of the sampled token."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_number
 from kernels.rows import acc_dtype
 
@@ -16,6 +17,50 @@ def box_cox_gap(distance: Tensor, alpha: float) -> Tensor:
     return distance if alpha == 0 else torch.expm1(distance * -alpha).neg_().div_(alpha)
 
 
+@dataclass(frozen=True)
+class TokenReward:
+    """A reward of (teacher_logprobs, student_logprobs) and its parameters; `terms` is the mathematics.
+
+    Raises TypeError or ValueError: a parameter out of its range, or one that belongs to another reward.
+    """
+
+    name: str
+    alpha: float = 1.0
+    normalization: str = "box_cox"
+    clip: float | None = None
+    tanh_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("reward", self.name, ("power", "log_ratio"))
+        if self.name == "power":
+            check_power(self.alpha, self.normalization)
+        check_number("clip", self.clip, optional=True)
+        check_number("tanh_scale", self.tanh_scale, optional=True)
+        if self.clip is not None and self.tanh_scale is not None:
+            raise ValueError(f"clip and tanh_scale exclude each other, got {self.clip} and {self.tanh_scale}")
+
+    def terms(self, lp: Tensor, lq: Tensor) -> Tensor:
+        """lp, lq [n] in one dtype."""
+        lp, lq = lp.clamp_max(0), lq.clamp_max(0)  # a rounded log-prob may be slightly above 0
+        # two models that agree on an impossible token: 0
+        d = (lp - lq).masked_fill((lp == -torch.inf) & (lq == -torch.inf), 0)
+        if self.name == "power" and self.alpha != 0:
+            reward = d.sign() * torch.exp(self.alpha * torch.maximum(lp, lq)) * box_cox_gap(d.abs(), self.alpha)
+            return reward * self.alpha if self.normalization == "none" else reward
+        if self.clip is not None:
+            return d.clamp(-self.clip, self.clip)
+        return d if self.tanh_scale is None else torch.tanh(d / self.tanh_scale)
+
+    def for_triton(self) -> dict:
+        """The same as keyword arguments of `triton_tokens.tokens`."""
+        if self.name == "power" and self.alpha != 0:
+            scale = self.alpha if self.normalization == "none" else 1.0
+            return {"reward": "power", "alpha": self.alpha, "scale": scale}
+        if self.clip is not None:
+            return {"reward": "clip", "bound": self.clip}
+        return {"reward": "log_ratio"} if self.tanh_scale is None else {"reward": "tanh", "bound": self.tanh_scale}
+
+
 def check_power(alpha: float, normalization: str) -> None:
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_number("alpha", alpha, strict=False)
@@ -23,30 +68,17 @@ def check_power(alpha: float, normalization: str) -> None:
         raise ValueError("alpha must be above 0 with normalization='none' (p^0 - q^0 is 0 everywhere), got 0")
 
 
-def check_log_ratio(clip: float | None, tanh_scale: float | None) -> None:
-    check_number("clip", clip, optional=True)
-    check_number("tanh_scale", tanh_scale, optional=True)
-    if clip is not None and tanh_scale is not None:
-        raise ValueError(f"clip and tanh_scale exclude each other, got {clip} and {tanh_scale}")
-
-
-def _aligned(teacher_logprobs: Tensor, student_logprobs: Tensor,
-             mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rewards(rule: TokenReward, teacher_logprobs: Tensor, student_logprobs: Tensor, mask: Tensor | None) -> Tensor:
     shapes = Shapes()
     shapes.check("teacher_logprobs", teacher_logprobs, "T")
     shapes.check("student_logprobs", student_logprobs, "T")
     shapes.check("mask", mask, "T", "bool or uint8", optional=True)
     dtype = acc_dtype(teacher_logprobs, student_logprobs)
-    # A rounded log-prob may be slightly above 0.
-    return teacher_logprobs.to(dtype).clamp_max(0), student_logprobs.to(dtype).clamp_max(0)
-
-
-def _gap(lp: Tensor, lq: Tensor) -> Tensor:
-    """lp - lq, and 0 where both are -inf: two models that agree on an impossible token."""
-    return (lp - lq).masked_fill((lp == -torch.inf) & (lq == -torch.inf), 0)
-
-
-def _masked(reward: Tensor, mask: Tensor | None) -> Tensor:
+    if use_triton(student_logprobs):
+        from kernels import triton_tokens
+        return triton_tokens.tokens(student_logprobs, dtype, teacher=teacher_logprobs, mask=mask,
+                                    **rule.for_triton()).rewards
+    reward = rule.terms(teacher_logprobs.to(dtype), student_logprobs.to(dtype))
     return reward if mask is None else reward.masked_fill(mask == 0, 0)
 
 
@@ -66,15 +98,7 @@ def power_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: floa
 
     Raises TypeError or ValueError: shapes, dtypes, negative or non-finite alpha, alpha == 0 with "none".
     """
-    check_power(alpha, normalization)
-    lp, lq = _aligned(teacher_logprobs, student_logprobs, mask)
-    d = _gap(lp, lq)
-    reward = d
-    if alpha != 0:
-        reward = d.sign() * torch.exp(alpha * torch.maximum(lp, lq)) * box_cox_gap(d.abs(), alpha)
-        if normalization == "none":
-            reward = reward * alpha
-    return _masked(reward, mask)
+    return _rewards(TokenReward("power", alpha, normalization), teacher_logprobs, student_logprobs, mask)
 
 
 @torch.no_grad()
@@ -86,25 +110,5 @@ def log_ratio_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, *, clip
     baselines of arXiv 2606.17199). Arguments, result and errors as in `power_reward`; clip and tanh_scale
     exclude each other. Without a bound the reward of a token that the teacher excludes is -inf.
     """
-    check_log_ratio(clip, tanh_scale)
-    reward = _gap(*_aligned(teacher_logprobs, student_logprobs, mask))
-    if clip is not None:
-        reward = reward.clamp(-clip, clip)
-    elif tanh_scale is not None:
-        reward = torch.tanh(reward / tanh_scale)
-    return _masked(reward, mask)
-
-
-def make_reward(reward: str | None, alpha: float, normalization: str, clip: float | None,
-                tanh_scale: float | None) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The reward of that name as a function of (teacher_logprobs, student_logprobs); None for no reward."""
-    check_choice("reward", reward, ("power", "log_ratio", None))
-    if reward != "log_ratio" and not (clip is None and tanh_scale is None):
-        raise ValueError(f"clip and tanh_scale belong to reward='log_ratio', got reward={reward!r}")
-    if reward == "power":
-        check_power(alpha, normalization)
-        return lambda lp, lq: power_reward(lp, lq, alpha, normalization=normalization)
-    if reward == "log_ratio":
-        check_log_ratio(clip, tanh_scale)
-        return lambda lp, lq: log_ratio_reward(lp, lq, clip=clip, tanh_scale=tanh_scale)
-    return None
+    return _rewards(TokenReward("log_ratio", clip=clip, tanh_scale=tanh_scale), teacher_logprobs, student_logprobs,
+                    mask)

@@ -47,7 +47,7 @@ def fused_linear_self_distillation_kl(
     factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
     both = stop_grad == "none"
     if top_k is None:
-        head = make_head(dtype, lm_head_weight, bias, temperature, logit_softcap, vocab)
+        head = make_head(dtype, student_hidden, lm_head_weight, bias, temperature, logit_softcap, vocab)
         return linear_divergence(student_hidden, lm_head_weight, bias, teacher_hidden, head, head, rows, None,
                                  factors, rule, shared=both)
 

@@ -5,6 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kernels
+from kernels.backend import interpreted
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """Under TRITON_INTERPRET=1 (test_triton_interpreter.py starts such a process) every test is one of Triton."""
+    kernels.set_backend("triton" if interpreted() else "torch")
+    yield
+    kernels.set_backend("auto")
+
 
 def _problem(T=7, V=23, H=5, dtype=torch.float64, seed=0, scale=1.0):
     """Student and teacher hidden states and heads, sampled tokens, a mask with one masked row."""

@@ -300,13 +300,24 @@ def test_bad_input(call, change, error, message):
     assert "\n" not in text
 
 
-def test_backend():
-    assert kernels.active_backend("cpu") == "torch"
-    assert kernels.active_backend(torch.device("cuda")) == "torch"
-    kernels.set_backend("torch")
-    assert kernels.active_backend("cpu") == "torch"
+def test_a_head_that_zero_3_has_taken_away():
+    weight = torch.empty(0)
+    weight.ds_shape = (9, 4)  # what DeepSpeed leaves outside the owner's forward
+    with pytest.raises(ValueError, match="lm_head_weight is sharded by ZeRO-3 and not gathered"):
+        score(lm_head_weight=weight)
+
+
+def test_backend(monkeypatch):
+    monkeypatch.setattr("kernels.backend.interpreted", lambda: False)
     kernels.set_backend("auto")
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, got 'cuda'"):
+    assert kernels.active_backend("cpu") == "torch"
+    assert kernels.active_backend(torch.device("cuda")) == "triton"
+    kernels.set_backend("torch")
+    assert kernels.active_backend("cuda") == "torch"
+    kernels.set_backend("triton")
+    with pytest.raises(ValueError, match="backend triton needs an NVIDIA GPU"):
+        kernels.power_reward(torch.zeros(2), torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
         kernels.set_backend("cuda")
 
 
