@@ -1,0 +1,108 @@
+"""Peak memory of a whole PowerOPD run with a large vocabulary, beside the same run with naive losses.
+
+    python -m benchmarks.vocabulary [--vocab 151936] [--steps 3] [overrides of recipe=poweropd …]
+
+Two models with random weights and V tokens, all of them valid, are made in a temporary folder (alpha is 0.1, so that
+their small probabilities give rewards that are not all 0). Each run is a process
+of its own; its peak is the kernel's count (VmHWM) of resident memory. "none" trains nothing: it is what the run needs
+anyway, the sampler included. Naive: [T, V] float32 logits, their log-softmax, autograd.
+"""
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = ("naive", "ours", "none")
+
+
+def make_models(folder: Path, vocab: int) -> None:
+    from scripts.tiny_models import MODELS, initialise
+    from transformers import AutoTokenizer
+
+    for name, spec in (("student", MODELS["stories-student"]), ("teacher", MODELS["stories-teacher"])):
+        initialise(folder / name, replace(spec, start=None, vocab_size=vocab))
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        tokenizer.add_tokens([f"<|{i}|>" for i in range(vocab - len(tokenizer))])
+        tokenizer.save_pretrained(folder / name)
+
+
+def use_naive_losses() -> None:
+    """Replace the two kernels that PowerOPD calls by what a framework without kernels does."""
+    import kernels
+    import torch
+
+    def naive_logprobs(hidden, weight, ids, *, temperature=1.0, mask=None, valid_vocab_size=None, bias=None,
+                       logit_softcap=None, **_):
+        logits = (hidden @ weight.t()).float()[:, :valid_vocab_size] / temperature
+        lp = torch.log_softmax(logits, -1)
+        entropy = -(lp.detach().exp() * lp.detach()).sum(-1)
+        return kernels.LogprobOutput(lp.gather(1, ids.clamp(min=0)[:, None])[:, 0], None, entropy,
+                                     lp.detach().amax(-1))
+
+    def naive_opd(hidden, weight, ids, teacher, *, denominator, mask, alpha, normalization, reward, **options):
+        options.pop("advantages"), options.pop("return_entropy")
+        out = naive_logprobs(hidden, weight, ids, **options)
+        rewards = kernels.power_reward(teacher, out.logprobs.detach(), alpha, normalization=normalization, mask=mask)
+        loss = -(rewards * out.logprobs)[mask.bool()].sum() / denominator
+        return kernels.OPDOutput(loss, out.logprobs.detach(), rewards, out.entropy, out.max_logprob, {})
+    kernels.fused_linear_logprobs, kernels.fused_linear_opd_loss = naive_logprobs, naive_opd
+
+
+def child(way: str, overrides: list[str]) -> None:
+    """One run, then its peak as the last line."""
+    if way == "naive":
+        use_naive_losses()
+    sys.argv = ["train.py", "recipe=poweropd", *overrides]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            print("PEAK_KIB", line.split()[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vocabulary", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args, overrides = parser.parse_known_args()
+    if args.way:
+        child(args.way, overrides)
+        return 0
+    peaks, rows = {}, {}
+    with tempfile.TemporaryDirectory() as work:
+        make_models(Path(work), args.vocab)
+        for way in WAYS:
+            steps = 0 if way == "none" else args.steps
+            command = [sys.executable, "-m", "benchmarks.vocabulary", "--way", way, f"model.path={work}/student",
+                       f"teacher.path={work}/teacher", f"run.dir={work}/{way}", f"train.steps={steps}", "eval.every=-1",
+                       "log.wandb=disabled", "reward.alpha=0.1", *overrides]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
+                return 1
+            peaks[way] = int(done.stdout.rsplit("PEAK_KIB", 1)[1]) / 2**20
+            if steps:
+                lines = (Path(work) / way / "metrics.jsonl").read_text().splitlines()
+                rows[way] = [row for row in map(json.loads, lines) if "train/loss" in row or "loss" in row]
+            print(f"{way:6} peak {peaks[way]:.2f} GiB", flush=True)
+    key = next(k for k in ("train/loss", "loss") if k in rows["ours"][0])
+    difference = max(abs(a[key] - b[key]) for a, b in zip(rows["ours"], rows["naive"], strict=True))
+    print(f"V={args.vocab}: ours {peaks['ours']:.2f} GiB, naive {peaks['naive']:.2f} GiB, ratio "
+          f"{peaks['ours'] / peaks['naive']:.2f}; above the run without a step: {peaks['ours'] - peaks['none']:.2f} and "
+          f"{peaks['naive'] - peaks['none']:.2f} GiB; largest difference of a step's loss {difference:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
