@@ -110,7 +110,7 @@ CHOICES = {
     "train.normalizer": ("window_token_mean", "microbatch_token_mean"),
     "train.schedule": ("constant", "linear", "cosine"),
     "engine.zero_stage": (0, 1, 2, 3),
-    "kernels.backend": ("auto", "torch"),
+    "kernels.backend": ("auto", "triton", "torch"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 

@@ -124,7 +124,7 @@ class CheckpointConfig:
 
 @dataclass
 class KernelsConfig:
-    backend: str = "auto"  # auto, torch: there is one so far
+    backend: str = "auto"  # auto (Triton on a GPU, else torch), triton, torch
 
 
 @dataclass

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+import kernels
 from recipes.errors import ConfigError, DataError
 from rewards.math import VERIFIERS
 from rollouts.data import Prompt, PromptSampler, load_examples, tokenize_prompts
@@ -53,6 +55,7 @@ def prepare(config: DictConfig) -> Prepared:
     ENGINES.resolve(config.rollout.engine)
     verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
+    check_kernels(config.kernels.backend)
     facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
     run_dir, point, start = run_directory(config, facts, notes)
 
@@ -93,6 +96,15 @@ def prepare(config: DictConfig) -> Prepared:
     return Prepared(method, tokenizer, tuple(stop_ids), teacher_stop, vocab, prompts,
                     PromptSampler(len(prompts), config.train.prompts_per_step, config.seed), verifier, name, held_out,
                     longest, run_dir, point, start, facts, notes)
+
+
+def check_kernels(backend: str) -> None:
+    """Raises ConfigError: the kernels' backend cannot run on this machine."""
+    kernels.set_backend(backend)
+    try:
+        kernels.active_backend("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise ConfigError(f"kernels.backend={backend}: {error}") from None
 
 
 def run_directory(config: DictConfig, facts: dict, notes: list[str]) -> tuple[Path, Path | None, int]:

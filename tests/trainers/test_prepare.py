@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from recipes.compose import compose
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
@@ -104,3 +105,9 @@ def test_dry_run_checks_and_prints_without_a_run(overrides, run_command, tmp_pat
 
 def test_every_error_of_ours_is_one_kind():
     assert all(issubclass(kind, OnstreamError) for kind in (CheckpointError, ConfigError, DataError, ModelError))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton can run")
+def test_triton_without_a_gpu(overrides):
+    assert ("kernels.backend=triton: backend triton needs an NVIDIA GPU"
+            in refused(ConfigError, overrides(kernels__backend="triton")))
