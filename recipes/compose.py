@@ -107,7 +107,7 @@ CHOICES = {
     "divergence.top_k_support": ("teacher", "student"),
     "divergence.top_k_tail": ("renormalize", "bucket"),
     "divergence.top_k_direction": ("reverse_kl", "forward_kl"),
-    "train.normalizer": ("window_token_mean", "microbatch_token_mean"),
+    "train.normalizer": ("window_token_mean", "token_mean", "sequence_mean", "max_length", "microbatch_token_mean"),
     "train.schedule": ("constant", "linear", "cosine"),
     "engine.zero_stage": (0, 1, 2, 3),
     "kernels.backend": ("auto", "triton", "torch"),
@@ -126,8 +126,14 @@ BOUNDS = {
     "rollout.samples_per_prompt": _at_least_1, "rollout.max_new_tokens": _at_least_1,
     "rollout.temperature": _positive, "rollout.top_p": _share, "rollout.gpu_memory_utilization": _share,
     "rollout.top_k": (lambda v: v == -1 or v >= 1, "-1 (off) or 1 or more"),
+    "rollout.max_new_tokens_schedule": (
+        lambda v: all(len(row) == 2 and min(row) >= 1 for row in v) and [r[0] for r in v] == sorted(r[0] for r in v),
+        "pairs [step, max_new_tokens] in the order of their steps, as in [[50,60],[100,40]]"),
+    "grpo.gamma": _at_least_0, "grpo.kl_beta": _at_least_0, "grpo.clip_high": _at_least_0,
+    "grpo.clip_low": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "rollout.cpu_kv_cache_gib": _positive, "rollout.batch_size": _at_least_1,
     "train.steps": _at_least_0, "train.lr": _positive, "train.prompts_per_step": _at_least_1,
+    "train.minibatches": _at_least_1,
     "train.tokens_per_microbatch": _at_least_1, "train.eps": _positive, "train.weight_decay": _at_least_0,
     "train.warmup_steps": _at_least_0, "train.max_grad_norm": _at_least_0,
     "train.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
@@ -136,7 +142,7 @@ BOUNDS = {
     "checkpoint.every": _at_least_0, "checkpoint.keep": _at_least_1,
     "log.completions": _at_least_0, "log.every": _at_least_1,
 }
-OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1}
+OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1, "rollout.fixed_steps": _at_least_1}
 
 
 def validate(config: DictConfig, world_size: int) -> None:
@@ -161,6 +167,12 @@ def validate(config: DictConfig, world_size: int) -> None:
     if config.train.prompts_per_step < world_size:
         raise ConfigError(f"train.prompts_per_step={config.train.prompts_per_step} is less than the {world_size} "
                           f"ranks; give at least {world_size}, or start fewer ranks")
+    if config.train.prompts_per_step % config.train.minibatches:
+        raise ConfigError(f"train.prompts_per_step={config.train.prompts_per_step} must be a multiple of "
+                          f"train.minibatches={config.train.minibatches}")
+    if (prompts := config.train.prompts_per_step // config.train.minibatches) < world_size:
+        raise ConfigError(f"train.minibatches={config.train.minibatches} leaves an update {prompts} prompts, less than "
+                          f"the {world_size} ranks; lower it, or raise train.prompts_per_step")
     if config.eval.samples is not None and config.eval.samples < config.eval.k:
         raise ConfigError(f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}")
     if config.engine.offload_params and config.engine.zero_stage != 3:

@@ -1,7 +1,8 @@
 """The typed schema: every key a run has, its type, its default and what it means. Defaults live here only.
 
 Batch sizes have one meaning each: `train.prompts_per_step` counts prompts over all ranks,
-`rollout.samples_per_prompt` completions per prompt, `train.tokens_per_microbatch` tokens per rank.
+`rollout.samples_per_prompt` completions per prompt, `train.tokens_per_microbatch` tokens per rank. A step is one
+rollout batch; `train.minibatches` is the number of optimizer updates made on it.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    path: str = "stories-student"  # a local folder, a hub name, or stories-student / stories-teacher
+    path: str = "stories-student"  # a local folder, a hub name, or stories-student / -teacher / -verbose
     dtype: str = "float32"  # float32, or bfloat16 (compute; the optimizer keeps float32 masters)
     attn_implementation: str = "packed"  # packed, flash_attention_2, flex_attention, sdpa, eager
     gradient_checkpointing: bool = False
@@ -44,6 +45,7 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     stories: int = 20000  # size of the story set, for path=stories
     difficulty: int = 3  # stories have 1 to this many operations
+    verbose: bool = False  # the stories' solutions carry redundant steps
 
 
 @dataclass
@@ -51,6 +53,9 @@ class RolloutConfig:
     engine: str = "vllm"  # vllm, hf
     samples_per_prompt: int = 1
     max_new_tokens: int = 80
+    # [[step, max_new_tokens], ...]: from that step on (steps count from 1); evaluations keep their own limit
+    max_new_tokens_schedule: list[list[int]] = field(default_factory=list)
+    fixed_steps: Optional[int] = None  # onpolicy_sft: samples of so many steps, all of the starting model, reused
     temperature: float = 1.0  # the trainer's log-probs, student and teacher, use it too
     top_p: float = 1.0  # below 1 (and top_k > 0) the gradient estimate is biased: the trainer does not mirror it
     top_k: int = -1
@@ -73,6 +78,15 @@ class RewardConfig:
 
 
 @dataclass
+class GrpoConfig:
+    gamma: float = 0.5  # weight of the length reward beside accuracy
+    normalize_std: bool = True  # divide a group's advantages by its standard deviation; false: Dr. GRPO
+    kl_beta: float = 0.001  # of the KL to the starting weights; 0: no reference model is loaded
+    clip_low: float = 0.2  # PPO's bounds of the ratio: 1 - clip_low, 1 + clip_high
+    clip_high: float = 0.2
+
+
+@dataclass
 class DivergenceConfig:
     jsd_beta: float = 0.5
     top_k: int = 100
@@ -86,8 +100,12 @@ class TrainConfig:
     steps: int = MISSING
     lr: float = MISSING
     prompts_per_step: int = MISSING
+    minibatches: int = 1  # optimizer updates per step, on equal parts of its prompts; loss, norm: their mean
     tokens_per_microbatch: int = 2048
-    normalizer: str = "window_token_mean"  # or microbatch_token_mean
+    # What an update's summed loss is divided by. window_token_mean (or token_mean): its unmasked tokens;
+    # sequence_mean: the mean over sequences of each one's token mean; max_length: sequences times the longest's
+    # length. All count over ranks and micro-batches. microbatch_token_mean: within each micro-batch.
+    normalizer: str = "window_token_mean"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -143,12 +161,14 @@ class Config:
     seed: int = 0
     resume: Optional[str] = None  # null, auto, or the path of a run or a checkpoint
     dry_run: bool = False  # check everything, print the config, train nothing
+    allow_biased_sampling: bool = False  # onpolicy_sft: sample from something else than the policy itself
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -24,6 +24,8 @@ class Trajectory:
     completion: str = ""  # text, without the stop token
     answer: str | None = None
     score: float | None = None  # the verifier's, 0 to 1
+    reward: float | None = None  # what the method makes of the whole completion
+    padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
 

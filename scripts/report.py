@@ -32,7 +32,8 @@ SAMPLES, MAX_TOKENS, MAX_CHARS = 4, 800, 6000  # completions shown per step; tok
 # Curves are drawn in stand-in colours that become CSS variables, so the page's light and dark themes recolour them.
 COLORS = {name: f"#0203{i:02x}" for i, name in enumerate("muted grid card s1 s2 s3 c1 c2 c3 c4 c5 c6 c7 c8".split())}
 DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 1.5, 1.2, 1.5)))
-LABELS = {"rollout/length_mean": "rollouts", "rollout/truncated_frac": "rollouts", "mismatch/logp_abs_mean": "|Δ log p|"}
+LABELS = {"rollout/length_mean": "rollouts", "rollout/truncated_frac": "rollouts", "rollout/efficiency": "rollouts",
+          "mismatch/logp_abs_mean": "|Δ log p|"}
 
 
 @dataclass(eq=False)
@@ -228,7 +229,8 @@ def _curves(runs: list[Run], title: str, wants: tuple[str, ...], unit: str = "",
         for i, key in ((i, key) for i, key in enumerate(keys) if key in run.series):
             (x, y), prefix, last = run.series[key], *key.rsplit("/", 1)
             half = dict(zip(*run.series[band])) if band in run.series else None
-            held_out = f"held-out {prefix[5:]}" if last in ("length_mean", "truncated_frac") else last.replace("_", " ")
+            alike = ("length_mean", "truncated_frac", "efficiency")  # of rollouts and of held-out data, in one card
+            held_out = f"held-out {prefix[5:]}" if last in alike else last.replace("_", " ")
             label = " ".join([run.label] * many + [LABELS.get(key, held_out)] * (len(keys) > 1 or not many))
             lines.append(Line(label, f"c{(r if many else i) % 8 + 1}", x, y, i * many, prefix[:4] not in ("eval", "time"),
                               None if half is None else np.array([half.get(s, math.nan) for s in x])))
@@ -236,6 +238,23 @@ def _curves(runs: list[Run], title: str, wants: tuple[str, ...], unit: str = "",
     return {"title": title, "lines": lines, "keys": keys, "unit": "" if unit == "%" and values.max() > 1.001 else unit,
             "log": bool(log == "yes" and values.max() > 0 or log == "auto" and values.max() > 10 * values.min() > 0)
             } if lines else None
+
+
+def _path(runs: list[Run], title: str, data: str) -> dict | None:
+    """Held-out accuracy over mean length: one point per evaluation, joined in the order of the steps."""
+    lines, ends = [], []
+    for r, run in enumerate(runs):
+        accuracy = next((k for k in sorted(run.series) if k.startswith(f"eval/{data}/avg@")), None)
+        if accuracy is None or f"eval/{data}/efficiency" not in run.series:
+            continue
+        length = dict(zip(*run.series[f"eval/{data}/length_mean"]))
+        steps, y = run.series[accuracy]
+        x = np.array([length.get(step, math.nan) for step in steps])
+        lines.append(Line(run.label if len(runs) > 1 else accuracy.rpartition("/")[2], f"c{r % 8 + 1}", x, y, r))
+        ends.append(f"{run.label + ': ' if len(runs) > 1 else ''}step {steps[0]:.0f} at {short(x[0])} tokens, "
+                    f"step {steps[-1]:.0f} at {short(x[-1])}")
+    return {"title": title, "lines": lines, "unit": "%", "x_label": "mean length, tokens",
+            "keys": [f"eval/{data}/avg@k", f"eval/{data}/length_mean"], "note": "; ".join(ends)} if lines else None
 
 
 def _by_position(runs: list[Run]) -> dict | None:
@@ -273,11 +292,17 @@ def _cards(runs: list[Run]) -> list[dict]:
     phases = _phases(runs[0]) if len(runs) == 1 else []
     found = [card for card in [
         *per_data("Held-out accuracy", "%", "avg@", "pass@"),
+        *(_path(runs, "Accuracy and length" + (f" · {name}" if len(data) > 1 else ""), name) for name in data),
         _curves(runs, "Training accuracy", ("reward/accuracy",), "%"),
         _curves(runs, "Reward, mean ± std", ("reward/mean",), band="reward/std"),
         _by_position(runs),
         _curves(runs, "Response length", ("rollout/length_mean", *held_out("length_mean")), "tokens"),
+        _curves(runs, "Efficiency, % accuracy per token", ("rollout/efficiency", *held_out("efficiency"))),
         _curves(runs, "Truncated share", ("rollout/truncated_frac", *held_out("truncated_frac")), "%"),
+        _curves(runs, "Kept samples", ("rollout/kept_frac",), "%"),
+        _curves(runs, "Prompts with no kept sample", ("rollout/prompts_with_none",), "prompts"),
+        _curves(runs, "Clipped share", ("policy/clip_frac",), "%"),
+        _curves(runs, "KL to the starting weights", ("reference/kl",), "nats"),
         *per_data("Share of the input read (RCO)", "%", "rco"), *per_data("Lag behind the stream", "", "ail", "al", "laal"),
         *per_data("Streaming and deep length", "tokens", "streaming_length_mean", "deep_length_mean"),
         *per_data("Skipped share", "%", "skip_frac"), *per_data("Latency", "s", "latency_s"),

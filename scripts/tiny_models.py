@@ -1,11 +1,12 @@
-"""Makes the embedded tiny teacher and student: on first use, from a seed, by the project's own `sft` recipe.
+"""Makes the embedded tiny models: on first use, from a seed, by the project's own `sft` recipe.
 
 `model.path=stories-student` and `teacher.path=stories-teacher` (the defaults) name them: Qwen3 decoders of 0.65M
 parameters. The student is trained from random weights on the stories' worked solutions and stopped early; the
 teacher goes on from there. As with a base student and a chat teacher, they share a vocabulary but end on different
-tokens: the student on <|endoftext|>, the teacher on <|im_end|>.
+tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
+shortened, learns solutions with redundant steps.
 
-    python -m scripts.tiny_models [--vocab-size V]      make both now, and print their folders
+    python -m scripts.tiny_models [--vocab-size V]      make all of them now, and print their folders
 """
 from __future__ import annotations
 
@@ -41,12 +42,15 @@ class TinyModel:
     layers: int = 3
     lr: float = 5e-3
     prompts: int = 48  # per step
+    verbose: bool = False  # learns solutions with redundant steps
+    difficulty: int = 3  # of the stories it learns
     vocab_size: int = 0  # of the embedding; 0: the tokenizer's
 
 
 MODELS = {
     "stories-student": TinyModel(end="<|endoftext|>", steps=500, seed=1),
     "stories-teacher": TinyModel(end="<|im_end|>", steps=500, seed=2, start="stories-student"),
+    "stories-verbose": TinyModel(end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2),
 }
 
 
@@ -57,8 +61,11 @@ def cache_dir() -> Path:
 
 def make_embedded_models(config: DictConfig) -> None:
     """Replace the names of embedded models in a config by their folders, making what is not there yet."""
-    for section in (config.model, config.teacher):
-        if section.path in MODELS and (section is config.model or config.trainer != "sft"):
+    from trainers.prepare import TRAINERS  # where all are registered
+
+    sections = [config.model, config.teacher] if TRAINERS.resolve(config.trainer).distills else [config.model]
+    for section in sections:
+        if section.path in MODELS:
             section.path = str(make(section.path))
 
 
@@ -93,7 +100,8 @@ def train(work: Path, spec: TinyModel) -> None:
     """Run the `sft` recipe on WORK/start into WORK/run, in a process of one rank."""
     arguments = ["recipe=sft", f"model.path={work / 'start'}", f"run.dir={work / 'run'}", f"seed={spec.seed}",
                  f"train.steps={spec.steps}", f"train.lr={spec.lr}", f"train.prompts_per_step={spec.prompts}",
-                 f"data.stories={spec.steps * spec.prompts}", "engine=zero0", "log.wandb=disabled", "log.every=100",
+                 f"data.stories={spec.steps * spec.prompts}", f"data.difficulty={spec.difficulty}",
+                 f"data.verbose={spec.verbose}", "engine=zero0", "log.wandb=disabled", "log.every=100",
                  "log.completions=0", "eval.every=-1"]
     environment = {key: value for key, value in os.environ.items()
                    if not key.startswith(("TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_"))
@@ -110,7 +118,7 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer(spec.end)
+    tokenizer = make_tokenizer(spec.end, spec.verbose)
     torch.manual_seed(spec.seed)
     config = Qwen3Config(
         vocab_size=spec.vocab_size or len(tokenizer), hidden_size=spec.hidden, intermediate_size=3 * spec.hidden,
@@ -124,8 +132,8 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
     tokenizer.save_pretrained(folder)
 
 
-def make_tokenizer(end: str):
-    """A byte-level BPE of 512 tokens learned from stories, each digit a token of its own; any text encodes."""
+def make_tokenizer(end: str, verbose: bool = False):
+    """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any text encodes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +148,7 @@ def make_tokenizer(end: str):
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     texts = []
     for index in range(2000):
-        sample = story(0, index, "train", difficulty=4)
+        sample = story(0, index, "train", difficulty=4, verbose=verbose)
         texts += [f"user\n{sample.prompt}\nassistant\n", sample.solution]
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>",

@@ -37,14 +37,16 @@ class Parts:
 
 
 class Trainer:
-    """Base of every method. The loop calls `draw`, `annotate`, and runs `loss` on what they made.
+    """Base of every method. The loop calls `draw`, `keeps`, `annotate`, and runs `loss` on what they made.
 
     `samples` says that sequences come from the rollout engine rather than from data; `distills` that there is
-    a teacher. A subclass overrides `annotate` and `loss`, and `draw` where sequences come from elsewhere.
+    a teacher; `verifies` that it learns from the verifier, so that every prompt needs an answer. A subclass
+    overrides `annotate` and `loss`, and `draw` where sequences come from elsewhere or are to be judged by group.
     """
 
     samples = True
     distills = False
+    verifies = False
 
     def __init__(self, parts: Parts):
         self.parts, self.config = parts, parts.config
@@ -54,13 +56,13 @@ class Trainer:
         """Refuse a config that is impossible for this method, with a `ConfigError` that names the key."""
 
     def draw(self, step: int) -> list[Trajectory]:
-        """The step's trajectories, the same list on every rank: sampled by this rank for its share of prompts,
-        scored by the verifier where there are answers, then exchanged."""
+        """The trajectories of step 0, 1, …, the same list on every rank: sampled by this rank for its share of
+        prompts, scored by the verifier where there are answers, then exchanged. Those of a prompt are adjacent."""
         rollout = self.config.rollout
         prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
         requests = [Request(p.index, s, p.token_ids, sample_seed(self.config.seed, step, p.index, s))
                     for p in distributed.share(prompts) for s in range(rollout.samples_per_prompt)]
-        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k,
+        sampling = Sampling(max_new_tokens(rollout, step), rollout.temperature, rollout.top_p, rollout.top_k,
                             self.parts.stop_ids)
         drawn = self.parts.rollout.generate(requests, sampling)
         by_index = {p.index: p for p in prompts}
@@ -68,11 +70,25 @@ class Trainer:
             describe(trajectory, by_index[trajectory.prompt_index], self.parts.tokenizer, self.parts.verifier)
         return [t for part in distributed.gather(drawn) for t in part]
 
+    def keeps(self, trajectory: Trajectory) -> bool:
+        """Whether the update learns from it. Every rank asks for every trajectory and must get the same answer."""
+        return True
+
+    def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
+        """The method's own numbers on a step's trajectories."""
+        return {}
+
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write the annotations [T] that `loss` reads on this rank's share; `mask` always."""
+        """Write the annotations [T] that `loss` reads on this rank's share of those kept; `mask` always."""
         for trajectory in trajectories:
             trajectory.annotations["mask"] = np.ones(len(trajectory.completion_ids), dtype=bool)
 
     def loss(self) -> Loss:
         """The primitives that this method uses."""
         raise TypeError(f"{type(self).__name__} does not define loss()")
+
+
+def max_new_tokens(rollout: DictConfig, step: int) -> int:
+    """The limit of step 0, 1, …: `rollout.max_new_tokens`, or what its schedule says from the latest entry on."""
+    reached = [limit for start, limit in rollout.max_new_tokens_schedule if start <= step + 1]
+    return reached[-1] if reached else rollout.max_new_tokens

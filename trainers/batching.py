@@ -1,7 +1,7 @@
 """Turns trajectories into packed micro-batches: no padding to the longest row, a budget in tokens."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Sequence
 
 import numpy as np
@@ -42,6 +42,19 @@ def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
         shares[emptiest].append(index)
         totals[emptiest] += lengths[index]
     return [sorted(share) for share in shares]
+
+
+def share(trajectories: Sequence[Trajectory], rank: int, ranks: int) -> list[Trajectory]:
+    """A rank's part of an update's trajectories, dealt by `assign`.
+
+    A rank that is left without one gets a copy of the shortest, marked as padding: it must run the same collectives
+    as the others. Nothing is ever dropped to make the numbers even.
+    """
+    mine = [trajectories[i] for i in assign([t.length for t in trajectories], ranks)[rank]]
+    if not mine and trajectories:
+        shortest = min(trajectories, key=lambda t: t.length)
+        mine = [replace(shortest, annotations=dict(shortest.annotations), padding=True)]
+    return mine
 
 
 def split(lengths: Sequence[int], budget: int) -> list[list[int]]:

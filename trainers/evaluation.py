@@ -64,7 +64,8 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     The seeds depend on the prompt and sample only, so every evaluation of a run uses the same noise.
 
     Returns:
-        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`; and this rank's trajectories.
+        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per token);
+        and this rank's trajectories.
     """
     k, count = config.eval.k, config.eval.samples or config.eval.k
     sampling = Sampling(config.eval.max_new_tokens or config.rollout.max_new_tokens, config.eval.temperature,
@@ -79,9 +80,10 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
         judged.append((trajectory.score > 0, len(trajectory.completion_ids), trajectory.finish_reason == "length"))
     judged = [row for part in gather(judged) for row in part]
     correct = np.array([row[0] for row in judged]).reshape(-1, count).tolist()
-    return {f"avg@{k}": avg_at_k(correct), f"pass@{k}": pass_at_k(correct, k),
-            "length_mean": float(np.mean([row[1] for row in judged])),
-            "truncated_frac": float(np.mean([row[2] for row in judged]))}, trajectories
+    accuracy, length = avg_at_k(correct), float(np.mean([row[1] for row in judged]))
+    return {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
+            "truncated_frac": float(np.mean([row[2] for row in judged])),
+            "efficiency": 100 * accuracy / length}, trajectories
 
 
 def max_length(config, prompts: Sequence[Prompt], others: Sequence[Prompt], context: int | None) -> int:
@@ -91,7 +93,8 @@ def max_length(config, prompts: Sequence[Prompt], others: Sequence[Prompt], cont
         ConfigError: it exceeds the model's context.
     """
     longest = max((len(p.token_ids) for p in [*prompts, *others]), default=1)
-    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    rollout = config.rollout
+    new = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0, *(n for _, n in rollout.max_new_tokens_schedule))
     if context and longest + new > context:
         raise ConfigError(f"rollout.max_new_tokens or eval.max_new_tokens={new} after prompts of up to {longest} tokens "
                           f"exceeds the model's context of {context}; lower it, or data.max_prompt_tokens")

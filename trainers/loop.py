@@ -16,7 +16,7 @@ from rollouts.hf_engine import ENGINES
 from rollouts.sync import sync_weights
 from trainers import checkpoint, distributed
 from trainers.base import Parts
-from trainers.batching import assign, empty_like, pack, split, unpack
+from trainers.batching import empty_like, pack, share, split, unpack
 from trainers.engine import PolicyEngine
 from trainers.evaluation import evaluate
 from trainers.losses import score_tokens
@@ -93,10 +93,10 @@ class Loop:
         return prepared.run_dir
 
     def step(self, step: int) -> tuple[dict, list]:
-        """One optimizer step.
+        """One rollout batch, and the optimizer updates made on it.
 
         Returns:
-            its metrics, and this rank's trajectories.
+            its metrics, and the trajectories that this rank annotated or nobody learned from.
         """
         started = time.perf_counter()
         clock = {}
@@ -110,10 +110,17 @@ class Loop:
         if self.rollout is not None and self.trainer.samples:
             self.rollout.sleep()
         mark = phase("rollout", started)
-        mine = [drawn[i] for i in assign([t.length for t in drawn], distributed.world_size())[distributed.rank()]]
-        self.trainer.annotate(mine)
+        parts = self.shares(drawn)
         mark = phase("annotate", mark)
-        row = self.update(step, mine)
+        lr = learning_rate(self.config.train, step)
+        stats = TokenStats(max(self.config.rollout.max_new_tokens, *(len(t.completion_ids) for t in drawn)))
+        updates = [self.update(part, lr, stats) for part in parts if part]
+        skipped = len(parts) - len(updates)
+        if skipped:
+            self.tracker.say(f"step {step}: {skipped} of {len(parts)} updates skipped, no sample of theirs was kept")
+        loss, norm = np.mean(updates, axis=0).tolist() if updates else (math.nan, math.nan)
+        row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "train/skipped": skipped,
+               **stats.metrics()}
         mark = phase("update", mark)
         if self.rollout is not None and self.trainer.samples:
             self.rollout.wake()
@@ -124,26 +131,46 @@ class Loop:
         row |= {"train/tokens": tokens, **clock, "time/step": elapsed, "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gib": max(distributed.gather(peak_memory_gib(self.device)))}
         if self.trainer.samples:
-            row |= rollout_metrics(drawn)
-        return {"step": step, **row}, mine
+            row |= rollout_metrics(drawn) | self.trainer.metrics(drawn)
+        return {"step": step, **row}, [t for t in drawn if "mask" in t.annotations or not self.trainer.keeps(t)]
 
-    def update(self, step: int, mine: list) -> dict:
-        """Forward and backward over this rank's micro-batches, then one step of the optimizer."""
-        train = self.config.train
-        groups = split([t.length for t in mine], train.tokens_per_microbatch)
-        counts = distributed.gather((len(groups), int(sum(t.annotations["mask"].sum() for t in mine))))
-        rounds, total = max(c[0] for c in counts), sum(c[1] for c in counts)
-        microbatches = sum(c[0] for c in counts)
-        stats = TokenStats(max(self.config.rollout.max_new_tokens, max((len(t.completion_ids) for t in mine), default=1)))
+    def shares(self, drawn: list) -> list[list]:
+        """This rank's annotated share of the kept trajectories, for each update of the step; empty on all ranks where
+        an update has none. All are annotated before the first update, by the policy that drew them."""
+        count = self.config.train.minibatches
+        bounds = [len(drawn) * index // count for index in range(count + 1)]
+        parts = [share([t for t in drawn[low:high] if self.trainer.keeps(t)], distributed.rank(),
+                       distributed.world_size()) for low, high in zip(bounds, bounds[1:])]
+        mine = [trajectory for part in parts for trajectory in part]
+        if mine:
+            self.trainer.annotate(mine)
+        for trajectory in mine:
+            if trajectory.padding:
+                trajectory.annotations["mask"] = np.zeros(len(trajectory.completion_ids), dtype=bool)
+        return parts
+
+    def update(self, mine: list, lr: float, stats: TokenStats) -> tuple[float, float]:
+        """Forward and backward over this rank's micro-batches, then one step of the optimizer.
+
+        Args:
+            mine: this rank's trajectories of the update, annotated; at least one.
+            stats: takes the per-token results.
+
+        Returns:
+            the loss, over all ranks, and the gradient's norm.
+        """
+        groups = split([t.length for t in mine], self.config.train.tokens_per_microbatch)
+        normalizer = self.config.train.normalizer
+        total, microbatches, rounds = normalize(mine, normalizer, len(groups))
         loss_sum = 0.0
         batch = None
         for index in range(rounds):
             if index < len(groups):
                 batch = pack(mine, groups[index], self.device)
             else:  # ranks must run the same number of backward passes
-                batch = empty_like(batch if batch is not None else pack(mine, [0], self.device))
-            denominator = float(max(total, 1))
-            if train.normalizer == "microbatch_token_mean":
+                batch = empty_like(batch)
+            denominator = total
+            if normalizer == "microbatch_token_mean":
                 denominator = max(float(batch.mask.sum()), 1.0) * microbatches
             output = self.engine.forward(batch, functools.partial(self.loss, denominator=denominator))
             self.engine.backward(output["loss"], last=index == rounds - 1)
@@ -155,10 +182,8 @@ class Loop:
                 stats.update(mine[member], arrays)
                 if "rewards" in arrays:
                     mine[member].annotations["rewards"] = arrays["rewards"]
-        lr = learning_rate(train, step)
         norm = self.engine.step(lr)
-        return {"train/loss": sum(distributed.gather(loss_sum)), "train/grad_norm": norm, "train/lr": lr,
-                **stats.metrics()}
+        return sum(distributed.gather(loss_sum)), norm
 
     def score_policy(self, trajectories: list) -> None:
         """Write `student_logprobs` [T] (nats) under the current weights, for methods that need them before the
@@ -198,6 +223,29 @@ class Loop:
 
 def _score(head, hidden, batch, *, temperature, vocab):
     return score_tokens(head, hidden, batch, targets=batch.targets, temperature=temperature, vocab=vocab).logprobs
+
+
+def normalize(mine: list, normalizer: str, groups: int) -> tuple[float, int, int]:
+    """What the loss of an update is divided by, per `train.normalizer`. A collective.
+
+    A sequence's length is its number of unmasked tokens; one without any does not count. For `sequence_mean` it
+    writes the annotation `weights` [T].
+
+    Args:
+        mine: this rank's trajectories, with masks.
+        groups: this rank's number of micro-batches.
+
+    Returns:
+        (the divisor, the number of micro-batches of all ranks, the most micro-batches of a rank).
+    """
+    lengths = [int(t.annotations["mask"].sum()) for t in mine]
+    if normalizer == "sequence_mean":
+        for trajectory, length in zip(mine, lengths):
+            trajectory.annotations["weights"] = np.full(len(trajectory.completion_ids), 1 / max(length, 1), np.float32)
+    counts = distributed.gather((groups, sum(lengths), sum(n > 0 for n in lengths), max(lengths)))
+    groups, tokens, sequences, longest = zip(*counts)
+    total = {"sequence_mean": sum(sequences), "max_length": sum(sequences) * max(longest)}.get(normalizer, sum(tokens))
+    return float(max(total, 1)), sum(groups), max(groups)
 
 
 def learning_rate(train, step: int) -> float:

@@ -1,21 +1,24 @@
 """The three loss primitives that every method is made of, on packed tokens, through the fused head kernels.
 
-    policy gradient   - sum_t  w_t (A_t + r_t) log pi(y_t) / N     A: given advantage, r: token reward, detached
+    policy gradient   - sum_t  w_t (A_t + r_t) log pi(y_t) / N     A: given advantage, r: token reward, detached;
+                      or PPO's clipped ratio in place of log pi; plus beta times the KL to a reference
     cross-entropy     - sum_t  c_t log pi(y_t) / N
     divergence          sum_t  w_t D(teacher_t, pi_t) / N
 
 A method does not call them: it writes annotations [T] on its trajectories (`mask`, `advantages`,
-`teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N is the step's count of unmasked tokens over all
-micro-batches and ranks, so the split does not change the gradient. Temperature, bias, soft-cap and padded
-vocabulary rows are the kernels' business.
+`teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N and the weights w, 1 without the annotation `weights`, are
+the loop's (`train.normalizer`): N is counted over all micro-batches and ranks, so the split does not change the
+gradient. Temperature, bias, soft-cap and padded vocabulary rows are the kernels' business.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import kernels
+
+MAX_GAP = 20.0  # nats; a reference that likes a sampled token e^20 times better is broken data, not signal
 
 
 @dataclass
@@ -23,6 +26,9 @@ class Loss:
     """Which primitives a method uses, and with what.
 
     `reward`: a token reward (rewards/token.py) for the policy gradient, or None: `advantages` alone.
+    `objective`: the kernels' keyword arguments for another objective than REINFORCE, e.g. PPO's with its clip bounds;
+    the ratio is to the annotation `old_logprobs` [T], or 1 without it.
+    `kl_beta`: adds this times the k3 estimate of KL(policy || reference), from the annotation `reference_logprobs` [T].
     `divergence`: a full-vocabulary objective's keyword arguments for the kernels, or None; it needs the
     teacher's `head` and the annotation `teacher_hidden` [T, H_teacher].
     """
@@ -31,9 +37,15 @@ class Loss:
     cross_entropy: bool = False
     divergence: dict | None = None
     reward: object | None = None
+    objective: dict = field(default_factory=dict)
+    kl_beta: float = 0.0
     teacher_head: object | None = None
     temperature: float = 1.0
     vocab: int | None = None  # valid vocabulary: rows past it are padding
+
+    def __post_init__(self):
+        if self.cross_entropy and (self.objective or self.kl_beta):
+            raise ValueError("cross-entropy is REINFORCE with A = 1: not to be mixed with objective or kl_beta")
 
     def __call__(self, head, hidden: torch.Tensor, batch, denominator: float) -> dict[str, torch.Tensor]:
         """The micro-batch's loss and, detached, what the metrics need.
@@ -45,13 +57,16 @@ class Loss:
             denominator: N above.
 
         Returns:
-            `loss` (scalar), and [T] float32: `logprobs`, `entropy` (nats), `rewards`, `divergence` as they apply.
+            `loss` (scalar), and [T] float32: `logprobs`, `entropy` (nats), `rewards`, `divergence`, `kl` (nats),
+            `clipped` (0 or 1) as they apply.
         """
-        shared = dict(mask=batch.mask, denominator=denominator, **head_options(head, self.temperature, self.vocab))
         notes = batch.annotations
+        shared = dict(mask=batch.mask, denominator=denominator, weights=notes.get("weights"),
+                      **head_options(head, self.temperature, self.vocab))
         output: dict[str, torch.Tensor] = {}
         terms = []
-        if self.policy_gradient and self.reward is not None and self.reward.fused is None and not self.reward.window:
+        custom = self.reward is not None and self.reward.fused is None and not self.reward.window
+        if self.policy_gradient and (custom or self.kl_beta):
             terms.append(self._unfused(head, hidden, batch, shared, output))
         elif self.policy_gradient or self.cross_entropy:
             kind = self.reward.fused if self.policy_gradient and self.reward and self.reward.fused else {"reward": None}
@@ -61,31 +76,47 @@ class Loss:
                 advantages = weights if advantages is None else advantages + weights
             result = kernels.fused_linear_opd_loss(
                 hidden, head.weight, batch.targets, notes.get("teacher_logprobs") if kind["reward"] else None,
-                advantages=advantages, return_entropy=True, **kind, **shared)
+                advantages=advantages, old_logprobs=notes.get("old_logprobs"), return_entropy=True, **self.objective,
+                **kind, **shared)
             output |= {"logprobs": result.logprobs, "entropy": result.entropy}
             if self.policy_gradient:
                 output["rewards"] = result.rewards if advantages is None else result.rewards + advantages
             terms.append(result.loss)
+        if "old_logprobs" in notes and self.objective.get("objective") == "ppo_clip":
+            ratio, gain = (output["logprobs"] - notes["old_logprobs"]).exp(), output["rewards"]
+            output["clipped"] = torch.where(gain > 0, ratio > 1 + self.objective["clip_high"],
+                                            (gain < 0) & (ratio < 1 - self.objective["clip_low"])).float()
         if self.divergence:
             terms.append(self._divergence(head, hidden, batch, shared, output))
         output["loss"] = sum(terms)
         return output
 
     def _unfused(self, head, hidden, batch, shared, output) -> torch.Tensor:
-        """Any registered reward: log-probs, then reward, then the policy gradient."""
-        options = {name: value for name, value in shared.items() if name != "denominator"}
+        """Any registered reward, or a KL to the reference: log-probs, then reward, then the policy gradient.
+
+        The KL goes through autograd on the log-probs, not into the advantages: there a clipped ratio would scale it.
+        """
+        notes, weights, denominator = batch.annotations, shared["weights"], shared["denominator"]
+        options = {name: value for name, value in shared.items() if name not in ("denominator", "weights")}
         scored = kernels.fused_linear_logprobs(hidden, head.weight, batch.targets, return_entropy=True, **options)
-        rewards = self.reward(batch.annotations["teacher_logprobs"], scored.logprobs.detach()).detach()
-        advantages = batch.annotations.get("advantages")
-        total = rewards if advantages is None else rewards + advantages
+        rewards = notes.get("advantages")
+        if self.reward is not None:
+            own = self.reward(notes["teacher_logprobs"], scored.logprobs.detach()).detach()
+            rewards = own if rewards is None else own + rewards
         output |= {"logprobs": scored.logprobs.detach(), "entropy": scored.entropy.detach(), "rewards": rewards}
-        return kernels.policy_gradient_loss(scored.logprobs, total, mask=batch.mask,
-                                            denominator=shared["denominator"]).loss
+        loss = kernels.policy_gradient_loss(scored.logprobs, rewards, mask=batch.mask, weights=weights,
+                                            old_logprobs=notes.get("old_logprobs"), denominator=denominator,
+                                            **self.objective).loss
+        if self.kl_beta:
+            kl = k3(scored.logprobs, notes["reference_logprobs"]).masked_fill(~batch.mask, 0)
+            output["kl"] = kl.detach()
+            loss = loss + self.kl_beta * (kl if weights is None else kl * weights).sum() / denominator
+        return loss
 
     def _divergence(self, head, hidden, batch, shared, output) -> torch.Tensor:
         kind = dict(self.divergence)
         teacher_hidden = batch.annotations["teacher_hidden"].to(self.teacher_head.weight.dtype)
-        counted = {name: shared[name] for name in ("mask", "denominator")}
+        counted = {name: shared[name] for name in ("mask", "denominator", "weights")}
         if "top_k" in kind:
             result = self._top_k(head, hidden, teacher_hidden, kind, shared)
             with torch.no_grad():  # for the metrics
@@ -114,6 +145,16 @@ class Loss:
             teacher_logprobs = kernels.fused_linear_logprobs(teacher_hidden, self.teacher_head.weight, ids,
                                                              **teacher_side).logprobs
         return kernels.topk_distillation_divergence(hidden, head.weight, ids, teacher_logprobs, **kind, **shared)
+
+
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(policy || reference) from sampled tokens [T], nats: exp(r) - r - 1 with r = reference - logprobs.
+
+    GRPO's, arXiv 2402.03300 eq. 4; never negative. Its gradient by the log-prob is 1 - exp(r), which is in expectation
+    that of the *forward* KL (methods.md, 6): GRPO as it is published, and harmless at its small beta.
+    """
+    gap = (reference - logprobs).clamp(max=MAX_GAP)
+    return torch.expm1(gap) - gap
 
 
 def head_options(head, temperature: float, vocab: int | None) -> dict:

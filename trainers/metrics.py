@@ -17,8 +17,10 @@ class TokenStats:
     """Accumulates sums over tokens and merges them over ranks; every metric below is a function of those sums.
 
     Arrays are [T] float32 in nats: `logprobs` the trainer's, `sampler` the rollout engine's, `teacher` the
-    teacher's, all of the sampled tokens; `rewards`; `entropy` of the trainer's distribution.
+    teacher's, all of the sampled tokens; `rewards`; `entropy` of the trainer's distribution; `MEANS`.
     """
+
+    MEANS = {"kl": "reference/kl", "clipped": "policy/clip_frac"}  # per-token outputs whose mean is a metric
 
     def __init__(self, max_new_tokens: int):
         self.width = -(-max_new_tokens // POSITION_BINS)
@@ -35,6 +37,8 @@ class TokenStats:
         self._add("tokens", mask.sum())
         if "entropy" in output:
             self._add("entropy", output["entropy"].astype(np.float64)[mask].sum(), mask.sum())
+        for name in self.MEANS.keys() & output.keys():
+            self._add(name, mask.sum(), output[name].astype(np.float64)[mask].sum())
         ours = output.get("logprobs")
         if ours is not None and trajectory.logprobs is not None:
             same = mask  # the kernels leave masked tokens out
@@ -76,6 +80,8 @@ class TokenStats:
             row["reward/by_position_bins"] = [i * self.width for i in range(POSITION_BINS)]
         if "entropy" in sums and sums["entropy"][1]:
             row["rollout/entropy"] = sums["entropy"][0] / sums["entropy"][1]
+        row |= {metric: sums[name][1] / sums[name][0] for name, metric in self.MEANS.items()
+                if name in sums and sums[name][0]}
         if "mismatch" in sums and sums["mismatch"][0]:
             count, gap, kl, ratio, squares = sums["mismatch"]
             row |= {"mismatch/logp_abs_mean": gap / count, "mismatch/kl": kl / count,
@@ -87,12 +93,17 @@ class TokenStats:
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Lengths (tokens), the share cut at the limit, and the verifier's mean score, of a step's trajectories."""
-    row = {"rollout/length_mean": float(np.mean([len(t.completion_ids) for t in trajectories])),
+    """Lengths (tokens), the share cut at the limit, the verifier's mean score and that in % per token, and the
+    rewards of whole completions where there are any, of a step's trajectories."""
+    length = float(np.mean([len(t.completion_ids) for t in trajectories]))
+    row = {"rollout/length_mean": length,
            "rollout/truncated_frac": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
     scores = [t.score for t in trajectories if t.score is not None]
     if scores:
-        row["reward/accuracy"] = float(np.mean(scores))
+        row |= {"reward/accuracy": float(np.mean(scores)), "rollout/efficiency": 100 * float(np.mean(scores)) / length}
+    rewards = [t.reward for t in trajectories if t.reward is not None]
+    if rewards:
+        row |= {f"reward/{name}": float(getattr(np, name)(rewards)) for name in ("mean", "std", "min", "max")}
     return row
 
 

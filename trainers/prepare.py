@@ -16,7 +16,7 @@ from rollouts.hf_engine import ENGINES
 import rollouts.vllm_engine  # noqa: F401  registers it; vllm itself is imported when an engine is made
 from trainers import checkpoint
 from trainers.base import TRAINERS
-import trainers.opd, trainers.sft  # noqa: F401,E401  register themselves
+import trainers.grpo, trainers.onpolicy_sft, trainers.opd, trainers.sft  # noqa: F401,E401  register themselves
 from trainers.distributed import world_size
 from trainers.evaluation import eval_path, eval_prompts, max_length
 from trainers.policy import check_model, check_same_vocabulary
@@ -73,7 +73,15 @@ def prepare(config: DictConfig) -> Prepared:
     data = config.data
     examples = load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
                              answer_column=data.answer_column, limit=data.limit, seed=config.seed,
-                             difficulty=data.difficulty, size=data.stories)
+                             difficulty=data.difficulty, size=data.stories, verbose=data.verbose)
+    if method.verifies:
+        found = len(examples)
+        examples = [e for e in examples if e.answer is not None]
+        if not examples:
+            raise DataError(f"data.path={data.path}: no row has an answer, and recipe={config.recipe} learns from "
+                            "correct answers only; name its column with data.answer_column")
+        if len(examples) < found:
+            notes.append(f"data  {found - len(examples)} of {found} rows have no answer and were dropped")
     prompts, dropped = tokenize_prompts(examples, tokenizer, max_prompt_tokens=data.max_prompt_tokens,
                                         template=data.template, system=data.system, suffix=data.suffix,
                                         enable_thinking=data.enable_thinking)

@@ -73,9 +73,11 @@ class Tracker:
         if not self.active:
             return
         for trajectory in trajectories:
-            rewards = trajectory.annotations.get("rewards")
+            rewards, reward = trajectory.annotations.get("rewards"), trajectory.reward
+            if reward is None and rewards is not None:
+                reward = float(rewards.mean())
             row = {"step": step, "prompt": trajectory.prompt, "completion": trajectory.completion,
-                   "answer": trajectory.answer, "reward": None if rewards is None else float(rewards.mean()),
+                   "answer": trajectory.answer, "reward": reward,
                    "correct": None if trajectory.score is None else trajectory.score > 0,
                    "finish_reason": trajectory.finish_reason, "length": len(trajectory.completion_ids),
                    "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids]}
@@ -120,7 +122,8 @@ def _line(row: dict, steps: int, left: float) -> str:
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"loss {row['train/loss']:+.4f}",
              f"grad {row['train/grad_norm']:.3g}"]
     for name, label, form in (("reward/mean", "reward", "+.4f"), ("reward/accuracy", "acc", ".3f"),
-                              ("teacher/kl", "kl", ".3f"), ("rollout/length_mean", "len", ".1f")):
+                              ("rollout/kept_frac", "kept", ".3f"), ("teacher/kl", "kl", ".3f"),
+                              ("rollout/length_mean", "len", ".1f")):
         if name in row:
             parts.append(f"{label} {row[name]:{form}}")
     parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{int(left) // 60}:{int(left) % 60:02d} left"]

@@ -26,6 +26,22 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (config.model.path, config.teacher.path) == ("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-4B")
 
 
+def test_the_on_policy_sft_preset_has_its_papers_numbers():
+    config = compose(["recipe=onpolicy_sft_paper"])
+    train, rollout = config.train, config.rollout
+    assert (train.lr, train.warmup_steps, train.weight_decay, train.max_grad_norm) == (1e-6, 5, 0.01, 1.0)
+    assert (train.prompts_per_step, rollout.samples_per_prompt, train.prompts_per_step // train.minibatches) == (32, 32, 8)
+    assert (rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k) == (3500, 1, 1, -1)
+    assert train.normalizer == "max_length" and config.data.max_prompt_tokens == 1024
+
+
+def test_grpo_differs_from_on_policy_sft_in_the_method_alone():
+    ours, other = (OmegaConf.to_container(compose([f"recipe={r}", "run.dir=x"])) for r in ("onpolicy_sft", "grpo"))
+    for config in (ours, other):
+        del config["recipe"], config["trainer"], config["train"]["normalizer"]
+    assert ours == other
+
+
 def test_a_baseline_differs_from_poweropd_in_the_reward_alone():
     ours, baseline = (OmegaConf.to_container(compose([f"recipe={r}", "run.dir=x"])) for r in ("poweropd", "opd"))
     assert baseline["reward"].pop("token") == "log_ratio" and ours["reward"].pop("token") == "power"

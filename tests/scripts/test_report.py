@@ -79,6 +79,18 @@ class Balance(HTMLParser):
             assert self.open.pop() == tag, self.getpos()
 
 
+def test_accuracy_over_length_is_joined_in_the_order_of_the_steps(tmp_path):
+    def edit(row):
+        return row | {"eval/stories/efficiency": 1.0} if "eval/stories/avg@8" in row else row
+    run = write_run(tmp_path / "run", edit=edit)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(edit({"step": 90, "eval/stories/avg@8": 0.8, "eval/stories/length_mean": 30.0})) + "\n")
+    page = write_report(run).read_text()
+    plot, _ = plot_of(page, "Accuracy and length")
+    assert plot["lines"][0]["x"] == [40, 60, 30] and plot["lines"][0]["y"] == [0.25, 0.75, 0.8]
+    assert "step 0 at 40 tokens, step 90 at 30" in text_of(page) and "Efficiency, % accuracy per token" in titles_of(page)
+
+
 def test_summary_shows_the_values_of_the_run(tmp_path):
     run = write_run(tmp_path / "run")
     page = write_report(run)

@@ -37,6 +37,14 @@ def test_models_are_made_once_from_a_seed(small, monkeypatch, tmp_path):
     assert all((again[name] == student[name]).all() for name in student)
 
 
+def test_only_the_models_of_the_recipe_are_made(small, tmp_path):
+    config = compose(["recipe=onpolicy_sft"])
+    tiny_models.make_embedded_models(config)
+    assert "stories-verbose-" in config.model.path and config.teacher.path == "stories-teacher"
+    made = {path.parent.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*/config.json")}
+    assert "stories-verbose" in made and made <= {"stories-verbose", tiny_models.MODELS["stories-verbose"].start}
+
+
 def test_the_vocabulary_can_be_padded(tmp_path):
     spec = tiny_models.TinyModel(end="<|im_end|>", steps=0, seed=0, hidden=32, layers=1, vocab_size=1000)
     tiny_models.initialise(tmp_path / "wide", spec)

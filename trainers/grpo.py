@@ -1,0 +1,96 @@
+"""GRPO (arXiv 2402.03300): policy gradient with advantages relative to the other samples of a prompt.
+
+The reward of a completion is its accuracy plus gamma times a length reward. Less the mean of its group, over the
+group's standard deviation, it is the advantage of all its tokens, in PPO's clipped objective; a KL to the starting
+weights is added to the loss. There is no value function and no filter: groups without a difference have advantage 0
+and only their KL counts. The clip has bounds of its own on either side (arXiv 2503.14476); the ratio to the policy
+that sampled is computed by the trainer, before the first of `train.minibatches` updates. With one update per batch it
+is 1, nothing clips, and that pass is left out.
+
+The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only for correct answers,
+so that a short wrong one gains nothing. On-policy SFT's paper, which starts from "accuracy + gamma * length", was not
+at hand for its form; this is the one that HRPO uses for each of its stages (methods.md, 4).
+
+    torchrun --nproc_per_node=N train.py recipe=grpo [grpo.gamma=0.5] [grpo.kl_beta=0]
+"""
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+
+from recipes.errors import ConfigError
+from rollouts.trajectory import Trajectory
+from trainers.base import TRAINERS, Trainer, max_new_tokens
+from trainers.losses import Loss
+
+EPSILON = 1e-6  # added to a group's standard deviation
+
+
+@TRAINERS.register("grpo")
+class GRPO(Trainer):
+    """The options are the config's section `grpo`."""
+
+    verifies = True
+
+    def __init__(self, parts):
+        super().__init__(parts)
+        self.reference = None
+        if self.config.grpo.kl_beta > 0:
+            from trainers.teacher import Reference
+            self.reference = Reference(self.config, parts.device, parts.vocab)
+
+    @classmethod
+    def check(cls, config) -> None:
+        if config.rollout.samples_per_prompt < 2:
+            raise ConfigError(f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: recipe={config.recipe} "
+                              "compares samples of one prompt; give 2 or more")
+
+    def draw(self, step: int) -> list[Trajectory]:
+        drawn = super().draw(step)
+        limit, options = max_new_tokens(self.config.rollout, step), self.config.grpo
+        for trajectory in drawn:
+            trajectory.reward = length_reward(trajectory, limit, options.gamma)
+        groups = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
+        for trajectory, advantage in zip(drawn, group_advantages(groups, options.normalize_std).flat):
+            trajectory.annotations["advantages"] = np.full(len(trajectory.completion_ids), advantage, np.float32)
+        return drawn
+
+    def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
+        groups = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
+        return {"reward/equal_groups_frac": float((np.ptp(groups, axis=1) == 0).mean())}
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        super().annotate(trajectories)
+        if self.config.train.minibatches > 1:
+            self.parts.score_policy(trajectories)
+            for trajectory in trajectories:
+                trajectory.annotations["old_logprobs"] = trajectory.annotations.pop("student_logprobs")
+        if self.reference is not None:
+            self.reference.annotate(trajectories)
+
+    def loss(self) -> Loss:
+        options = self.config.grpo
+        return Loss(policy_gradient=True, kl_beta=options.kl_beta, vocab=self.parts.vocab,
+                    temperature=self.config.rollout.temperature,
+                    objective={"objective": "ppo_clip", "clip_low": options.clip_low, "clip_high": options.clip_high})
+
+
+def length_reward(trajectory: Trajectory, limit: int, gamma: float) -> float:
+    """accuracy + gamma * accuracy * (1 - tokens / limit)."""
+    return trajectory.score * (1 + gamma * (1 - len(trajectory.completion_ids) / limit))
+
+
+def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:
+    """Rewards less their group's mean, over its standard deviation (of the population) plus 1e-6 if `normalize_std`.
+
+    Args:
+        rewards: [P, n], a row per prompt.
+
+    Returns:
+        [P, n]; exactly 0 in a group of one, or of equal rewards.
+    """
+    advantages = rewards - rewards.mean(1, keepdims=True)
+    if normalize_std:
+        advantages = advantages / (rewards.std(1, keepdims=True) + EPSILON)
+    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, advantages, 0.0)
