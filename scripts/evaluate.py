@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
             if key not in given:
                 short = next(s for s, k in SHORT.items() if k == key)
                 raise ConfigError(f"{short}=… is missing: python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8")
+        if "recipe" not in given:
+            overrides.append("recipe=sft")  # one without a teacher: none is to be made or looked for
         config = compose(overrides)
         print(json.dumps(run(config)))
         return 0
