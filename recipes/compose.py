@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import Config
+from recipes.schema import MASKED_LAYOUTS, Config
 
 TREE = Path(__file__).parent
 GROUPS = ("recipe", "engine")
@@ -107,6 +107,8 @@ CHOICES = {
     "divergence.top_k_support": ("teacher", "student"),
     "divergence.top_k_tail": ("renormalize", "bucket"),
     "divergence.top_k_direction": ("reverse_kl", "forward_kl"),
+    "hrpo.granularity": ("stage", "sentence", "boundary_token"),
+    "streaming.layout": (None, "grouped", "interleaved", "batch"),
     "train.normalizer": ("window_token_mean", "token_mean", "sequence_mean", "max_length", "microbatch_token_mean"),
     "train.schedule": ("constant", "linear", "cosine"),
     "engine.zero_stage": (0, 1, 2, 3),
@@ -123,6 +125,7 @@ BOUNDS = {
     "reward.alpha": _positive, "reward.clip": _positive, "reward.tanh_scale": _positive,
     "divergence.jsd_beta": (lambda v: 0 < v < 1, "between 0 and 1"), "divergence.top_k": _at_least_1,
     "data.max_prompt_tokens": _at_least_1, "data.stories": _at_least_1, "data.difficulty": _at_least_1,
+    "data.distractors": _at_least_0,
     "rollout.samples_per_prompt": _at_least_1, "rollout.max_new_tokens": _at_least_1,
     "rollout.temperature": _positive, "rollout.top_p": _share, "rollout.gpu_memory_utilization": _share,
     "rollout.top_k": (lambda v: v == -1 or v >= 1, "-1 (off) or 1 or more"),
@@ -131,6 +134,10 @@ BOUNDS = {
         "pairs [step, max_new_tokens] in the order of their steps, as in [[50,60],[100,40]]"),
     "grpo.gamma": _at_least_0, "grpo.kl_beta": _at_least_0, "grpo.clip_high": _at_least_0,
     "grpo.clip_low": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "hrpo.local_weight": (lambda v: 0 <= v <= 1, "between 0 and 1"), "hrpo.format_weight": _at_least_0,
+    "hrpo.streaming_weight": _at_least_0, "hrpo.deep_weight": _at_least_0, "hrpo.deep_credit": _at_least_0,
+    "streaming.max_thought_tokens": (lambda v: v >= 2, "2 or more: one token and the closing one"),
+    "streaming.target_offset": _at_least_0, "streaming.words_per_minute": _positive,
     "rollout.cpu_kv_cache_gib": _positive, "rollout.batch_size": _at_least_1,
     "train.steps": _at_least_0, "train.lr": _positive, "train.prompts_per_step": _at_least_1,
     "train.minibatches": _at_least_1,
@@ -142,7 +149,8 @@ BOUNDS = {
     "checkpoint.every": _at_least_0, "checkpoint.keep": _at_least_1,
     "log.completions": _at_least_0, "log.every": _at_least_1,
 }
-OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1, "rollout.fixed_steps": _at_least_1}
+OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1, "rollout.fixed_steps": _at_least_1,
+                   "streaming.seconds_per_token": _positive, "grpo.importance_cap": _positive}
 
 
 def validate(config: DictConfig, world_size: int) -> None:
@@ -158,7 +166,8 @@ def validate(config: DictConfig, world_size: int) -> None:
     for key, choices in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value not in choices:
-            hint = nearest(value, choices) if isinstance(value, str) else f"; one of: {', '.join(map(str, choices))}"
+            hint = (nearest(value, filter(None, choices)) if isinstance(value, str)
+                    else f"; one of: {', '.join(map(str, choices))}")
             raise ConfigError(f"{key}={value} is not known{hint}")
     for key, (test, wanted) in (BOUNDS | OPTIONAL_BOUNDS).items():
         value = OmegaConf.select(config, key)
@@ -173,6 +182,12 @@ def validate(config: DictConfig, world_size: int) -> None:
     if (prompts := config.train.prompts_per_step // config.train.minibatches) < world_size:
         raise ConfigError(f"train.minibatches={config.train.minibatches} leaves an update {prompts} prompts, less than "
                           f"the {world_size} ranks; lower it, or raise train.prompts_per_step")
+    layout, sampler = config.streaming.layout, config.rollout.engine
+    masked = layout in MASKED_LAYOUTS
+    if sampler in (("hf", "vllm") if masked else ("streaming",)):
+        right = "streaming" if masked else "vllm or hf"
+        raise ConfigError(f"rollout.engine={sampler} cannot sample with streaming.layout={layout}; use "
+                          f"rollout.engine={right}")
     if config.eval.samples is not None and config.eval.samples < config.eval.k:
         raise ConfigError(f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}")
     if config.engine.offload_params and config.engine.zero_stage != 3:

@@ -46,11 +46,13 @@ class DataConfig:
     stories: int = 20000  # size of the story set, for path=stories
     difficulty: int = 3  # stories have 1 to this many operations
     verbose: bool = False  # the stories' solutions carry redundant steps
+    distractors: int = 0  # stories have 0 to this many sentences that change nothing, in training and evaluation
+    varied: bool = False  # the stories' thoughts are now after a sentence, now at the end: to start streaming from
 
 
 @dataclass
 class RolloutConfig:
-    engine: str = "vllm"  # vllm, hf
+    engine: str = "vllm"  # vllm, hf, streaming (for streaming.layout=grouped and batch)
     samples_per_prompt: int = 1
     max_new_tokens: int = 80
     # [[step, max_new_tokens], ...]: from that step on (steps count from 1); evaluations keep their own limit
@@ -84,6 +86,34 @@ class GrpoConfig:
     kl_beta: float = 0.001  # of the KL to the starting weights; 0: no reference model is loaded
     clip_low: float = 0.2  # PPO's bounds of the ratio: 1 - clip_low, 1 + clip_high
     clip_high: float = 0.2
+    # Weight each token by min(exp(trainer - sampler), this), the log-probs being those before the updates; null: do not
+    importance_cap: Optional[float] = None
+
+
+@dataclass
+class HrpoConfig:
+    local_weight: float = 0.5  # lambda: of the stage's own advantage against the global one; 0: GRPO
+    format_weight: float = 0.2  # w: of the format in all rewards
+    streaming_weight: float = 0.2  # alpha: of brevity of the streaming thoughts; 0 for both: no thinking reward
+    deep_weight: float = 0.4  # beta: of brevity of the deep segment, for which the reader waits: above alpha
+    deep_credit: float = 1.0  # of deep_weight's reward that the thoughts before it are given too (trainers/hrpo.py)
+    granularity: str = "stage"  # stage, sentence, boundary_token: what has a local advantage (trainers/hrpo.py)
+
+
+MASKED_LAYOUTS = ("grouped", "batch")  # values of streaming.layout that need a mask of their own
+
+
+@dataclass
+class StreamingConfig:
+    # null: not streaming. grouped: a mask and positions of its own, each thought sees the sentences read before it;
+    # batch: the same, but all is read before the first thought; interleaved: in order of arrival, plain causal.
+    layout: Optional[str] = None
+    max_thought_tokens: int = 24  # per sentence, the closing token included
+    target_offset: int = 0  # position of the first target token; grouped and batch
+    instruction: str = ""  # the first source segment, after the chat template's opening
+    restate_question: bool = False  # the target repeats the question, forced
+    words_per_minute: float = 150.0  # of the simulated reader
+    seconds_per_token: Optional[float] = None  # of the simulated writer; null: measured
 
 
 @dataclass
@@ -169,6 +199,8 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    hrpo: HrpoConfig = field(default_factory=HrpoConfig)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

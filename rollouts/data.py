@@ -27,6 +27,7 @@ from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
 from rollouts.stories import Story, stories, story
+from rollouts.streaming_data import is_segmented, segmented
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution")
@@ -46,11 +47,13 @@ class Example:
     messages: list[Message]  # chat turns, each with `role` and `content`
     answer: str | None = None
     solution: str | None = None  # a supervised target
-    # The parts of a story, for streaming: one thought per sentence, then `final`.
+    # The parts of a text that is cut into sentences, for streaming: a thought per sentence (<skip>: none), then `deep`
+    # reasoning, then `final`, which holds the answer.
     sentences: tuple[str, ...] | None = None
     thoughts: tuple[str, ...] | None = None
     question: str | None = None
     final: str | None = None
+    deep: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Prompt:
     token_ids: tuple[int, ...]
     text: str
     example: Example
+    segments: tuple[tuple[int, ...], ...] = ()  # streaming: what is read step by step; joined they are `token_ids`
+    opening: tuple[tuple[int, ...], ...] = ()  # streaming: what the answer opens with, before the first thought
 
 
 def load_examples(
     path: str, *, split: str = "train", prompt_column: str | None = None, answer_column: str | None = None,
     limit: int | None = None, seed: int = 0, size: int | None = None, difficulty: int | None = None,
-    verbose: bool = False,
+    verbose: bool = False, distractors: int = 0, varied: bool = False,
 ) -> Sequence[Example]:
     """The examples of a data set.
 
@@ -78,8 +83,8 @@ def load_examples(
         prompt_column, answer_column: a column, or a dotted path into one; None: found by name, as the module
             says. A column named here whose text has neither `####` nor a box is taken as the answer itself.
         limit: the first rows only.
-        seed, size, difficulty, verbose: of the stories (`rollouts.stories.story`); None for the size and the
-            difficulty: the defaults of `data.stories` and `data.difficulty`.
+        seed, size, difficulty, verbose, distractors, varied: of the stories (`rollouts.stories.story`); None for the
+            size and the difficulty: the defaults of `data.stories` and `data.difficulty`.
 
     Raises:
         DataError: one line that says what is wrong with which file and row.
@@ -87,7 +92,8 @@ def load_examples(
     if path == "stories":
         size = DataConfig.stories if size is None else size
         difficulty = DataConfig.difficulty if difficulty is None else difficulty
-        return StoryExamples(size if limit is None else min(size, limit), seed, split, difficulty, verbose)
+        return StoryExamples(size if limit is None else min(size, limit), seed, split, difficulty,
+                             {"verbose": verbose, "distractors": distractors, "varied": varied})
     examples: list[Example] = []
     for source, rows in _sources(path, split):
         left = None if limit is None else limit - len(examples)
@@ -102,10 +108,11 @@ def load_examples(
 class StoryExamples(Sequence[Example]):
     """Stories as examples. Those for training are made when they are looked at; held-out ones at once."""
 
-    def __init__(self, count: int, seed: int, split: str, difficulty: int, verbose: bool):
-        self.count, self.arguments = count, (seed, split, difficulty, verbose)
+    def __init__(self, count: int, seed: int, split: str, difficulty: int, options: dict):
+        self.count, self.seed, self.split, self.difficulty = count, seed, split, difficulty
+        self.options = options
         self.made = None if split == "train" else stories(
-            count, seed=seed, split=split, difficulty=difficulty, verbose=verbose)
+            count, seed=seed, split=split, difficulty=difficulty, **options)
         if count:
             self._story(0)  # wrong arguments are an error here, not at the first use
 
@@ -118,11 +125,11 @@ class StoryExamples(Sequence[Example]):
             return [self[i] for i in chosen]
         made = self._story(chosen)
         return Example(chosen, [{"role": "user", "content": made.prompt}], made.answer, made.solution,
-                       made.sentences, made.thoughts, made.question, made.final)
+                       made.sentences, made.thoughts, made.question, made.final, made.deep)
 
     def _story(self, index: int) -> Story:
-        seed, split, difficulty, verbose = self.arguments
-        return self.made[index] if self.made else story(seed, index, split, difficulty, verbose)
+        return (self.made[index] if self.made else
+                story(self.seed, index, self.split, self.difficulty, **self.options))
 
 
 # Files and their rows
@@ -258,6 +265,10 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
     def first_of(names: Iterable[str]) -> str | None:
         return next((name for name in names if any(_cell(row, name) is not None for _, row in rows)), None)
 
+    if prompt_column is None and is_segmented(columns):
+        for index, (place, row) in enumerate(rows, first_index):
+            yield Example(index, **segmented(row, f"{source} {place}"))
+        return
     for key, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
         if column is not None and first_of([column]) is None:
             raise DataError(f"{source}: no column '{column}' (data.{key}); its columns: {', '.join(columns)}")

@@ -33,8 +33,11 @@ class HuggingFaceEngine:
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head has its name too
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not truncated."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False) -> list[Trajectory]:
+        """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not truncated.
+
+        `continues` says that the prompts go on from the call before: for engines that cache prefixes, this does not.
+        """
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Trajectory] = {}
         for start in range(0, len(order), self.batch_size):

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 
 from recipes.errors import DataError
+from rollouts.protocol import SKIP
 
 SPLITS = ("train", "heldout")
 HELDOUT_PERCENT = 15  # of the arithmetic chains
@@ -39,17 +40,29 @@ INVERSE = {"+": "-", "-": "+", "*": "/"}
 # there are short ones to select: with 0.8 throughout, fewer than 1 in 100 has under half the mean length. No 1.0: a
 # fixed form is learned better than a varied one, and then the short answers would be the worse ones.
 REDUNDANT = (0.3, 0.8, 0.8)
+# Sentences that change nothing; the last three have numbers that do not matter.
+DISTRACTORS = ("The sun is shining.", "It starts to rain.", "{name} likes {other_item}.", "{name} sings a song.",
+               "The dog is asleep.", "Today is a school day.", "{name} is {n} years old.", "It is {n} degrees outside.",
+               "The bus leaves in {n} minutes.")
+# Varied solutions. Chance that a relevant sentence is followed by a thought, drawn per solution; chance that a
+# distractor is followed by one nonetheless, and that the deep segment works out everything once more.
+THINKS = (0.0, 0.4, 0.8, 1.0)
+IDLE, AGAIN = 0.25, 0.3
+CATCH_UP = 2  # the most steps in a thought, so that it fits the limit of tokens per sentence
+NOTHING = "Nothing changes."
 
 
 @dataclass(frozen=True)
 class Story:
-    """One problem. It has as many thoughts as sentences; `final` follows them with the boxed answer."""
+    """One problem. It has as many thoughts as sentences, <skip> where there is nothing to think. After them come `deep`
+    reasoning, which only varied solutions have, and `final` with the boxed answer."""
 
     sentences: tuple[str, ...]
     question: str
     thoughts: tuple[str, ...]
     final: str
     answer: str
+    deep: str = ""
 
     @property
     def prompt(self) -> str:
@@ -57,7 +70,7 @@ class Story:
 
     @property
     def solution(self) -> str:
-        return " ".join((*self.thoughts, self.final))
+        return " ".join(text for text in (*self.thoughts, self.deep, self.final) if text not in ("", SKIP))
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,8 @@ class Step:
     after: int
 
 
-def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = False) -> Story:
+def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = False, distractors: int = 0,
+          varied: bool = False) -> Story:
     """Story `index` of a seed and split, the same in every process.
 
     Args:
@@ -81,6 +95,9 @@ def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = Fa
             1 to 20, on numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
         verbose: the same story, solved with redundant sentences (restated, explained, checked by the inverse
             operation), each present with a probability that is drawn for the solution.
+        distractors: 0 to this many sentences that change nothing come between the others, equally often.
+        varied: for the cold start of streaming reasoners, the same story, solved in one of many ways: some thoughts are
+            left out, a later one or the deep segment catches up, and some things are thought without need.
 
     Raises:
         DataError: an unknown split, or a difficulty below 1.
@@ -101,11 +118,21 @@ def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = Fa
                  [f"Check: {s.after} {INVERSE[s.sign]} {s.n} = {s.before}."])
             for s, sentence, thought in zip(steps, sentences[1:], thoughts[1:])]
         final = _pad(rng, rate, [f"So {name} has {answer} {item} now."], final, [])
-    return Story(tuple(sentences), f"How many {item} does {name} have now?", tuple(thoughts), final, answer)
+    if distractors:  # after all other draws: without them the story is the same
+        other_items = [other for other in ITEMS if other != item]
+        for _ in range(rng.randint(0, distractors)):
+            place = rng.randint(0, len(sentences))
+            sentences.insert(place, rng.choice(DISTRACTORS).format(name=name, n=rng.randint(2, 20),
+                                                                   other_item=rng.choice(other_items)))
+            thoughts.insert(place, SKIP)
+    deep = ""
+    if varied:
+        thoughts, deep = _vary(rng, thoughts)
+    return Story(tuple(sentences), f"How many {item} does {name} have now?", tuple(thoughts), final, answer, deep)
 
 
-def stories(count: int, *, seed: int, split: str, difficulty: int, verbose: bool = False) -> list[Story]:
-    """`count` stories of a split.
+def stories(count: int, *, seed: int, split: str, difficulty: int, **options) -> list[Story]:
+    """`count` stories of a split, with the options of `story`.
 
     Held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
     were (difficulty 1 has about 500 chains), and allowed from there on. A shorter list is a prefix of a
@@ -115,7 +142,7 @@ def stories(count: int, *, seed: int, split: str, difficulty: int, verbose: bool
         DataError: as `story`.
     """
     if split != "heldout":
-        return [story(seed, index, split, difficulty, verbose) for index in range(count)]
+        return [story(seed, index, split, difficulty, **options) for index in range(count)]
     indices, seen, index, missed = [], set(), 0, 0
     while len(indices) < count and missed < 1000:
         chain = _chain(*_draw(seed, index, split, difficulty)[1:])
@@ -125,7 +152,7 @@ def stories(count: int, *, seed: int, split: str, difficulty: int, verbose: bool
             seen.add(chain)
         index += 1
     indices += range(index, index + count - len(indices))
-    return [story(seed, index, split, difficulty, verbose) for index in indices]
+    return [story(seed, index, split, difficulty, **options) for index in indices]
 
 
 def _draw(seed: int, index: int, split: str, difficulty: int) -> tuple[random.Random, int, list[Step]]:
@@ -159,6 +186,21 @@ def _chain(start: int, steps: list[Step]) -> str:
 def _split(chain: str) -> str:
     digest = hashlib.blake2b(chain.encode(), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "little") % 100 < HELDOUT_PERCENT else "train"
+
+
+def _vary(rng: random.Random, ideal: list[str]) -> tuple[list[str], str]:
+    """The thoughts of one way to solve a story, and its deep reasoning, from the ideal thoughts."""
+    rate, thoughts, due = rng.choice(THINKS), [], []  # due: steps that nothing has worked out yet
+    for thought in ideal:
+        if thought == SKIP:
+            thoughts.append(NOTHING if rng.random() < IDLE else SKIP)
+            continue
+        due.append(thought)
+        done, due = (due[:CATCH_UP], due[CATCH_UP:]) if rng.random() < rate else ([], due)
+        thoughts.append(" ".join(done) or SKIP)
+    if rng.random() < AGAIN:
+        due = [thought for thought in ideal if thought != SKIP]
+    return thoughts, " ".join(due)
 
 
 def _pad(rng: random.Random, rate: float, before: list[str], step: str, after: list[str]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rollouts.layout import Layout
+
 
 @dataclass
 class Trajectory:
@@ -26,6 +28,10 @@ class Trajectory:
     score: float | None = None  # the verifier's, 0 to 1
     reward: float | None = None  # what the method makes of the whole completion
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
+    # Streaming (rollouts/layout.py).
+    layout: Layout | None = None  # None: plain causal, natural positions
+    sampled: np.ndarray | None = None  # bool; False: forced protocol tokens, and interleaved source. None: all are
+    slots: np.ndarray | None = None  # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
     # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -38,6 +44,11 @@ class Trajectory:
     def token_ids(self) -> list[int]:
         return [*self.prompt_ids, *self.completion_ids]
 
+    @property
+    def sampled_mask(self) -> np.ndarray:
+        """[T] bool, a copy: the completion tokens that the policy chose."""
+        return np.ones(len(self.completion_ids), dtype=bool) if self.sampled is None else self.sampled.copy()
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,6 +59,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     stop_ids: tuple[int, ...] = ()
+    # Streaming: a thought ends on one of `thought_stops`, or is closed with `close_id` as its last of so many tokens.
+    # The limits above are the deep segment's.
+    thought_stops: tuple[int, ...] = ()
+    max_thought_tokens: int = 0
+    close_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,15 @@ class Request:
     sample_index: int
     prompt_ids: tuple[int, ...]
     seed: int
+    # Streaming: the source in segments, of which `prompt_ids` is the concatenation, and the forced target segments
+    # before the first thought. Segments beyond those of the opening are sentences, with a thought each.
+    segments: tuple[tuple[int, ...], ...] = ()
+    opening: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def thoughts(self) -> int:
+        """N, the number of sentences."""
+        return max(len(self.segments) - len(self.opening), 0)
 
 
 def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int, purpose: str = "train") -> int:

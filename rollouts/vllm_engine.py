@@ -69,10 +69,12 @@ class VllmEngine:
         except Exception as error:
             raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False) -> list[Trajectory]:
         """One trajectory per request, in their order. Log-probs are at `rollout.temperature`; where that is not 1
-        and top-k or top-p truncate, vLLM can only give them renormalised over what is left."""
-        self.llm.reset_prefix_cache()  # what is cached must not depend on what was drawn before a resume
+        and top-k or top-p truncate, vLLM can only give them renormalised over what is left. `continues` keeps the
+        cached prefixes of the call before, which the prompts go on from."""
+        if not continues:  # what is cached must not depend on what was drawn before a resume
+            self.llm.reset_prefix_cache()
         params = [self.sampling_params(
             max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, seed=r.seed, logprobs=0,

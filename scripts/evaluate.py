@@ -1,9 +1,15 @@
 """Evaluates a model: Avg@k, Pass@k, mean length and truncated share, as JSON on the last line of stdout.
 
     python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8 [samples=16 size=500 engine=hf temperature=0.6 …]
+    python -m scripts.evaluate mode=streaming|read_then_think model=DIR data=NAME_OR_FILE k=8 […]
 
 `data` is anything `data.path` takes. Short keys stand for those of the config (`model` for model.path, `k` for
 eval.k, …); every other key of the config works too, e.g. `data.suffix='…'` or `rollout.batch_size=64`.
+
+With `mode` the model thinks after each sentence that it reads (`streaming`: streaming.layout=grouped), or has all its
+thoughts when all is read (`read_then_think`: streaming.layout=batch), with the settings of recipe=streaming_sft. Then
+there are also the lengths of the streaming and the deep part, the share of skipped sentences, and the latency of the
+answer for a reader of `streaming.words_per_minute` (trainers/streaming_metrics.py).
 """
 from __future__ import annotations
 
@@ -14,54 +20,70 @@ import sys
 SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
          "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
          "max_new_tokens": "rollout.max_new_tokens", "engine": "rollout.engine", "dtype": "model.dtype"}
+MODES = {"streaming": "grouped", "read_then_think": "batch"}  # values of streaming.layout
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status; a mistake of the user's ends in one line on stderr."""
     from recipes.compose import compose
     from recipes.errors import ConfigError, OnstreamError
+    from recipes.registry import nearest
 
     try:
-        overrides, given = ["log.wandb=disabled"], set()
-        for argument in arguments:
-            key, equals, value = argument.partition("=")
-            if not equals:
-                raise ConfigError(f"'{argument}' is not KEY=VALUE; see python -m scripts.evaluate's first lines")
-            given.add(SHORT.get(key, key))
-            overrides.append(f"{SHORT.get(key, key)}={value}")
-        for key in ("model.path", "eval.path"):
+        given = key_values(arguments, SHORT, "scripts.evaluate")
+        for short, key in (("model", "model.path"), ("data", "eval.path")):
             if key not in given:
-                short = next(s for s, k in SHORT.items() if k == key)
                 raise ConfigError(f"{short}=… is missing: python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8")
-        if "recipe" not in given:
-            overrides.append("recipe=sft")  # one without a teacher: none is to be made or looked for
-        config = compose(overrides)
-        print(json.dumps(run(config)))
+        mode = given.pop("mode", None)
+        if mode is not None:
+            if mode not in MODES:
+                raise ConfigError(f"mode={mode} is not known{nearest(mode, MODES)}")
+            given = {"streaming.layout": MODES[mode], "rollout.engine": "streaming"} | given
+        recipe = "sft" if mode is None else "streaming_sft"  # without a teacher: none is to be made or looked for
+        given = {"log.wandb": "disabled", "recipe": recipe} | given
+        config = compose([f"{key}={value}" for key, value in given.items()])
+        print(json.dumps(({"mode": mode} if mode else {}) | run(config)))
         return 0
     except OnstreamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
+def key_values(arguments: list[str], short: dict[str, str], module: str) -> dict[str, str]:
+    """Command-line arguments KEY=VALUE; short keys become those of the config.
+
+    Raises:
+        ConfigError: an argument is something else.
+    """
+    from recipes.errors import ConfigError
+
+    given = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines")
+        given[short.get(key, key)] = value
+    return given
+
+
 def run(config) -> dict:
     """Load, sample, judge; returns the scores with what they were measured on."""
     import torch
 
-    import rollouts.vllm_engine  # noqa: F401  registers itself
     from rewards.math import VERIFIERS
-    from rollouts.hf_engine import ENGINES
     from scripts.tiny_models import make_embedded_models
     from trainers.evaluation import eval_prompts, evaluate, max_length
     from trainers.policy import DTYPES, check_model
+    from trainers.rollout import ENGINES, make_engine
 
     make_embedded_models(config)
-    engine = ENGINES.resolve(config.rollout.engine)
+    ENGINES.resolve(config.rollout.engine)
     verifier = VERIFIERS.resolve(config.reward.verifier)
     tokenizer, model = check_model("model", config.model.path)
     name, prompts, dropped = eval_prompts(config, tokenizer)
     length = max_length(config, prompts, [], getattr(model, "max_position_embeddings", None))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rollout = engine(config.model.path, config, device, DTYPES[config.model.dtype], max_length=length)
+    rollout = make_engine(config, device, DTYPES[config.model.dtype], length)
     stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *config.rollout.stop_ids]))
     scores, _ = evaluate(rollout, prompts, config, tokenizer, stop_ids, verifier)
     rollout.close()

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.errors import DataError
+from rollouts.protocol import TOKENS
 
 PHASES = ("rollout", "annotate", "update", "sync", "other")
 WIDTH, WIDE, HEIGHT = 580, 1208, 232  # of a plot, CSS pixels
@@ -32,8 +33,9 @@ SAMPLES, MAX_TOKENS, MAX_CHARS = 4, 800, 6000  # completions shown per step; tok
 # Curves are drawn in stand-in colours that become CSS variables, so the page's light and dark themes recolour them.
 COLORS = {name: f"#0203{i:02x}" for i, name in enumerate("muted grid card s1 s2 s3 c1 c2 c3 c4 c5 c6 c7 c8".split())}
 DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 1.5, 1.2, 1.5)))
-LABELS = {"rollout/length_mean": "rollouts", "rollout/truncated_frac": "rollouts", "rollout/efficiency": "rollouts",
-          "mismatch/logp_abs_mean": "|Δ log p|"}
+ALIKE = ("length_mean", "truncated_frac", "efficiency", "skip_frac")  # of rollouts and of held-out data, in one card
+LABELS = {**{f"rollout/{name}": "rollouts" for name in ALIKE}, "mismatch/logp_abs_mean": "|Δ log p|"}
+MARKS = re.compile("|".join(TOKENS).replace("<", "&lt;").replace(">", "&gt;"))  # of the streaming protocol, in HTML
 
 
 @dataclass(eq=False)
@@ -229,8 +231,7 @@ def _curves(runs: list[Run], title: str, wants: tuple[str, ...], unit: str = "",
         for i, key in ((i, key) for i, key in enumerate(keys) if key in run.series):
             (x, y), prefix, last = run.series[key], *key.rsplit("/", 1)
             half = dict(zip(*run.series[band])) if band in run.series else None
-            alike = ("length_mean", "truncated_frac", "efficiency")  # of rollouts and of held-out data, in one card
-            held_out = f"held-out {prefix[5:]}" if last in alike else last.replace("_", " ")
+            held_out = f"held-out {prefix[5:]}" if last in ALIKE else last.replace("_", " ")
             label = " ".join([run.label] * many + [LABELS.get(key, held_out)] * (len(keys) > 1 or not many))
             lines.append(Line(label, f"c{(r if many else i) % 8 + 1}", x, y, i * many, prefix[:4] not in ("eval", "time"),
                               None if half is None else np.array([half.get(s, math.nan) for s in x])))
@@ -304,8 +305,11 @@ def _cards(runs: list[Run]) -> list[dict]:
         _curves(runs, "Clipped share", ("policy/clip_frac",), "%"),
         _curves(runs, "KL to the starting weights", ("reference/kl",), "nats"),
         *per_data("Share of the input read (RCO)", "%", "rco"), *per_data("Lag behind the stream", "", "ail", "al", "laal"),
-        *per_data("Streaming and deep length", "tokens", "streaming_length_mean", "deep_length_mean"),
-        *per_data("Skipped share", "%", "skip_frac"), *per_data("Latency", "s", "latency_s"),
+        _curves(runs, "Format and thinking rewards", ("reward/format", "reward/thinking")),
+        _curves(runs, "Streaming and deep length", ("rollout/streaming_length_mean", "rollout/deep_length_mean"), "tokens"),
+        *per_data("Held-out streaming and deep length", "tokens", "streaming_length_mean", "deep_length_mean"),
+        _curves(runs, "Skipped share", ("rollout/skip_frac", *held_out("skip_frac")), "%"),
+        *per_data("Latency", "s", "latency_s"),
         _curves(runs, "Gradient norm", ("train/grad_norm",), log="auto"),
         _curves(runs, "Loss", ("train/loss",)),
         _curves(runs, "KL to the teacher", ("teacher/kl",), "nats"),
@@ -339,6 +343,7 @@ def _tiles(run: Run) -> list[dict]:
     for name, keys, unit, about in [  # `about` of a change: the sign that is good
             *accuracy, ("Mean length", [*ends("length_mean"), "rollout/length_mean"], "tokens", 0),
             ("Truncated", [*ends("truncated_frac"), "rollout/truncated_frac"], "%", -1),
+            ("Latency", ends("latency_s"), "s", -1),
             ("Gradient norm, median", ["train/grad_norm"], "", "before clipping"),
             ("Step time, median", ["time/step"], "s", phases),
             ("Tokens per second, median", ["perf/tokens_per_second"], "", "".join(memory))]:
@@ -370,6 +375,12 @@ def _tokens(row: dict, scale: float) -> tuple[list, int]:
             for token, r in zip(tokens[:MAX_TOKENS], rewards)], max(0, len(tokens) - MAX_TOKENS)
 
 
+def _marked(text: str):
+    """HTML in which the tokens of the streaming protocol stand out, each at the end of its line."""
+    from markupsafe import Markup, escape
+    return Markup(MARKS.sub(r'<b class="mark">\g<0></b>\n', str(escape(text))))
+
+
 def write_report(run_dir: Path, *others: Path) -> Path:
     """Write `run_dir/report.html` and return its path; `others` are run directories to compare it with."""
     import jinja2
@@ -399,7 +410,7 @@ def write_report(run_dir: Path, *others: Path) -> Path:
     rewards = np.array([reward for row in shown for reward in _numbers(row.get("token_rewards"))])
     scale = float(np.percentile(np.abs(rewards[np.isfinite(rewards)]), 98)) if np.isfinite(rewards).any() else 0.0
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "marked": _marked}
     page = environment.get_template("report.html.j2").render(
         runs=runs, tiles=[_tiles(run) for run in runs], cards=cards, groups=groups, scale=scale, limit=MAX_CHARS,
         tokens=lambda row: _tokens(row, scale or 1.0), hover=[card["hover"] for card in cards])

@@ -4,7 +4,8 @@
 parameters. The student is trained from random weights on the stories' worked solutions and stopped early; the
 teacher goes on from there. As with a base student and a chat teacher, they share a vocabulary but end on different
 tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
-shortened, learns solutions with redundant steps.
+shortened, learns solutions with redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe
+`streaming_sft` makes it from the student, and stops early.
 
     python -m scripts.tiny_models [--vocab-size V]      make all of them now, and print their folders
 """
@@ -42,6 +43,7 @@ class TinyModel:
     layers: int = 3
     lr: float = 5e-3
     prompts: int = 48  # per step
+    recipe: str = "sft"
     verbose: bool = False  # learns solutions with redundant steps
     difficulty: int = 3  # of the stories it learns
     vocab_size: int = 0  # of the embedding; 0: the tokenizer's
@@ -51,6 +53,8 @@ MODELS = {
     "stories-student": TinyModel(end="<|endoftext|>", steps=500, seed=1),
     "stories-teacher": TinyModel(end="<|im_end|>", steps=500, seed=2, start="stories-student"),
     "stories-verbose": TinyModel(end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2),
+    "stories-streaming": TinyModel(end="<|endoftext|>", steps=400, seed=4, start="stories-student", lr=4e-3,
+                                   recipe="streaming_sft", difficulty=2),
 }
 
 
@@ -86,7 +90,7 @@ def make(name: str, vocab_size: int = 0) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             start = make(spec.start, vocab_size) if spec.start else None
-            print(f"making {name} ({spec.steps} steps of recipe=sft) in {folder}; once only", flush=True)
+            print(f"making {name} ({spec.steps} steps of recipe={spec.recipe}) in {folder}; once only", flush=True)
             work = Path(f"{folder}.work")
             shutil.rmtree(work, ignore_errors=True)
             initialise(work / "start", spec, start)
@@ -97,16 +101,17 @@ def make(name: str, vocab_size: int = 0) -> Path:
 
 
 def train(work: Path, spec: TinyModel) -> None:
-    """Run the `sft` recipe on WORK/start into WORK/run, in a process of one rank."""
-    arguments = ["recipe=sft", f"model.path={work / 'start'}", f"run.dir={work / 'run'}", f"seed={spec.seed}",
-                 f"train.steps={spec.steps}", f"train.lr={spec.lr}", f"train.prompts_per_step={spec.prompts}",
+    """Run the spec's recipe on WORK/start into WORK/run, in a process of one rank."""
+    arguments = [f"recipe={spec.recipe}", f"model.path={work / 'start'}", f"run.dir={work / 'run'}",
+                 f"seed={spec.seed}", f"train.steps={spec.steps}", f"train.lr={spec.lr}",
+                 f"train.prompts_per_step={spec.prompts}",
                  f"data.stories={spec.steps * spec.prompts}", f"data.difficulty={spec.difficulty}",
                  f"data.verbose={spec.verbose}", "engine=zero0", "log.wandb=disabled", "log.every=100",
                  "log.completions=0", "eval.every=-1"]
     environment = {key: value for key, value in os.environ.items()
                    if not key.startswith(("TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_"))
                    and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # torchrun sets 1, but nothing else runs meanwhile
+    environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # not torchrun's 1
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, cwd=ROOT)
     if done.returncode:
         raise ModelError(f"the embedded model in {work} could not be trained (exit status {done.returncode}); what "

@@ -26,17 +26,38 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def run_command():
+def streaming_model(tiny_models, tmp_path_factory) -> Path:
+    """The student with the tokens of the streaming protocol."""
+    from transformers import AutoTokenizer
+
+    from rollouts.protocol import add_tokens, extend_model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
+    new = add_tokens(tokenizer)
+    return extend_model(str(tiny_models["student"]), tokenizer, new, tmp_path_factory.mktemp("streaming") / "model")
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """The variables of a command with so many ranks: its share of the cores, and nothing of another torchrun."""
+    def make(ranks: int = 0) -> dict[str, str]:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        variables = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            variables.pop(name, None)
+        return variables
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_command(environment):
     """Run a command in the repository, `python -m …` or torchrun; returns the finished process."""
     def run(*command: str, ranks: int = 0, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
         start = [sys.executable]
         if ranks:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(ranks, 1)))}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-        return subprocess.run([*start, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=timeout, **kwargs)
+        return subprocess.run([*start, *map(str, command)], cwd=ROOT, env=environment(ranks), capture_output=True,
+                              text=True, timeout=timeout, **kwargs)
     return run
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from recipes.registry import Registry
 from rollouts.data import Prompt, PromptSampler
-from rollouts.trajectory import Request, Sampling, Trajectory, sample_seed
+from rollouts.trajectory import Trajectory, sample_seed
 from trainers import distributed
 from trainers.evaluation import describe
 from trainers.losses import Loss
+from trainers.rollout import make_requests, make_sampling
 
 TRAINERS = Registry("trainer")
 
@@ -40,13 +40,15 @@ class Trainer:
     """Base of every method. The loop calls `draw`, `keeps`, `annotate`, and runs `loss` on what they made.
 
     `samples` says that sequences come from the rollout engine rather than from data; `distills` that there is
-    a teacher; `verifies` that it learns from the verifier, so that every prompt needs an answer. A subclass
+    a teacher; `verifies` that it learns from the verifier, so that every prompt needs an answer; `adds_tokens` that a
+    model without the tokens of the streaming protocol is given them, as the method teaches their use. A subclass
     overrides `annotate` and `loss`, and `draw` where sequences come from elsewhere or are to be judged by group.
     """
 
     samples = True
     distills = False
     verifies = False
+    adds_tokens = False
 
     def __init__(self, parts: Parts):
         self.parts, self.config = parts, parts.config
@@ -60,10 +62,11 @@ class Trainer:
         prompts, scored by the verifier where there are answers, then exchanged. Those of a prompt are adjacent."""
         rollout = self.config.rollout
         prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
-        requests = [Request(p.index, s, p.token_ids, sample_seed(self.config.seed, step, p.index, s))
-                    for p in distributed.share(prompts) for s in range(rollout.samples_per_prompt)]
-        sampling = Sampling(max_new_tokens(rollout, step), rollout.temperature, rollout.top_p, rollout.top_k,
-                            self.parts.stop_ids)
+        requests = make_requests(distributed.share(prompts), rollout.samples_per_prompt,
+                                 lambda index, sample: sample_seed(self.config.seed, step, index, sample))
+        sampling = make_sampling(self.config, self.parts.tokenizer, self.parts.stop_ids, top_p=rollout.top_p,
+                                 max_new_tokens=max_new_tokens(rollout, step), temperature=rollout.temperature,
+                                 top_k=rollout.top_k)
         drawn = self.parts.rollout.generate(requests, sampling)
         by_index = {p.index: p for p in prompts}
         for trajectory in drawn:
@@ -81,7 +84,7 @@ class Trainer:
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Write the annotations [T] that `loss` reads on this rank's share of those kept; `mask` always."""
         for trajectory in trajectories:
-            trajectory.annotations["mask"] = np.ones(len(trajectory.completion_ids), dtype=bool)
+            trajectory.annotations["mask"] = trajectory.sampled_mask
 
     def loss(self) -> Loss:
         """The primitives that this method uses."""

@@ -7,6 +7,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
+from rollouts.layout import Layout
 from rollouts.trajectory import Trajectory
 
 
@@ -15,7 +16,8 @@ class MicroBatch:
     """Sequences laid end to end. L tokens in all, T of them completion tokens, to be predicted.
 
     The model sees `input_ids` and `position_ids` [1, L]; `rows` [T] are the hidden states that predict
-    `targets` [T], i.e. those of the token before. `bounds` are where sequences begin, and L. Annotations are [T] or [T, …], in the same order.
+    `targets` [T], i.e. those of the token before. `bounds` are where sequences begin, and L. Annotations are [T] or
+    [T, …], in the same order. `layouts`, one per sequence, is None where all are plain causal ones.
     """
 
     input_ids: torch.Tensor
@@ -25,6 +27,7 @@ class MicroBatch:
     bounds: list[int]
     annotations: dict[str, torch.Tensor] = field(default_factory=dict)
     members: list[int] = field(default_factory=list)  # indices of the trajectories it holds, in order
+    layouts: list[Layout] | None = None
 
     @property
     def mask(self) -> torch.Tensor:
@@ -83,12 +86,15 @@ def pack(trajectories: Sequence[Trajectory], members: Sequence[int], device: tor
         trajectory = trajectories[member]
         prompt, completion = len(trajectory.prompt_ids), len(trajectory.completion_ids)
         ids += trajectory.token_ids
-        positions += range(prompt + completion)
+        positions += range(prompt + completion) if trajectory.layout is None else trajectory.layout.positions().tolist()
         rows += range(start + prompt - 1, start + prompt + completion - 1)
         relabelled = trajectory.annotations.get("targets")
         targets += trajectory.completion_ids if relabelled is None else relabelled.tolist()
         start += prompt + completion
         bounds.append(start)
+    layouts = None
+    if any(trajectories[m].layout is not None for m in members):
+        layouts = [trajectories[m].layout or Layout(trajectories[m].length) for m in members]
     names = trajectories[members[0]].annotations if members else ()
     annotations = {name: torch.from_numpy(np.concatenate([trajectories[m].annotations[name] for m in members]))
                    .to(device) for name in names}
@@ -96,14 +102,14 @@ def pack(trajectories: Sequence[Trajectory], members: Sequence[int], device: tor
     def long(values):
         return torch.tensor(values, dtype=torch.long, device=device)
     return MicroBatch(long(ids)[None], long(positions)[None], long(rows), long(targets), bounds,
-                      annotations, list(members))
+                      annotations, list(members), layouts)
 
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
     """A micro-batch that runs the model but counts for nothing: for a rank that has fewer than the others."""
     annotations = {name: torch.zeros_like(value) for name, value in batch.annotations.items()}
     return MicroBatch(batch.input_ids, batch.position_ids, batch.rows, batch.targets, batch.bounds,
-                      annotations, [])
+                      annotations, [], batch.layouts)
 
 
 def unpack(batch: MicroBatch, trajectories: Sequence[Trajectory], values: torch.Tensor) -> list[np.ndarray]:

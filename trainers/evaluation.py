@@ -7,10 +7,14 @@ from typing import Callable, Sequence
 import numpy as np
 
 from recipes.errors import ConfigError, DataError
+from recipes.schema import MASKED_LAYOUTS
 from rewards.scores import avg_at_k, pass_at_k
-from rollouts.data import Prompt, load_examples, tokenize_prompts
-from rollouts.trajectory import Request, Sampling, Trajectory, sample_seed
+from rollouts.data import Example, Prompt, load_examples, tokenize_prompts
+from rollouts.segments import streaming_prompts
+from rollouts.trajectory import Trajectory, sample_seed
 from trainers.distributed import gather, share
+from trainers.rollout import make_requests, make_sampling, written_tokens
+from trainers.streaming_metrics import streaming_metrics
 
 
 def data_name(path: str) -> str:
@@ -35,26 +39,37 @@ def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
     path, data = eval_path(config), config.data
     examples = load_examples(path, split=config.eval.split, prompt_column=data.prompt_column,
                              answer_column=data.answer_column, limit=config.eval.size, seed=config.seed,
-                             difficulty=data.difficulty, size=config.eval.size)
+                             difficulty=data.difficulty, size=config.eval.size, distractors=data.distractors)
     if not any(e.answer is not None for e in examples):
         raise DataError(f"eval.path={path}: no row has an answer to score against; name its column with "
                         "data.answer_column")
-    kept, dropped = tokenize_prompts([e for e in examples if e.answer is not None], tokenizer,
-                                     max_prompt_tokens=data.max_prompt_tokens, template=data.template,
-                                     system=data.system, suffix=data.suffix, enable_thinking=data.enable_thinking)
-    if not kept:
-        raise DataError(f"eval.path={path}: all {dropped} prompts are longer than data.max_prompt_tokens="
-                        f"{data.max_prompt_tokens}")
-    return data_name(path), kept, dropped
+    return data_name(path), *make_prompts([e for e in examples if e.answer is not None], tokenizer, config,
+                                          f"eval.path={path}")
+
+
+def make_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> tuple[list[Prompt], int]:
+    """The prompts that the examples make, in segments where the run streams, and how many were dropped as over-long.
+
+    Raises:
+        DataError: an example cannot be used, or not one prompt fits; the message has `where`.
+    """
+    if config.streaming.layout is not None:
+        return streaming_prompts(examples, tokenizer, config, where)
+    data = config.data
+    return tokenize_prompts(examples, tokenizer, max_prompt_tokens=data.max_prompt_tokens, template=data.template,
+                            system=data.system, suffix=data.suffix, enable_thinking=data.enable_thinking)
 
 
 def describe(trajectory: Trajectory, prompt: Prompt, tokenizer, verifier: Callable[[str, str], float] | None) -> None:
-    """Add the texts and, where the example has an answer, the verifier's score. The stop token is not text."""
+    """Add the texts and, where the example has an answer, the verifier's score. The stop token is not text; of a
+    streaming completion, the deep segment is judged."""
     ids = trajectory.completion_ids[:-1] if trajectory.finish_reason == "stop" else trajectory.completion_ids
     trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
-    trajectory.completion = tokenizer.decode(ids)
+    trajectory.completion = judged = tokenizer.decode(ids)
+    if trajectory.slots is not None:
+        judged = tokenizer.decode(ids[int((trajectory.slots < trajectory.slots[-1]).sum()):])
     if trajectory.answer is not None and verifier is not None:
-        trajectory.score = verifier(trajectory.completion, trajectory.answer)
+        trajectory.score = verifier(judged, trajectory.answer)
 
 
 def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Sequence[int],
@@ -64,26 +79,28 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     The seeds depend on the prompt and sample only, so every evaluation of a run uses the same noise.
 
     Returns:
-        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per token);
-        and this rank's trajectories.
+        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per token), and where
+        the run streams, those of `streaming_metrics`; and this rank's trajectories.
     """
     k, count = config.eval.k, config.eval.samples or config.eval.k
-    sampling = Sampling(config.eval.max_new_tokens or config.rollout.max_new_tokens, config.eval.temperature,
-                        config.eval.top_p, -1, tuple(stop_ids))
-    requests = [Request(p.index, s, p.token_ids, sample_seed(config.seed, 0, p.index, s, "eval"))
-                for p in share(list(prompts)) for s in range(count)]
+    sampling = make_sampling(config, tokenizer, stop_ids, temperature=config.eval.temperature, top_p=config.eval.top_p,
+                             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    requests = make_requests(share(list(prompts)), count,
+                             lambda index, sample: sample_seed(config.seed, 0, index, sample, "eval"))
     by_index = {p.index: p for p in prompts}
     trajectories = rollout.generate(requests, sampling)
     judged = []
     for trajectory in trajectories:
         describe(trajectory, by_index[trajectory.prompt_index], tokenizer, verifier)
-        judged.append((trajectory.score > 0, len(trajectory.completion_ids), trajectory.finish_reason == "length"))
+        judged.append((trajectory.score > 0, int(trajectory.sampled_mask.sum()), trajectory.finish_reason == "length"))
     judged = [row for part in gather(judged) for row in part]
     correct = np.array([row[0] for row in judged]).reshape(-1, count).tolist()
     accuracy, length = avg_at_k(correct), float(np.mean([row[1] for row in judged]))
-    return {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
-            "truncated_frac": float(np.mean([row[2] for row in judged])),
-            "efficiency": 100 * accuracy / length}, trajectories
+    scores = {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
+              "truncated_frac": float(np.mean([row[2] for row in judged])), "efficiency": 100 * accuracy / length}
+    if config.streaming.layout is not None:
+        scores |= streaming_metrics(rollout, prompts, trajectories, sampling, config, tokenizer, stop_ids)
+    return scores, trajectories
 
 
 def max_length(config, prompts: Sequence[Prompt], others: Sequence[Prompt], context: int | None) -> int:
@@ -92,10 +109,15 @@ def max_length(config, prompts: Sequence[Prompt], others: Sequence[Prompt], cont
     Raises:
         ConfigError: it exceeds the model's context.
     """
-    longest = max((len(p.token_ids) for p in [*prompts, *others]), default=1)
+    lengths = [(len(p.token_ids), written_tokens(config, p)) for p in [*prompts, *others]] or [(1, 0)]
+    longest = max(map(sum, lengths))
     rollout = config.rollout
     new = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0, *(n for _, n in rollout.max_new_tokens_schedule))
-    if context and longest + new > context:
-        raise ConfigError(f"rollout.max_new_tokens or eval.max_new_tokens={new} after prompts of up to {longest} tokens "
+    reach = longest + new
+    if config.streaming.layout in MASKED_LAYOUTS:  # source and target have positions of their own
+        reach = max(max(source, config.streaming.target_offset + more + new) for source, more in lengths)
+    if context and reach > context:
+        what = "prompts" if config.streaming.layout is None else "sources and thoughts"
+        raise ConfigError(f"rollout.max_new_tokens or eval.max_new_tokens={new} after {what} of up to {longest} tokens "
                           f"exceeds the model's context of {context}; lower it, or data.max_prompt_tokens")
     return longest + new

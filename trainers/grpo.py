@@ -5,7 +5,8 @@ group's standard deviation, it is the advantage of all its tokens, in PPO's clip
 weights is added to the loss. There is no value function and no filter: groups without a difference have advantage 0
 and only their KL counts. The clip has bounds of its own on either side (arXiv 2503.14476); the ratio to the policy
 that sampled is computed by the trainer, before the first of `train.minibatches` updates. With one update per batch it
-is 1, nothing clips, and that pass is left out.
+is 1, nothing clips, and that pass is left out. `grpo.importance_cap` makes up for a rollout engine whose log-probs
+differ from the trainer's: each token is weighted by the ratio of the two, cut at the cap.
 
 The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only for correct answers,
 so that a short wrong one gains nothing. On-policy SFT's paper, which starts from "accuracy + gamma * length", was not
@@ -48,13 +49,21 @@ class GRPO(Trainer):
 
     def draw(self, step: int) -> list[Trajectory]:
         drawn = super().draw(step)
-        limit, options = max_new_tokens(self.config.rollout, step), self.config.grpo
-        for trajectory in drawn:
-            trajectory.reward = length_reward(trajectory, limit, options.gamma)
-        groups = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
-        for trajectory, advantage in zip(drawn, group_advantages(groups, options.normalize_std).flat):
-            trajectory.annotations["advantages"] = np.full(len(trajectory.completion_ids), advantage, np.float32)
+        for trajectory, advantages in zip(drawn, self.advantages(drawn, max_new_tokens(self.config.rollout, step))):
+            trajectory.annotations["advantages"] = advantages
         return drawn
+
+    def advantages(self, drawn: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
+        """Each trajectory's [T] float32, from the `reward` that it is given here; `limit` is that on new tokens."""
+        for trajectory in drawn:
+            trajectory.reward = length_reward(trajectory, limit, self.config.grpo.gamma)
+        return [np.full(len(t.completion_ids), advantage, np.float32)
+                for t, advantage in zip(drawn, self.in_groups([t.reward for t in drawn]))]
+
+    def in_groups(self, rewards: Sequence[float]) -> np.ndarray:
+        """The advantage of each trajectory of a step [P * n] over the others of its prompt."""
+        groups = np.array(rewards).reshape(-1, self.config.rollout.samples_per_prompt)
+        return group_advantages(groups, self.config.grpo.normalize_std).ravel()
 
     def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
         groups = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
@@ -66,6 +75,9 @@ class GRPO(Trainer):
             self.parts.score_policy(trajectories)
             for trajectory in trajectories:
                 trajectory.annotations["old_logprobs"] = trajectory.annotations.pop("student_logprobs")
+        if self.config.grpo.importance_cap is not None:
+            for trajectory in trajectories:
+                trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
         if self.reference is not None:
             self.reference.annotate(trajectories)
 
@@ -73,7 +85,8 @@ class GRPO(Trainer):
         options = self.config.grpo
         return Loss(policy_gradient=True, kl_beta=options.kl_beta, vocab=self.parts.vocab,
                     temperature=self.config.rollout.temperature,
-                    objective={"objective": "ppo_clip", "clip_low": options.clip_low, "clip_high": options.clip_high})
+                    objective={"objective": "ppo_clip", "clip_low": options.clip_low, "clip_high": options.clip_high,
+                               "is_cap": options.importance_cap})
 
 
 def length_reward(trajectory: Trajectory, limit: int, gamma: float) -> float:

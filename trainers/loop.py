@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 import kernels
-from rollouts.hf_engine import ENGINES
+from rollouts.protocol import extend_model
 from rollouts.sync import sync_weights
 from trainers import checkpoint, distributed
 from trainers.base import Parts
@@ -23,6 +23,7 @@ from trainers.losses import score_tokens
 from trainers.metrics import TokenStats, peak_memory_gib, rollout_metrics
 from trainers.policy import load_policy
 from trainers.prepare import Prepared
+from trainers.rollout import make_engine
 from trainers.tracking import Tracker
 
 
@@ -44,15 +45,16 @@ class Loop:
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        self.engine = PolicyEngine(load_policy(config.model.path, torch.float32, self.device,
-                                               config.model.attn_implementation), config, self.device)
+        path = start_model(config.model.path, prepared)
+        self.engine = PolicyEngine(load_policy(path, torch.float32, self.device,
+                                               config.model.attn_implementation, config.streaming.layout),
+                                   config, self.device)
         if prepared.checkpoint is not None:
             checkpoint.load(prepared.checkpoint, self.engine)
         method = prepared.method
         self.rollout = None
         if method.samples or prepared.eval_prompts:
-            self.rollout = ENGINES.resolve(config.rollout.engine)(
-                config.model.path, config, self.device, self.engine.dtype, max_length=prepared.max_length)
+            self.rollout = make_engine(config, self.device, self.engine.dtype, prepared.max_length, path)
         parts = Parts(config, self.device, prepared.tokenizer, prepared.stop_ids, prepared.vocab, prepared.prompts,
                       prepared.sampler, prepared.verifier, self.rollout, teacher_stop=prepared.teacher_stop,
                       score_policy=self.score_policy)
@@ -114,7 +116,10 @@ class Loop:
         mark = phase("annotate", mark)
         lr = learning_rate(self.config.train, step)
         stats = TokenStats(max(self.config.rollout.max_new_tokens, *(len(t.completion_ids) for t in drawn)))
-        updates = [self.update(part, lr, stats) for part in parts if part]
+        updates: list[tuple[float, float]] = []
+        for part in parts:
+            if part:
+                updates.append(self.update(part, lr, stats, moved=bool(updates)))
         skipped = len(parts) - len(updates)
         if skipped:
             self.tracker.say(f"step {step}: {skipped} of {len(parts)} updates skipped, no sample of theirs was kept")
@@ -149,12 +154,13 @@ class Loop:
                 trajectory.annotations["mask"] = np.zeros(len(trajectory.completion_ids), dtype=bool)
         return parts
 
-    def update(self, mine: list, lr: float, stats: TokenStats) -> tuple[float, float]:
+    def update(self, mine: list, lr: float, stats: TokenStats, moved: bool = False) -> tuple[float, float]:
         """Forward and backward over this rank's micro-batches, then one step of the optimizer.
 
         Args:
             mine: this rank's trajectories of the update, annotated; at least one.
             stats: takes the per-token results.
+            moved: an update came between the samples and this one.
 
         Returns:
             the loss, over all ranks, and the gradient's norm.
@@ -179,7 +185,7 @@ class Loop:
                       if name != "loss" and tensor is not None and batch.members}
             for place, member in enumerate(batch.members):
                 arrays = {name: parts[place] for name, parts in values.items()}
-                stats.update(mine[member], arrays)
+                stats.update(mine[member], arrays, moved)
                 if "rewards" in arrays:
                     mine[member].annotations["rewards"] = arrays["rewards"]
         norm = self.engine.step(lr)
@@ -219,6 +225,17 @@ class Loop:
         folder = checkpoint.save(self.prepared.run_dir, step, self.engine, self.prepared.tokenizer,
                                  self.prepared.stop_ids, self.prepared.facts, self.config.checkpoint.keep)
         self.tracker.say(f"saved {folder}")
+
+
+def start_model(path: str, prepared: Prepared) -> str:
+    """`path`; or, where the model lacks tokens, the folder RUN/start of a copy that has them. A collective."""
+    if not prepared.new_tokens:
+        return path
+    folder = prepared.run_dir / "start"
+    if distributed.rank() == 0:
+        extend_model(path, prepared.tokenizer, prepared.new_tokens, folder)
+    distributed.barrier()
+    return str(folder)
 
 
 def _score(head, hidden, batch, *, temperature, vocab):

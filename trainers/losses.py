@@ -27,7 +27,8 @@ class Loss:
 
     `reward`: a token reward (rewards/token.py) for the policy gradient, or None: `advantages` alone.
     `objective`: the kernels' keyword arguments for another objective than REINFORCE, e.g. PPO's with its clip bounds;
-    the ratio is to the annotation `old_logprobs` [T], or 1 without it.
+    the ratio is to the annotation `old_logprobs` [T], or 1 without it. With `is_cap` in it, the truncated importance
+    weight against the annotation `rollout_logprobs` [T].
     `kl_beta`: adds this times the k3 estimate of KL(policy || reference), from the annotation `reference_logprobs` [T].
     `divergence`: a full-vocabulary objective's keyword arguments for the kernels, or None; it needs the
     teacher's `head` and the annotation `teacher_hidden` [T, H_teacher].
@@ -76,8 +77,8 @@ class Loss:
                 advantages = weights if advantages is None else advantages + weights
             result = kernels.fused_linear_opd_loss(
                 hidden, head.weight, batch.targets, notes.get("teacher_logprobs") if kind["reward"] else None,
-                advantages=advantages, old_logprobs=notes.get("old_logprobs"), return_entropy=True, **self.objective,
-                **kind, **shared)
+                advantages=advantages, old_logprobs=notes.get("old_logprobs"),
+                rollout_logprobs=notes.get("rollout_logprobs"), return_entropy=True, **self.objective, **kind, **shared)
             output |= {"logprobs": result.logprobs, "entropy": result.entropy}
             if self.policy_gradient:
                 output["rewards"] = result.rewards if advantages is None else result.rewards + advantages
@@ -106,7 +107,7 @@ class Loss:
         output |= {"logprobs": scored.logprobs.detach(), "entropy": scored.entropy.detach(), "rewards": rewards}
         loss = kernels.policy_gradient_loss(scored.logprobs, rewards, mask=batch.mask, weights=weights,
                                             old_logprobs=notes.get("old_logprobs"), denominator=denominator,
-                                            **self.objective).loss
+                                            rollout_logprobs=notes.get("rollout_logprobs"), **self.objective).loss
         if self.kl_beta:
             kl = k3(scored.logprobs, notes["reference_logprobs"]).masked_fill(~batch.mask, 0)
             output["kl"] = kl.detach()

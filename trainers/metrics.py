@@ -31,8 +31,9 @@ class TokenStats:
         total = np.concatenate([np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in values])
         self.sums[name] = self.sums.get(name, 0) + total
 
-    def update(self, trajectory: Trajectory, output: dict[str, np.ndarray]) -> None:
-        """Add one trajectory with the loss's per-token `output`."""
+    def update(self, trajectory: Trajectory, output: dict[str, np.ndarray], moved: bool = False) -> None:
+        """Add one trajectory with the loss's per-token `output`. `moved`: the weights are no longer those that
+        sampled it, so that what sampler and trainer differ by is known only from `old_logprobs`, if there are any."""
         notes, mask = trajectory.annotations, trajectory.annotations["mask"]
         self._add("tokens", mask.sum())
         if "entropy" in output:
@@ -40,11 +41,12 @@ class TokenStats:
         for name in self.MEANS.keys() & output.keys():
             self._add(name, mask.sum(), output[name].astype(np.float64)[mask].sum())
         ours = output.get("logprobs")
-        if ours is not None and trajectory.logprobs is not None:
+        before = notes.get("old_logprobs", None if moved else ours)
+        if before is not None and trajectory.logprobs is not None:
             same = mask  # the kernels leave masked tokens out
             if "targets" in notes:  # a relabelled stop is not what was sampled
                 same = mask & (notes["targets"] == np.asarray(trajectory.completion_ids))
-            gap = (ours.astype(np.float64) - trajectory.logprobs)[same]
+            gap = (before.astype(np.float64) - trajectory.logprobs)[same]
             ratio = np.exp(gap)
             self._add("mismatch", same.sum(), np.abs(gap).sum(), (np.expm1(gap) - gap).sum(), ratio.sum(),
                       (ratio * ratio).sum())
@@ -95,7 +97,7 @@ class TokenStats:
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Lengths (tokens), the share cut at the limit, the verifier's mean score and that in % per token, and the
     rewards of whole completions where there are any, of a step's trajectories."""
-    length = float(np.mean([len(t.completion_ids) for t in trajectories]))
+    length = float(np.mean([t.sampled_mask.sum() for t in trajectories]))
     row = {"rollout/length_mean": length,
            "rollout/truncated_frac": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
     scores = [t.score for t in trajectories if t.score is not None]

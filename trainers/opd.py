@@ -77,7 +77,7 @@ def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
     teacher's stop in both models; `cross_eos` does so in the teacher only. (PowerOPD's code; methods.md, 1.)
     """
     ids = np.asarray(trajectory.completion_ids, dtype=np.int64)
-    mask, targets, teacher_targets = np.ones(len(ids), dtype=bool), ids.copy(), ids.copy()
+    mask, targets, teacher_targets = trajectory.sampled_mask, ids.copy(), ids.copy()
     if trajectory.finish_reason == "stop" and len(ids):
         if mode == "mask":
             mask[-1] = False

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from recipes.errors import ModelError
+from recipes.schema import MASKED_LAYOUTS
+from rollouts.layout import Layout, check_layouts
 from trainers import attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -65,25 +67,39 @@ class Policy(nn.Module):
             raise ModelError(f"{name} lets packed sequences see one another with model.attn_implementation="
                              f"{self.model.config._attn_implementation}; try another one")
 
-    def _states(self, input_ids, position_ids, bounds: list[int]) -> torch.Tensor:
-        extra = {"sequence_bounds": bounds} if self.model.config._attn_implementation == attention.NAME else {}
+    def check_layouts(self) -> None:
+        """Raises ModelError: it does not keep to the mask of a streaming layout."""
+        def states(ids, layout):
+            row, positions = (torch.tensor([values], device=self.head.weight.device)
+                              for values in (ids, layout.positions().tolist()))
+            return self._states(row, positions, [0, len(ids)], [layout])
+
+        training = self.training
+        self.eval()
+        check_layouts(self.model, states)
+        self.train(training)
+
+    def _states(self, input_ids, position_ids, bounds: list[int], layouts: list[Layout] | None = None) -> torch.Tensor:
+        extra = attention.arguments(self.model.config._attn_implementation, bounds, layouts, self.head.weight)
         return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
                                      **extra).last_hidden_state[0]
 
     def hidden(self, batch) -> torch.Tensor:
         """Hidden states [T, H] that predict the micro-batch's targets."""
-        return self._states(batch.input_ids, batch.position_ids, batch.bounds).index_select(0, batch.rows)
+        states = self._states(batch.input_ids, batch.position_ids, batch.bounds, batch.layouts)
+        return states.index_select(0, batch.rows)
 
     def forward(self, batch, function):
         """Run `function(head, hidden [T, H], batch)` on a micro-batch."""
         return self.head(self.hidden(batch), function, batch)
 
 
-def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "packed") -> Policy:
-    """Load a model folder or hub name.
+def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "packed",
+                layout: str | None = None) -> Policy:
+    """Load a model folder or hub name; `layout` is the config's `streaming.layout`.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or does not keep to the layout's mask.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +108,10 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return Policy(model.to(device))
+    policy = Policy(model.to(device))
+    if layout in MASKED_LAYOUTS:
+        policy.check_layouts()
+    return policy
 
 
 def check_model(key: str, path: str):

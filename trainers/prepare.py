@@ -11,15 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 import kernels
 from recipes.errors import ConfigError, DataError
 from rewards.math import VERIFIERS
-from rollouts.data import Prompt, PromptSampler, load_examples, tokenize_prompts
-from rollouts.hf_engine import ENGINES
-import rollouts.vllm_engine  # noqa: F401  registers it; vllm itself is imported when an engine is made
+from rollouts.data import Prompt, PromptSampler, load_examples
+from rollouts.protocol import add_tokens
 from trainers import checkpoint
 from trainers.base import TRAINERS
-import trainers.grpo, trainers.onpolicy_sft, trainers.opd, trainers.sft  # noqa: F401,E401  register themselves
+import trainers.hrpo, trainers.onpolicy_sft, trainers.opd, trainers.streaming_sft  # noqa: F401,E401  register
 from trainers.distributed import world_size
-from trainers.evaluation import eval_path, eval_prompts, max_length
+from trainers.evaluation import eval_path, eval_prompts, make_prompts, max_length
 from trainers.policy import check_model, check_same_vocabulary
+from trainers.rollout import ENGINES
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Prepared:
     run_dir: Path
     checkpoint: Path | None
     start: int  # steps already done
+    new_tokens: list[str]  # which the model has no rows for yet
     facts: dict
     notes: list[str] = field(default_factory=list)
 
@@ -61,7 +62,10 @@ def prepare(config: DictConfig) -> Prepared:
 
     tokenizer, model = check_model("model.path", config.model.path)
     stop_ids, teacher_stop = dict.fromkeys(tokenizer.stop_ids), None
-    vocab = min(model.vocab_size, len(tokenizer))
+    new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
+    vocab = len(tokenizer) if new_tokens else min(model.vocab_size, len(tokenizer))
+    if new_tokens:
+        notes.append(f"model  gets {len(new_tokens)} tokens it lacks: {' '.join(new_tokens)}")
     if method.distills:
         teacher, teacher_model = check_model("teacher.path", config.teacher.path)
         check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
@@ -73,7 +77,8 @@ def prepare(config: DictConfig) -> Prepared:
     data = config.data
     examples = load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
                              answer_column=data.answer_column, limit=data.limit, seed=config.seed,
-                             difficulty=data.difficulty, size=data.stories, verbose=data.verbose)
+                             difficulty=data.difficulty, size=data.stories, verbose=data.verbose,
+                             distractors=data.distractors, varied=data.varied)
     if method.verifies:
         found = len(examples)
         examples = [e for e in examples if e.answer is not None]
@@ -82,12 +87,7 @@ def prepare(config: DictConfig) -> Prepared:
                             "correct answers only; name its column with data.answer_column")
         if len(examples) < found:
             notes.append(f"data  {found - len(examples)} of {found} rows have no answer and were dropped")
-    prompts, dropped = tokenize_prompts(examples, tokenizer, max_prompt_tokens=data.max_prompt_tokens,
-                                        template=data.template, system=data.system, suffix=data.suffix,
-                                        enable_thinking=data.enable_thinking)
-    if not prompts:
-        raise DataError(f"data.path={data.path}: all {dropped} prompts are longer than data.max_prompt_tokens="
-                        f"{data.max_prompt_tokens}")
+    prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
     if dropped:
         notes.append(f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
                      f"{data.max_prompt_tokens} and were dropped")
@@ -103,7 +103,7 @@ def prepare(config: DictConfig) -> Prepared:
     longest = max_length(config, prompts, held_out, getattr(model, "max_position_embeddings", None))
     return Prepared(method, tokenizer, tuple(stop_ids), teacher_stop, vocab, prompts,
                     PromptSampler(len(prompts), config.train.prompts_per_step, config.seed), verifier, name, held_out,
-                    longest, run_dir, point, start, facts, notes)
+                    longest, run_dir, point, start, new_tokens, facts, notes)
 
 
 def check_kernels(backend: str) -> None:

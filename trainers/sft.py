@@ -13,6 +13,7 @@ from typing import Sequence
 import numpy as np
 
 from recipes.errors import DataError
+from rollouts.data import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS, Trainer
 from trainers.losses import Loss
@@ -25,17 +26,21 @@ class SupervisedFineTuning(Trainer):
     samples = False
 
     def draw(self, step: int) -> list[Trajectory]:
-        tokenizer, trajectories = self.parts.tokenizer, []
-        for index in self.parts.sampler.indices(step):
-            prompt = self.parts.prompts[index]
-            solution = prompt.example.solution
-            if solution is None:
-                raise DataError(f"{self.config.data.path}: row {prompt.index} has no solution to learn from; recipe=sft "
-                                "needs one per row")
-            ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            trajectories.append(Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
-                                           completion=solution, answer=prompt.example.answer))
-        return trajectories
+        return [self.read(self.parts.prompts[index]) for index in self.parts.sampler.indices(step)]
+
+    def read(self, prompt: Prompt) -> Trajectory:
+        """The prompt with its target.
+
+        Raises:
+            DataError: the example has none.
+        """
+        tokenizer, solution = self.parts.tokenizer, prompt.example.solution
+        if solution is None:
+            raise DataError(f"{self.config.data.path}: row {prompt.index} has no solution to learn from; recipe=sft "
+                            "needs one per row")
+        ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        return Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
+                          completion=solution, answer=prompt.example.answer)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)

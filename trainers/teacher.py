@@ -19,8 +19,8 @@ class FrozenModel:
 
     def __init__(self, path: str, dtype: str, config, device: torch.device, vocab: int):
         self.config, self.device, self.vocab = config, device, vocab
-        self.policy = load_policy(path, DTYPES[dtype], device,
-                                  config.model.attn_implementation).eval().requires_grad_(False)
+        self.policy = load_policy(path, DTYPES[dtype], device, config.model.attn_implementation,
+                                  config.streaming.layout).eval().requires_grad_(False)
 
     @torch.no_grad()
     def write(self, trajectories: Sequence[Trajectory], function: Callable) -> None:

@@ -63,9 +63,12 @@ class Tracker:
         if not self.active:
             return
         self._record(row)
-        prefix = f"eval/{name}/"
+        prefix, streaming = f"eval/{name}/", ""
+        if prefix + "latency_s" in row:
+            streaming = (f"deep {row[prefix + 'deep_length_mean']:.1f}  skipped {row[prefix + 'skip_frac']:.1%}  "
+                         f"latency {row[prefix + 'latency_s']:.2f} s  ")
         self.say(f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
-                 f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  "
+                 f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  {streaming}"
                  f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)")
 
     def completions(self, step: int, trajectories: Sequence[Trajectory], tokenizer) -> None:

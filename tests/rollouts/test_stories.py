@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from recipes.errors import DataError
-from rollouts.stories import story, stories
+from rollouts.stories import CATCH_UP, DISTRACTORS, NOTHING, story, stories
 
 STEP = re.compile(r"(\d+) ([+*/-]) (\d+) = (\d+)\.")
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
@@ -97,6 +97,50 @@ def test_verbose_tells_the_same_story_at_greater_and_varying_length():
     ratio = sum(len(v.solution) for _, v in pairs) / sum(len(t.solution) for t, _ in pairs)
     assert ratio > 2
     assert {"Check: " in v.solution for _, v in pairs} == {True, False}
+
+
+def relevant(made):
+    """Sentences and thoughts without those of distractors."""
+    plain = re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(text)) for text in DISTRACTORS))
+    kept = [pair for pair in zip(made.sentences, made.thoughts, strict=True) if not plain.fullmatch(pair[0])]
+    return [sentence for sentence, _ in kept], [thought for _, thought in kept]
+
+
+def test_distractors_change_nothing():
+    counts = []
+    for index in range(600):
+        plain, made = story(0, index, "train", 3), story(0, index, "train", 3, distractors=2)
+        sentences, thoughts = relevant(made)
+        assert (tuple(sentences), tuple(thoughts)) == (plain.sentences, plain.thoughts)
+        assert (made.question, made.solution, made.answer) == (plain.question, plain.solution, plain.answer)
+        item = made.question.split()[2]
+        others = [s for s, thought in zip(made.sentences, made.thoughts) if thought == "<skip>"]
+        assert len(others) == len(made.sentences) - len(sentences) and not any(item in other for other in others)
+        counts.append(len(others))
+    assert all(150 < counts.count(n) < 250 for n in (0, 1, 2)) and set(counts) == {0, 1, 2}
+    told = {re.sub(r"\d+", "N", s) for i in range(600) for s in story(0, i, "train", 3, distractors=2).sentences}
+    assert {"The sun is shining.", "It is N degrees outside.", "The dog is asleep."} <= told
+
+
+def test_varied_solutions_work_out_each_step_in_order_now_or_later():
+    shares, idle, again = [], 0, 0
+    for index in range(1500):
+        ideal = story(0, index, "train", 3, distractors=2)
+        made = story(0, index, "train", 3, distractors=2, varied=True)
+        assert (made.sentences, made.prompt, made.answer) == (ideal.sentences, ideal.prompt, ideal.answer)
+        steps = [thought for thought in ideal.thoughts if thought != "<skip>"]
+        written = [thought for thought in made.thoughts if thought not in ("<skip>", NOTHING)]
+        assert all(len(re.findall(r"Start|=", thought)) <= CATCH_UP for thought in written)
+        early, full = " ".join(written), " ".join(steps)
+        assert made.deep == full or " ".join(filter(None, (early, made.deep))) == full
+        for place, thought in enumerate(made.thoughts):  # nothing is worked out before it was read
+            known = " ".join(t for t in ideal.thoughts[:place + 1] if t != "<skip>")
+            assert thought in ("<skip>", NOTHING) or thought in known
+        shares.append(len(early) / len(full))
+        idle += NOTHING in made.thoughts
+        again += bool(early) and made.deep == full
+    assert idle > 100 and again > 100
+    assert shares.count(0) > 200 and shares.count(1) > 300 and sum(0 < share < 1 for share in shares) > 200
 
 
 def test_random_access_is_the_same_in_every_process():

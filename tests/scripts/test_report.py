@@ -187,6 +187,25 @@ def test_token_rewards_colour_the_completion(tmp_path):
     assert "no &lt;tokens&gt; here" in page and "answer <b>12345</b>" in page and "Token reward" not in page
 
 
+def test_a_streaming_run(tmp_path):
+    row = {"rollout/streaming_length_mean": 9.0, "rollout/deep_length_mean": 20.0, "rollout/skip_frac": 0.25,
+           "reward/format": 0.9, "reward/thinking": 1.1, "eval/s/streaming_length_mean": 8.0, "eval/s/deep_length_mean": 19.0,
+           "eval/s/skip_frac": 0.5, "eval/s/latency_s": 0.75}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (1, 2)))
+    sample = {"step": 1, "prompt": "Read.<SEP>Why?<EOQ>A < B.<EOS>", "completion": "<SEP><EOQ>a<EOT><skip>d<EOR>e"}
+    (tmp_path / "completions.jsonl").write_text(json.dumps(sample))
+    page = write_report(tmp_path).read_text()
+    assert titles_of(page) == ["Format and thinking rewards", "Streaming and deep length",
+                               "Held-out streaming and deep length", "Skipped share", "Latency"]
+    names = [[line["name"] for line in plot_of(page, title)[0]["lines"]] for title in titles_of(page)]
+    assert names == [["format", "thinking"], ["streaming length mean", "deep length mean"],
+                     ["streaming length mean", "deep length mean"], ["rollouts", "held-out s"], ["latency s"]]
+    assert "Latency +0% 0.75 → 0.75 s" in text_of(page)
+    prompt, completion = (re.search(f'class="text {name}">(.*?)</div>', page, re.S)[1] for name in ("prompt", "completion"))
+    assert re.sub("</?b[^>]*>", "", prompt) == "Read.&lt;SEP&gt;\nWhy?&lt;EOQ&gt;\nA &lt; B.&lt;EOS&gt;\n"
+    assert 'a<b class="mark">&lt;EOT&gt;</b>\n<b class="mark">&lt;skip&gt;</b>\nd<b' in completion
+
+
 def test_two_runs_are_overlaid_and_summarised_side_by_side(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="opd", scale=50.0)
     assert main([str(first), str(second)]) is None

@@ -6,6 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
+from rollouts.protocol import missing
+from rollouts.stories import story
 from scripts import tiny_models
 
 
@@ -43,6 +45,22 @@ def test_only_the_models_of_the_recipe_are_made(small, tmp_path):
     assert "stories-verbose-" in config.model.path and config.teacher.path == "stories-teacher"
     made = {path.parent.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*/config.json")}
     assert "stories-verbose" in made and made <= {"stories-verbose", tiny_models.MODELS["stories-verbose"].start}
+
+
+def test_the_streaming_model_is_made_by_its_recipe_and_has_the_tokens(small):
+    config = compose(["recipe=adasr"])
+    tiny_models.make_embedded_models(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    assert "stories-streaming-" in config.model.path and missing(tokenizer) == []
+    assert weights(config.model.path)["lm_head.weight"].shape[0] == len(tokenizer)
+
+
+def test_streaming_thoughts_fit_their_limit():
+    tokenizer = tiny_models.make_tokenizer("<|endoftext|>")
+    difficulty, limit = tiny_models.MODELS["stories-streaming"].difficulty, compose(["recipe=adasr"]).streaming
+    lengths = [len(tokenizer(thought).input_ids) + 1 for i in range(500) for thought in
+               story(0, i, "train", difficulty, distractors=2, varied=True).thoughts]
+    assert max(lengths) <= limit.max_thought_tokens
 
 
 def test_the_vocabulary_can_be_padded(tmp_path):

@@ -102,7 +102,7 @@ def test_the_gradient_is_the_policy_gradient_of_a_reward_of_one_for_a_kept_sampl
     for members in (range(0, 3), range(3, len(mine))):
         batch = pack(mine, list(members), torch.device("cpu"))
         loss = loss + made.loss()(head, embedding[batch.input_ids[0, batch.rows]], batch, denominator)["loss"]
-    assert float(loss) == pytest.approx(float(total), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-6)
     for ours, theirs in zip(torch.autograd.grad(loss, (embedding, weight)), expected):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
@@ -219,6 +219,7 @@ def test_a_whole_run_with_a_verifier_of_ones_own(overrides, run_command, tmp_pat
     for row in rows[1:3]:
         assert 0 < row["rollout/kept_frac"] < row["reward/accuracy"] < 1 and row["train/grad_norm"] > 0
         assert row["reward/mean"] == row["rollout/kept_frac"] and row["train/skipped"] == 0
+        assert row["mismatch/logp_abs_mean"] < 1e-5  # the second update's weights are not those that sampled
         assert row["rollout/efficiency"] == pytest.approx(100 * row["reward/accuracy"] / row["rollout/length_mean"])
     assert rows[0]["eval/stories/efficiency"] == pytest.approx(
         100 * rows[0]["eval/stories/avg@2"] / rows[0]["eval/stories/length_mean"])

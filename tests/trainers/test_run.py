@@ -1,6 +1,5 @@
 """Whole runs as a user starts them: real vLLM, real DeepSpeed, tiny random models."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -88,18 +87,17 @@ def test_the_exported_model_gives_the_same_greedy_answers_in_transformers_and_vl
     engine.close()
 
 
-def test_a_run_killed_after_step_5_resumes_to_the_same_numbers(finished, tiny_models, tmp_path):
+def test_a_run_killed_after_step_5_resumes_to_the_same_numbers(finished, tiny_models, environment, tmp_path):
     whole, run = finished[0], tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     command = [sys.executable, "train.py", *base(tiny_models, run)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and '{"step": 5,' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before step 5"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run([*command, "resume=auto"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "resume=auto"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resume  from" in done.stdout
     ours, theirs = steps(run), steps(whole)

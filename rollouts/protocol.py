@@ -1,0 +1,89 @@
+"""The special tokens that mark what a streaming reasoner reads and writes, and adding them to a model without them.
+
+The source is read as `instruction <SEP>`, `question <EOQ>`, then `sentence <EOS>` again and again; the target repeats
+the first two marks, writes `thought <EOT>` or a lone `<skip>` per sentence, then `deep reasoning <EOR> answer <EOA>`.
+That is the format of StreamingThinker (arXiv 2510.17238; methods.md, 3); `<skip>` is AdaSR's (arXiv 2606.14694).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.errors import ModelError
+
+SKIP = "<skip>"
+TOKENS = ("<SEP>", "<EOQ>", "<EOS>", "<EOT>", "<EOR>", "<EOA>", SKIP)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The ids of the protocol tokens in one vocabulary."""
+
+    sep: int  # ends the instruction
+    eoq: int  # ends the question
+    eos: int  # ends a sentence; not the tokenizer's end token
+    eot: int  # ends a thought
+    eor: int  # ends the deep reasoning
+    eoa: int  # ends the answer
+    skip: int  # stands for a thought: read on
+
+    @classmethod
+    def of(cls, tokenizer) -> Protocol:
+        """Raises ModelError: the tokenizer lacks one of the tokens."""
+        if lacking := missing(tokenizer):
+            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no token {lacking[0]}, which streaming "
+                             "needs; run recipe=streaming_sft first, which adds it")
+        return cls(*tokenizer.convert_tokens_to_ids(list(TOKENS)))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.sep, self.eoq, self.eos, self.eot, self.eor, self.eoa, self.skip
+
+
+def missing(tokenizer) -> list[str]:
+    """The protocol tokens that a tokenizer does not have as single tokens."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in TOKENS if token not in vocabulary]
+
+
+def add_tokens(tokenizer) -> list[str]:
+    """Give a tokenizer the protocol tokens that it lacks, as special tokens; returns them."""
+    new = missing(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    return new
+
+
+def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
+    """Write a copy of a model whose embedding has a row for each of the new tokens.
+
+    The rows become the mean of those that the old tokens have, in the embedding and in an untied head. A vocabulary
+    with room (padding rows, as Qwen3's has) keeps its size.
+
+    Args:
+        path: a model folder or hub name.
+        tokenizer: with the new tokens.
+        new: those tokens.
+        folder: where the copy goes, with the tokenizer; one that is there is taken as it is.
+
+    Returns:
+        `folder`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "config.json").is_file():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    ids = sorted(tokenizer.convert_tokens_to_ids(new))
+    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():  # a tied head is written twice, the same
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for tensor in (part.weight, getattr(part, "bias", None)):
+                if tensor is not None:
+                    tensor[ids] = tensor[:ids[0]].float().mean(0).to(tensor.dtype)
+    work = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    work.rename(folder)
+    return folder

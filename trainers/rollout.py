@@ -1,0 +1,46 @@
+"""What a run samples with: the rollout engine that fits its layout, and the requests it is given."""
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import torch
+
+import rollouts.streaming_engine, rollouts.vllm_engine  # noqa: F401,E401  register; vllm loads when an engine is made
+from rollouts.data import Prompt
+from rollouts.hf_engine import ENGINES
+from rollouts.interleaved import InterleavedEngine
+from rollouts.protocol import Protocol
+from rollouts.trajectory import Request, Sampling
+
+
+def make_engine(config, device: torch.device, dtype: torch.dtype, max_length: int, path: str | None = None):
+    """`rollout.engine` with the weights of `path` (None: `model.path`), wrapped where `streaming.layout` is
+    interleaved."""
+    engine = ENGINES.resolve(config.rollout.engine)(path or config.model.path, config, device, dtype,
+                                                    max_length=max_length)
+    return InterleavedEngine(engine) if config.streaming.layout == "interleaved" else engine
+
+
+def make_requests(prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]) -> list[Request]:
+    """`samples` requests per prompt, adjacent; `seed` is of a prompt's index and a sample's."""
+    return [Request(p.index, s, p.token_ids, seed(p.index, s), p.segments, p.opening)
+            for p in prompts for s in range(samples)]
+
+
+def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Sampling:
+    """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts on <EOT> or <skip>,
+    and the deep segment also on <EOA>."""
+    if config.streaming.layout is None:
+        return Sampling(stop_ids=tuple(stop_ids), **options)
+    protocol = Protocol.of(tokenizer)
+    return Sampling(stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])), close_id=protocol.eot,
+                    thought_stops=(protocol.eot, protocol.skip),
+                    max_thought_tokens=config.streaming.max_thought_tokens, **options)
+
+
+def written_tokens(config, prompt: Prompt) -> int:
+    """The most that a prompt's completion can have besides the limit on new tokens: the opening and the thoughts."""
+    if config.streaming.layout is None:
+        return 0
+    sentences = max(len(prompt.segments) - len(prompt.opening), 0)
+    return sum(map(len, prompt.opening)) + sentences * config.streaming.max_thought_tokens
