@@ -43,7 +43,7 @@ def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
            "s/rollout": statistics.median(row["time/rollout"] for row in steps[1:] or steps),
            "GiB": max(row["perf/peak_memory_gib"] for row in steps),
            "minutes": (sum(row["time/step"] for row in steps) + sum(row.get("time/eval", 0) for row in rows)) / 60}
-    return evals[0], evals[-1] | own
+    return (evals or [{}])[0], (evals or [{}])[-1] | own
 
 
 def cell(values: list[float]) -> str:
@@ -80,7 +80,8 @@ def main() -> int:
         for name, overrides in settings.items():
             run(folders[name][place], overrides, seed)
     found = {name: [figures(folder) for folder in runs] for name, runs in folders.items()}
-    rows = {"start": [first for runs in found.values() for first, _ in runs]}
+    starts = [first for runs in found.values() for first, _ in runs if first]
+    rows = {"start": starts} if starts else {}
     print(table(rows | {name: [last for _, last in runs] for name, runs in found.items()}))
     return 0
 
