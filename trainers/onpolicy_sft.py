@@ -22,12 +22,12 @@ import numpy as np
 
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS, Trainer
-from trainers.losses import Loss
+from trainers.base import TRAINERS
+from trainers.sft import CrossEntropyTrainer
 
 
 @TRAINERS.register("onpolicy_sft")
-class OnPolicySFT(Trainer):
+class OnPolicySFT(CrossEntropyTrainer):
     """Cross-entropy on what is kept; `train.normalizer` says over what it is averaged."""
 
     verifies = True
@@ -61,11 +61,3 @@ class OnPolicySFT(Trainer):
     def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
         kept = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
         return {"rollout/kept_frac": float(kept.mean()), "rollout/prompts_with_none": int((kept.sum(1) == 0).sum())}
-
-    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        super().annotate(trajectories)
-        for trajectory in trajectories:
-            trajectory.annotations["ce_weights"] = np.ones(len(trajectory.completion_ids), dtype=np.float32)
-
-    def loss(self) -> Loss:
-        return Loss(cross_entropy=True, vocab=self.parts.vocab)

@@ -19,8 +19,20 @@ from trainers.base import TRAINERS, Trainer
 from trainers.losses import Loss
 
 
+class CrossEntropyTrainer(Trainer):
+    """Base of methods that take cross-entropy on each token of their trajectories."""
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        super().annotate(trajectories)
+        for trajectory in trajectories:
+            trajectory.annotations["ce_weights"] = np.ones(len(trajectory.completion_ids), dtype=np.float32)
+
+    def loss(self) -> Loss:
+        return Loss(cross_entropy=True, vocab=self.parts.vocab)
+
+
 @TRAINERS.register("sft")
-class SupervisedFineTuning(Trainer):
+class SupervisedFineTuning(CrossEntropyTrainer):
     """Token mean over all completion tokens of the step."""
 
     samples = False
@@ -41,11 +53,3 @@ class SupervisedFineTuning(Trainer):
         ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         return Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
                           completion=solution, answer=prompt.example.answer)
-
-    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        super().annotate(trajectories)
-        for trajectory in trajectories:
-            trajectory.annotations["ce_weights"] = np.ones(len(trajectory.completion_ids), dtype=np.float32)
-
-    def loss(self) -> Loss:
-        return Loss(cross_entropy=True, vocab=self.parts.vocab)
