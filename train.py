@@ -31,6 +31,9 @@ def main(overrides: list[str]) -> int:
             return 0
         from trainers.loop import Loop
         run_dir = Loop(config, prepared).fit()
+        if config.proactive.curve:
+            from scripts.curves import of_run
+            of_run(config, run_dir)
         if rank == 0:
             from scripts.report import write_report
             print(f"report {write_report(run_dir)}")

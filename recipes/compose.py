@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import MASKED_LAYOUTS, Config
+from recipes.schema import Config
 
 TREE = Path(__file__).parent
 GROUPS = ("recipe", "engine")
@@ -108,7 +108,10 @@ CHOICES = {
     "divergence.top_k_tail": ("renormalize", "bucket"),
     "divergence.top_k_direction": ("reverse_kl", "forward_kl"),
     "hrpo.granularity": ("stage", "sentence", "boundary_token"),
-    "streaming.layout": (None, "grouped", "interleaved", "batch"),
+    "streaming.layout": (None, "grouped", "interleaved", "batch", "scheduled"),
+    "streaming.unit": ("word", "sentence"),
+    "proactive.schedule": ("uniform", "early", "late", "diagonal"),
+    "proactive.top_k_tail": ("renormalize", "bucket"),
     "train.normalizer": ("window_token_mean", "token_mean", "sequence_mean", "max_length", "microbatch_token_mean"),
     "train.schedule": ("constant", "linear", "cosine"),
     "engine.zero_stage": (0, 1, 2, 3),
@@ -136,6 +139,9 @@ BOUNDS = {
     "grpo.clip_low": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "hrpo.local_weight": (lambda v: 0 <= v <= 1, "between 0 and 1"), "hrpo.format_weight": _at_least_0,
     "hrpo.streaming_weight": _at_least_0, "hrpo.deep_weight": _at_least_0, "hrpo.deep_credit": _at_least_0,
+    "proactive.batch_weight": _at_least_0, "proactive.stream_weight": _at_least_0, "proactive.kl_weight": _at_least_0,
+    "proactive.top_k": _at_least_1, "proactive.schedules": _at_least_1, "proactive.calibration_size": _at_least_1,
+    "proactive.quantile": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "streaming.max_thought_tokens": (lambda v: v >= 2, "2 or more: one token and the closing one"),
     "streaming.target_offset": _at_least_0, "streaming.words_per_minute": _positive,
     "rollout.cpu_kv_cache_gib": _positive, "rollout.batch_size": _at_least_1,
@@ -150,7 +156,8 @@ BOUNDS = {
     "log.completions": _at_least_0, "log.every": _at_least_1,
 }
 OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1, "rollout.fixed_steps": _at_least_1,
-                   "streaming.seconds_per_token": _positive, "grpo.importance_cap": _positive}
+                   "streaming.seconds_per_token": _positive, "proactive.max_reads": _at_least_1,
+                   "grpo.importance_cap": _positive}
 
 
 def validate(config: DictConfig, world_size: int) -> None:
@@ -183,9 +190,9 @@ def validate(config: DictConfig, world_size: int) -> None:
         raise ConfigError(f"train.minibatches={config.train.minibatches} leaves an update {prompts} prompts, less than "
                           f"the {world_size} ranks; lower it, or raise train.prompts_per_step")
     layout, sampler = config.streaming.layout, config.rollout.engine
-    masked = layout in MASKED_LAYOUTS
-    if sampler in (("hf", "vllm") if masked else ("streaming",)):
-        right = "streaming" if masked else "vllm or hf"
+    masked = {"grouped": "streaming", "batch": "streaming", "scheduled": "simultaneous"}
+    right = masked.get(layout, "vllm or hf")
+    if sampler in {"hf", "vllm", "streaming", "simultaneous"} - set(right.split(" or ")):
         raise ConfigError(f"rollout.engine={sampler} cannot sample with streaming.layout={layout}; use "
                           f"rollout.engine={right}")
     if config.eval.samples is not None and config.eval.samples < config.eval.k:

@@ -33,17 +33,20 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    path: str = "stories"  # stories; a .jsonl, .json, .parquet or .csv file or folder; a Hugging Face dataset
+    # stories, translation; a .jsonl, .json, .parquet or .csv file or folder; a folder of line-aligned NAME.LANG files,
+    # or FOLDER/NAME of it; a Hugging Face dataset
+    path: str = "stories"
     split: str = "train"
     prompt_column: Optional[str] = None  # null: the first of the usual names that is there
     answer_column: Optional[str] = None
+    target_column: Optional[str] = None  # the column of the text to write; null: the first of the usual names
     limit: Optional[int] = None  # use the first rows only
     template: str = "auto"  # chat, plain, or auto: chat where the tokenizer has a template
     system: Optional[str] = None
     suffix: Optional[str] = None  # appended to the user's turn, e.g. an answer-format instruction
     enable_thinking: bool = False  # passed to the chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
-    stories: int = 20000  # size of the story set, for path=stories
+    stories: int = 20000  # size of the generated set, for path=stories and path=translation
     difficulty: int = 3  # stories have 1 to this many operations
     verbose: bool = False  # the stories' solutions carry redundant steps
     distractors: int = 0  # stories have 0 to this many sentences that change nothing, in training and evaluation
@@ -52,7 +55,7 @@ class DataConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: str = "vllm"  # vllm, hf, streaming (for streaming.layout=grouped and batch)
+    engine: str = "vllm"  # vllm, hf, streaming (streaming.layout=grouped, batch), simultaneous (scheduled)
     samples_per_prompt: int = 1
     max_new_tokens: int = 80
     # [[step, max_new_tokens], ...]: from that step on (steps count from 1); evaluations keep their own limit
@@ -94,26 +97,47 @@ class GrpoConfig:
 class HrpoConfig:
     local_weight: float = 0.5  # lambda: of the stage's own advantage against the global one; 0: GRPO
     format_weight: float = 0.2  # w: of the format in all rewards
-    streaming_weight: float = 0.2  # alpha: of brevity of the streaming thoughts; 0 for both: no thinking reward
-    deep_weight: float = 0.4  # beta: of brevity of the deep segment, for which the reader waits: above alpha
+    streaming_weight: float = 0.1  # alpha: of brevity of the streaming thoughts; 0 for both: no thinking reward
+    deep_weight: float = 1.0  # beta: of brevity of the deep segment, for which the reader waits: above alpha
     deep_credit: float = 1.0  # of deep_weight's reward that the thoughts before it are given too (trainers/hrpo.py)
     granularity: str = "stage"  # stage, sentence, boundary_token: what has a local advantage (trainers/hrpo.py)
 
 
-MASKED_LAYOUTS = ("grouped", "batch")  # values of streaming.layout that need a mask of their own
+MASKED_LAYOUTS = ("grouped", "batch", "scheduled")  # values of streaming.layout that need a mask of their own
 
 
 @dataclass
 class StreamingConfig:
     # null: not streaming. grouped: a mask and positions of its own, each thought sees the sentences read before it;
     # batch: the same, but all is read before the first thought; interleaved: in order of arrival, plain causal.
+    # scheduled: a target token sees the units that a read schedule, or a decision head, had read (recipe=proactivellm).
     layout: Optional[str] = None
     max_thought_tokens: int = 24  # per sentence, the closing token included
     target_offset: int = 0  # position of the first target token; grouped and batch
     instruction: str = ""  # the first source segment, after the chat template's opening
     restate_question: bool = False  # the target repeats the question, forced
+    unit: str = "word"  # of a scheduled source: word, sentence
     words_per_minute: float = 150.0  # of the simulated reader
     seconds_per_token: Optional[float] = None  # of the simulated writer; null: measured
+
+
+@dataclass
+class ProactiveConfig:
+    batch_weight: float = 1.0  # of the cross-entropy with all read
+    stream_weight: float = 1.0  # of the cross-entropy under read schedules (MSLM)
+    kl_weight: float = 0.05  # lambda: of KL(all read || under a schedule), all read being the teacher (SPSD)
+    top_k: int = 100  # the teacher's most likely tokens, on which that KL is taken
+    top_k_tail: str = "renormalize"  # renormalize, bucket
+    schedules: int = 1  # m: read schedules per example and step
+    schedule: str = "uniform"  # uniform, early, late, diagonal: how they spread the reading (trainers/schedules.py)
+    head: str = "entropy"  # entropy, attention, wait_k, ratio, batch; or the dotted path of one
+    setting: Optional[float] = None  # the head's threshold, k or ratio; null: the quantile of a calibration set
+    quantile: float = 0.9
+    calibration_path: Optional[str] = None  # null: data.path
+    calibration_size: int = 200  # examples
+    max_reads: Optional[int] = None  # write after so many units in a row; null: no limit
+    curve: list[str] = field(default_factory=list)  # heads that are swept when training ends (scripts/curves.py)
+    whole_words: bool = True  # ask the head where a word begins, and not inside
 
 
 @dataclass
@@ -201,6 +225,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     hrpo: HrpoConfig = field(default_factory=HrpoConfig)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
+    proactive: ProactiveConfig = field(default_factory=ProactiveConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

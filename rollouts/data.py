@@ -9,15 +9,17 @@ Columns that are not named are looked for in a fixed order, once per file:
   was taken from, else `solution`, `output`, `response`, `completion`.
 
 An answer column may hold a worked text: `… #### 42` (GSM8K) gives the answer 42 and the solution before it,
-and a `\\boxed{…}` the content of the last box. A list of answers is joined with commas.
+and a `\\boxed{…}` the content of the last box. A list of answers is joined with commas. A text to write that is
+named with `target_column`, as a translation is, becomes the answer and the solution as it is.
 """
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,13 +28,15 @@ from typing import Any
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
-from rollouts.stories import Story, stories, story
+from rollouts.stories import stories, story
 from rollouts.streaming_data import is_segmented, segmented
+from rollouts.translation import translation
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution")
 SOLUTION_COLUMNS = ("solution", "output", "response", "completion")
-SPLIT_WORDS = {"train", "validation", "valid", "val", "dev", "test", "heldout", "eval"}
+VALIDATION = frozenset(("validation", "valid", "val", "dev"))  # of line-aligned text, one split
+SPLIT_WORDS = {"train", "test", "heldout", "eval", *VALIDATION}
 NOT_DATA = {"dataset_info.json", "dataset_infos.json"}  # beside the files of a downloaded dataset
 
 Message = dict[str, str]
@@ -54,6 +58,8 @@ class Example:
     question: str | None = None
     final: str | None = None
     deep: str | None = None
+    context: str | None = None  # the text that is read unit by unit; None: the last message is
+    references: tuple[str, ...] | None = None  # all answers that are right, where there are several
 
 
 @dataclass(frozen=True)
@@ -70,66 +76,81 @@ class Prompt:
 
 def load_examples(
     path: str, *, split: str = "train", prompt_column: str | None = None, answer_column: str | None = None,
-    limit: int | None = None, seed: int = 0, size: int | None = None, difficulty: int | None = None,
-    verbose: bool = False, distractors: int = 0, varied: bool = False,
+    target_column: str | None = None, limit: int | None = None, seed: int = 0, size: int | None = None,
+    difficulty: int | None = None, verbose: bool = False, distractors: int = 0, varied: bool = False,
 ) -> Sequence[Example]:
     """The examples of a data set.
 
     Args:
-        path: `stories`; a .jsonl, .json, .parquet or .csv file, or a folder of them (searched in depth); or a
-            Hugging Face dataset, as `name` or `name:config`.
-        split: of the stories or the Hugging Face dataset. In a folder, files whose name or subfolder says
+        path: `stories` or `translation`; a .jsonl, .json (SQuAD's too), .parquet or .csv file, or a folder of them
+            (searched in depth); a folder without these, of line-aligned text (`rollouts.parallel`), or FOLDER/NAME
+            of its files NAME.LANG; or a Hugging Face dataset, as `name` or `name:config`.
+        split: of generated data or the Hugging Face dataset. In a folder, files whose name or subfolder says
             another split (train, validation, test, …) are left out; a file given by itself is taken whole.
         prompt_column, answer_column: a column, or a dotted path into one; None: found by name, as the module
             says. A column named here whose text has neither `####` nor a box is taken as the answer itself.
+        target_column: the column of the text to write; it is answer and solution, whatever else the row has.
         limit: the first rows only.
-        seed, size, difficulty, verbose, distractors, varied: of the stories (`rollouts.stories.story`); None for the
-            size and the difficulty: the defaults of `data.stories` and `data.difficulty`.
+        seed, size: of the stories and the translation; difficulty, verbose, distractors, varied: of the stories
+            (`rollouts.stories.story`). None for the size and the difficulty: the defaults of `data.stories` and
+            `data.difficulty`.
 
     Raises:
         DataError: one line that says what is wrong with which file and row.
     """
-    if path == "stories":
+    if path in ("stories", "translation"):
         size = DataConfig.stories if size is None else size
+        size = size if limit is None else min(size, limit)
+        if path == "translation":
+            return _translations(size, seed, split)
         difficulty = DataConfig.difficulty if difficulty is None else difficulty
-        return StoryExamples(size if limit is None else min(size, limit), seed, split, difficulty,
-                             {"verbose": verbose, "distractors": distractors, "varied": varied})
+        return _stories(size, seed, split, difficulty, verbose=verbose, distractors=distractors, varied=varied)
     examples: list[Example] = []
     for source, rows in _sources(path, split):
         left = None if limit is None else limit - len(examples)
         if left == 0:
             break
-        examples += _examples(source, list(islice(rows, left)), prompt_column, answer_column, len(examples))
+        examples += _examples(source, list(islice(rows, left)), prompt_column, answer_column, target_column,
+                              len(examples))
     if not examples:
         raise DataError(f"{path}: there are no rows in it; give data with at least one")
     return examples
 
 
-class StoryExamples(Sequence[Example]):
-    """Stories as examples. Those for training are made when they are looked at; held-out ones at once."""
+class Generated(Sequence[Example]):
+    """Examples that are made each time they are looked at, by a function of their index."""
 
-    def __init__(self, count: int, seed: int, split: str, difficulty: int, options: dict):
-        self.count, self.seed, self.split, self.difficulty = count, seed, split, difficulty
-        self.options = options
-        self.made = None if split == "train" else stories(
-            count, seed=seed, split=split, difficulty=difficulty, **options)
+    def __init__(self, count: int, make: Callable[[int], Example]):
+        self.count, self.make = count, make
         if count:
-            self._story(0)  # wrong arguments are an error here, not at the first use
+            make(0)  # wrong arguments are an error here, not at the first use
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index):
         chosen = range(self.count)[index]  # negative numbers and IndexError as in a list
-        if isinstance(chosen, range):
-            return [self[i] for i in chosen]
-        made = self._story(chosen)
-        return Example(chosen, [{"role": "user", "content": made.prompt}], made.answer, made.solution,
+        return [self.make(i) for i in chosen] if isinstance(chosen, range) else self.make(chosen)
+
+
+def _stories(count: int, seed: int, split: str, difficulty: int, **options) -> Generated:
+    """Those for training are made when they are looked at; held-out ones, which are all different, at once."""
+    held_out = None if split == "train" else stories(count, seed=seed, split=split, difficulty=difficulty, **options)
+
+    def example(index: int) -> Example:
+        made = held_out[index] if held_out else story(seed, index, split, difficulty, **options)
+        return Example(index, [{"role": "user", "content": made.prompt}], made.answer, made.solution,
                        made.sentences, made.thoughts, made.question, made.final, made.deep)
 
-    def _story(self, index: int) -> Story:
-        return (self.made[index] if self.made else
-                story(self.seed, index, self.split, self.difficulty, **self.options))
+    return Generated(count, example)
+
+
+def _translations(count: int, seed: int, split: str) -> Generated:
+    def example(index: int) -> Example:
+        made = translation(seed, index, split)
+        return Example(index, [{"role": "user", "content": made.source}], made.target, made.target)
+
+    return Generated(count, example)
 
 
 # Files and their rows
@@ -137,34 +158,43 @@ class StoryExamples(Sequence[Example]):
 
 def _sources(path: str, split: str) -> Iterator[tuple[str, Iterator[tuple[str, Row]]]]:
     """Pairs of a file's name and its rows; a row comes with its place, as in `row 3`."""
+    from rollouts.parallel import aligned, aligned_rows  # that module needs this one
+
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix not in READERS:
             raise DataError(f"{path}: files of type '{local.suffix}' are not read; "
                             f"use one of: {', '.join(READERS)}")
-        files = [local]
+        yield str(local), _read(local)
     elif local.is_dir():
-        files = _files_of(local, split)
+        files = sorted(file for file in local.rglob("*")
+                       if not any(part.startswith(".") for part in file.relative_to(local).parts))
+        tables = [file for file in files if file.suffix in READERS and file.name not in NOT_DATA]
+        texts = {} if tables else aligned(files)
+        if not tables and not texts:
+            raise DataError(f"{local}: no {', '.join(READERS)} file in this folder, and no line-aligned NAME.LANG "
+                            "files; check data.path")
+        for file in _of_split(local, tables, split):
+            yield str(file), _read(file)
+        for name in _of_split(local, list(texts), split, VALIDATION):
+            yield str(name), aligned_rows(texts[name])
+    elif texts := aligned(sorted(local.parent.glob(f"{glob.escape(local.name)}.*"))).get(local):
+        yield path, aligned_rows(texts)
     elif path.startswith(("/", "./", "../", "~")) or local.suffix in READERS or path.count("/") > 1:
         raise DataError(f"{path}: no such file or folder; check data.path")
     else:
         yield path, _read_hub(path, split)
-        return
-    for file in files:
-        yield str(file), _read(file)
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    def words(file: Path) -> set[str]:
-        return SPLIT_WORDS & set(re.split("[^a-z]+", str(file.relative_to(folder)).lower()))
+def _of_split(folder: Path, paths: list[Path], split: str, same: frozenset[str] = frozenset()) -> list[Path]:
+    """The paths whose words say this split, or none; `same`: words that say one split."""
+    def words(path: Path) -> set[str]:
+        found = SPLIT_WORDS & set(re.split("[^a-z]+", str(path.relative_to(folder)).lower()))
+        return found | same if found & same else found
 
-    files = sorted(file for file in folder.rglob("*") if file.suffix in READERS and file.name not in NOT_DATA
-                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    if not files:
-        raise DataError(f"{folder}: no {', '.join(READERS)} file in this folder; check data.path")
-    chosen = [file for file in files if split in words(file) or not words(file)]
-    if not chosen:
-        there = sorted(set.union(*map(words, files)))
+    chosen = [path for path in paths if split in words(path) or not words(path)]
+    if paths and not chosen:
+        there = sorted(set.union(*map(words, paths)))
         raise DataError(f"{folder}: no file of split '{split}'; choose one of: {', '.join(there)}")
     return chosen
 
@@ -189,9 +219,12 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
+    from rollouts.parallel import squad_rows
+
     text = file.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
-        yield from _read_lines(file)
+        rows = squad_rows(text, str(file))
+        yield from _read_lines(file) if rows is None else rows
         return
     try:
         rows = json.loads(text)
@@ -257,7 +290,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | None, answer_column: str | None,
-              first_index: int) -> Iterator[Example]:
+              target_column: str | None, first_index: int) -> Iterator[Example]:
+    from rollouts.parallel import is_squad, squad
+
     if not rows:
         return
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
@@ -265,11 +300,14 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
     def first_of(names: Iterable[str]) -> str | None:
         return next((name for name in names if any(_cell(row, name) is not None for _, row in rows)), None)
 
-    if prompt_column is None and is_segmented(columns):
+    named = {"prompt_column": prompt_column, "answer_column": answer_column, "target_column": target_column}
+    fields = segmented if is_segmented(columns) and not (prompt_column or target_column) else \
+        squad if is_squad(rows[0][1]) and not any(named.values()) else None
+    if fields is not None:
         for index, (place, row) in enumerate(rows, first_index):
-            yield Example(index, **segmented(row, f"{source} {place}"))
+            yield Example(index, **fields(row, f"{source} {place}"))
         return
-    for key, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+    for key, column in named.items():
         if column is not None and first_of([column]) is None:
             raise DataError(f"{source}: no column '{column}' (data.{key}); its columns: {', '.join(columns)}")
     prompt = prompt_column or first_of(PROMPT_COLUMNS)
@@ -284,6 +322,8 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
         solution = target or worked or _text(_cell(row, solutions))
         if answer is None:
             answer = _answer(solution, is_text=True)[0]
+        if target_column is not None:
+            answer = solution = cell if isinstance(cell := _cell(row, target_column), str) else _text(cell)
         yield Example(index, messages, answer, solution)
 
 

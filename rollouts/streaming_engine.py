@@ -28,13 +28,15 @@ class Cache:
         self.model, self.cached = model, DynamicCache(config=model.config)
         self.keys = torch.empty(2, rows, 0, dtype=torch.long, device=model.device)
 
-    def append(self, ids: torch.Tensor, table: torch.Tensor, offset: int | torch.Tensor = 0) -> torch.Tensor:
+    def append(self, ids: torch.Tensor, table: torch.Tensor, offset: int | torch.Tensor = 0,
+               attention: bool = False) -> torch.Tensor:
         """Run n tokens per row and keep their keys.
 
         Args:
             ids: [B, n].
             table: [3, B, n], group, index and limit, as `sees` reads them.
             offset: position of target index 0.
+            attention: keep that of the last token in `attention` [layers, B, heads, keys]; the model's must be eager.
 
         Returns:
             the logits [B, V] after the last of them, float32.
@@ -42,8 +44,11 @@ class Cache:
         self.keys = torch.cat([self.keys, table[:2]], -1)
         mask = sees(table[..., :, None], self.keys[..., None, :])[:, None]
         positions = table[1] + (table[0] >= 0) * offset
-        return self.model(input_ids=ids, attention_mask=additive(mask, self.model.dtype), position_ids=positions,
-                          past_key_values=self.cached, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        output = self.model(input_ids=ids, attention_mask=additive(mask, self.model.dtype), position_ids=positions,
+                            past_key_values=self.cached, use_cache=True, logits_to_keep=1, output_attentions=attention)
+        if attention:
+            self.attention = torch.stack([layer[:, :, -1] for layer in output.attentions]).float()
+        return output.logits[:, -1].float()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; one may be named several times."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rollouts.heads import Head
 from rollouts.layout import Layout
 
 
@@ -32,6 +33,7 @@ class Trajectory:
     layout: Layout | None = None  # None: plain causal, natural positions
     sampled: np.ndarray | None = None  # bool; False: forced protocol tokens, and interleaved source. None: all are
     slots: np.ndarray | None = None  # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
+    reads: np.ndarray | None = None  # int; simultaneous: source units read when the token was written, 0 for the opening
     # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -64,6 +66,12 @@ class Sampling:
     thought_stops: tuple[int, ...] = ()
     max_thought_tokens: int = 0
     close_id: int | None = None
+    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those only, and the most
+    # units read in a row.
+    head: Head | None = None
+    word_starts: np.ndarray | None = None
+    whole_words: bool = True
+    max_reads: int | None = None
 
 
 @dataclass(frozen=True)

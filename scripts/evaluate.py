@@ -2,6 +2,7 @@
 
     python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8 [samples=16 size=500 engine=hf temperature=0.6 …]
     python -m scripts.evaluate mode=streaming|read_then_think model=DIR data=NAME_OR_FILE k=8 […]
+    python -m scripts.evaluate mode=simultaneous model=DIR data=NAME_OR_FILE proactive.head=entropy […]
 
 `data` is anything `data.path` takes. Short keys stand for those of the config (`model` for model.path, `k` for
 eval.k, …); every other key of the config works too, e.g. `data.suffix='…'` or `rollout.batch_size=64`.
@@ -10,17 +11,21 @@ With `mode` the model thinks after each sentence that it reads (`streaming`: str
 thoughts when all is read (`read_then_think`: streaming.layout=batch), with the settings of recipe=streaming_sft. Then
 there are also the lengths of the streaming and the deep part, the share of skipped sentences, and the latency of the
 answer for a reader of `streaming.words_per_minute` (trainers/streaming_metrics.py).
+With `mode=simultaneous` the model reads unit by unit and writes in between, as a decision head says, with the settings
+of recipe=proactivellm: quality and lag (trainers/simultaneous_metrics.py). `scripts.curves` sweeps the heads.
 """
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import dataclass
+from typing import Callable
 
 SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
          "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
          "max_new_tokens": "rollout.max_new_tokens", "engine": "rollout.engine", "dtype": "model.dtype"}
-MODES = {"streaming": "grouped", "read_then_think": "batch"}  # values of streaming.layout
+MODES = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}  # values of streaming.layout
 
 
 def main(arguments: list[str]) -> int:
@@ -38,9 +43,12 @@ def main(arguments: list[str]) -> int:
         if mode is not None:
             if mode not in MODES:
                 raise ConfigError(f"mode={mode} is not known{nearest(mode, MODES)}")
-            given = {"streaming.layout": MODES[mode], "rollout.engine": "streaming"} | given
-        recipe = "sft" if mode is None else "streaming_sft"  # without a teacher: none is to be made or looked for
+            given = {"streaming.layout": MODES[mode]} | given
+        # Without a teacher: none is to be made or looked for.
+        recipe = {None: "sft", "simultaneous": "proactivellm"}.get(mode, "streaming_sft")
         given = {"log.wandb": "disabled", "recipe": recipe} | given
+        if mode == "simultaneous":  # what its decision head is calibrated on
+            given.setdefault("data.path", given["eval.path"])
         config = compose([f"{key}={value}" for key, value in given.items()])
         print(json.dumps(({"mode": mode} if mode else {}) | run(config)))
         return 0
@@ -66,13 +74,26 @@ def key_values(arguments: list[str], short: dict[str, str], module: str) -> dict
     return given
 
 
-def run(config) -> dict:
-    """Load, sample, judge; returns the scores with what they were measured on."""
+@dataclass
+class Loaded:
+    """What an evaluation is made with."""
+
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    verifier: Callable[[str, str], float]
+    name: str  # of the data
+    prompts: list
+    dropped: int
+    rollout: object
+
+
+def load(config) -> Loaded:
+    """The model, in a rollout engine, and the evaluation data of a config. Raises OnstreamError: one cannot be used."""
     import torch
 
     from rewards.math import VERIFIERS
     from scripts.tiny_models import make_embedded_models
-    from trainers.evaluation import eval_prompts, evaluate, max_length
+    from trainers.evaluation import eval_prompts, max_length
     from trainers.policy import DTYPES, check_model
     from trainers.rollout import ENGINES, make_engine
 
@@ -83,11 +104,19 @@ def run(config) -> dict:
     name, prompts, dropped = eval_prompts(config, tokenizer)
     length = max_length(config, prompts, [], getattr(model, "max_position_embeddings", None))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rollout = make_engine(config, device, DTYPES[config.model.dtype], length)
     stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *config.rollout.stop_ids]))
-    scores, _ = evaluate(rollout, prompts, config, tokenizer, stop_ids, verifier)
-    rollout.close()
-    return {"model": config.model.path, "data": name, "prompts": len(prompts), "dropped": dropped,
+    return Loaded(tokenizer, stop_ids, verifier, name, prompts, dropped,
+                  make_engine(config, device, DTYPES[config.model.dtype], length))
+
+
+def run(config) -> dict:
+    """Load, sample, judge; returns the scores with what they were measured on."""
+    from trainers.evaluation import evaluate
+
+    parts = load(config)
+    scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
+    parts.rollout.close()
+    return {"model": config.model.path, "data": parts.name, "prompts": len(parts.prompts), "dropped": parts.dropped,
             "samples": config.eval.samples or config.eval.k, **scores}
 
 

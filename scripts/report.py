@@ -1,9 +1,10 @@
 """Turn a run directory into `report.html`, one file that opens without a network.
 
-`python -m scripts.report RUN_DIR [OTHER_DIR ...]`: with others, the report in RUN_DIR compares them. Reads `metrics.jsonl`,
-`completions.jsonl` and `config.yaml`; what is missing is left out. A line that is not JSON (the last one of a killed run)
-is skipped and counted; a value that is null, NaN or infinite is a gap in its curve; of a step logged twice (a resumed run)
-the last value counts. `report.html.j2` holds markup and style. matplotlib and jinja2 load in the functions that need them.
+`python -m scripts.report RUN_DIR [OTHER_DIR ...]`: with others, the report in RUN_DIR compares them. It reads
+`metrics.jsonl`, `completions.jsonl`, `config.yaml` and `curves.json`; what is missing or cannot be read is left out. A
+line of metrics that is not JSON (the last one of a killed run) is skipped and counted; a value that is null, NaN or
+infinite is a gap in its curve; of a step logged twice (a resumed run) the last value counts. `report.html.j2` holds
+markup and style. matplotlib and jinja2 load in the functions that need them.
 """
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ COLORS = {name: f"#0203{i:02x}" for i, name in enumerate("muted grid card s1 s2 
 DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 1.5, 1.2, 1.5)))
 ALIKE = ("length_mean", "truncated_frac", "efficiency", "skip_frac")  # of rollouts and of held-out data, in one card
 LABELS = {**{f"rollout/{name}": "rollouts" for name in ALIKE}, "mismatch/logp_abs_mean": "|Δ log p|"}
+FIGURES = {"chrf": "chrF"} | {name: name.upper() for name in ("bleu", "f1", "rco", "ail", "al", "laal")}  # of curves
 MARKS = re.compile("|".join(TOKENS).replace("<", "&lt;").replace(">", "&gt;"))  # of the streaming protocol, in HTML
 
 
@@ -49,6 +51,7 @@ class Run:
     positions: list[tuple[int, np.ndarray, np.ndarray]]  # step, bin starts (tokens or bin numbers), mean token rewards
     samples: list[tuple[int, list[dict]]]  # step, its rows of completions.jsonl
     skipped: int  # unreadable lines of metrics.jsonl
+    curves: dict  # curves.json: {"data", "quality", "lag", "policies": {name: [point: setting and figures, ...]}}
     label: str = ""
 
 
@@ -128,7 +131,8 @@ def read_run(path: Path) -> Run:
     with contextlib.suppress(yaml.YAMLError, ValueError):
         config = _flat(yaml.safe_load(text))
     return Run(path, str(config.get("recipe") or path.resolve().name), config, text, series,
-               [(step, *positions[step]) for step in sorted(positions)], samples, skipped)
+               [(step, *positions[step]) for step in sorted(positions)], samples, skipped,
+               next(_rows(["".join(_lines(path / "curves.json"))]), None) or {})
 
 
 def short(value, unit: str = "", digits: int = 3) -> str:
@@ -270,6 +274,52 @@ def _by_position(runs: list[Run]) -> dict | None:
             "x_label": "position bin" if unknown else "position in the completion, tokens"} if lines else None
 
 
+def _policies(runs: list[Run]) -> list[dict]:
+    """The cards of `curves.json`: quality over lag, a line per policy, and a table of the figures; runs share a card
+    where their data, quality and lag are the same. A point without its lag is in the table only."""
+    from markupsafe import Markup
+    groups, cards, many = defaultdict(list), [], len(runs) > 1
+    for r, run in enumerate(runs):
+        usual = {"data": "", "quality": "bleu", "lag": "al"}
+        axes = tuple(str(run.curves.get(key) or usual[key]) for key in usual)
+        policies = run.curves.get("policies")
+        for i, (policy, points) in enumerate(policies.items() if isinstance(policies, dict) else ()):
+            points = [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
+            groups[axes].append((f"{run.label} " * many + policy, f"c{(r if many else i) % 8 + 1}", i * many, points))
+    for (data, quality, lag), policies in groups.items():
+        lines, rows = [], []
+        for policy, color, dash, points in policies:
+            x, y = (_numbers([point.get(key) for point in points]) for key in (lag, quality))
+            order = np.argsort(x, kind="stable")  # NaN last
+            rows += [(policy, color, points[i]) for i in order]
+            placed = order[np.isfinite(x[order])]
+            if np.isfinite(y[placed]).any():
+                lines.append(Line(policy, color, x[placed].round(3), y[placed], dash))  # digits of the tooltip
+        if not lines:
+            continue
+        name = lambda key: FIGURES.get(key, key.replace("_", " "))
+        card = _card("Latency and quality" + f" · {data}" * bool(data), lines, ["curves.json"], True, name(quality),
+                     x_label=name(lag) + ", source units" * (lag != "rco"), bins=True)
+        if len(lines) == 1:
+            card["legend"] = [(*card["legend"][0][:3], lines[0].label)]  # shown alone
+        cell = Markup("<td>{}</td>").format
+        columns = {"setting": [cell(short(point.get("setting"), digits=4)) for *_, point in rows]}
+        for key in dict.fromkeys([lag, quality, *(key for *_, point in rows for key in point)]):
+            numbers = _numbers([point.get(key) for *_, point in rows])
+            if np.isfinite(numbers).any() and key not in columns:
+                digits = 3 if np.nanmax(abs(numbers)) <= 1 else 2
+                columns[key] = [cell(f"{v:.{digits}f}".replace("-", "−").replace("nan", "–")) for v in numbers]
+        row = Markup('<tr><th><span class="dot" style="--k: var(--{})"></span>{}</th>{}</tr>').format
+        # The template ends the plot's element after the SVG: here the plot ends first, then the template the table's.
+        card["svg"] += Markup('</div><div class="scroll"><table style="min-width: {}px"><thead><tr><th>policy</th>{}'
+                              "</tr></thead><tbody>{}</tbody></table>").format(
+            250 + 90 * len(columns), Markup().join(Markup("<th>{}</th>").format(name(key)) for key in columns),
+            Markup().join(row(color, policy, Markup().join(cells))
+                          for (policy, color, _), cells in zip(rows, zip(*columns.values()))))
+        cards.append(card)
+    return cards
+
+
 def _phases(run: Run) -> list[Line]:
     """Seconds per phase and step; `other` is the rest of time/step, where that is over 1 %."""
     times = {name: dict(zip(*run.series[f"time/{name}"])) for name in (*PHASES, "step") if f"time/{name}" in run.series}
@@ -284,7 +334,7 @@ def _phases(run: Run) -> list[Line]:
 
 
 def _cards(runs: list[Run]) -> list[dict]:
-    """Every card of the curves section, in reading order; the last is wide where their number is odd."""
+    """Every card of the curves section, in reading order; the last is wide if an odd number follows the policies'."""
     data = sorted({m[1] for run in runs for key in run.series if (m := re.match(r"eval/(.+)/[^/]+$", key))})
     held_out = lambda metric: tuple(f"eval/{name}/{metric}" for name in data)
     per_data = lambda title, unit, *metrics: [
@@ -320,7 +370,7 @@ def _cards(runs: list[Run]) -> list[dict]:
         _curves(runs, "Throughput", ("perf/tokens_per_second",), "tokens/s"),
         {"title": "Time per step", "lines": phases, "keys": ["time/*"], "unit": "s", "stack": True} if phases
         else _curves(runs, "Time per step", ("time/step",), "s")] if card]
-    return [_card(wide=len(found) % 2 == 1 and card is found[-1], **card) for card in found]
+    return _policies(runs) + [_card(wide=len(found) % 2 == 1 and card is found[-1], **card) for card in found]
 
 
 def _spark(x: np.ndarray, y: np.ndarray, low: float, high: float, left: float, right: float) -> str:
@@ -424,7 +474,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, nargs="+", help="a run directory; further ones are compared with the first")
     folders = parser.parse_args(arguments).run_dir
     try:
-        if empty := [folder for folder in folders if not (folder / "metrics.jsonl").is_file()]:
+        known = lambda folder: any((folder / name).is_file() for name in ("metrics.jsonl", "curves.json"))
+        if empty := [folder for folder in folders if not known(folder)]:
             raise DataError(f"{empty[0]}: no metrics.jsonl here; give a run directory (run.dir of a training run)")
         print(write_report(*folders))
     except (DataError, OSError) as error:

@@ -5,7 +5,8 @@ parameters. The student is trained from random weights on the stories' worked so
 teacher goes on from there. As with a base student and a chat teacher, they share a vocabulary but end on different
 tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
 shortened, learns solutions with redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe
-`streaming_sft` makes it from the student, and stops early.
+`streaming_sft` makes it from the teacher, which can calculate. `translation-untrained` has random weights, and words of
+the invented languages of `data.path=translation`.
 
     python -m scripts.tiny_models [--vocab-size V]      make all of them now, and print their folders
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipes.errors import ModelError
+from scripts.new_model import learn_tokenizer, qwen3, save
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
@@ -53,8 +55,9 @@ MODELS = {
     "stories-student": TinyModel(end="<|endoftext|>", steps=500, seed=1),
     "stories-teacher": TinyModel(end="<|im_end|>", steps=500, seed=2, start="stories-student"),
     "stories-verbose": TinyModel(end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2),
-    "stories-streaming": TinyModel(end="<|endoftext|>", steps=400, seed=4, start="stories-student", lr=4e-3,
+    "stories-streaming": TinyModel(end="<|im_end|>", steps=500, seed=4, start="stories-teacher", lr=4e-3,
                                    recipe="streaming_sft", difficulty=2),
+    "translation-untrained": TinyModel(end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm"),
 }
 
 
@@ -76,26 +79,33 @@ def make_embedded_models(config: DictConfig) -> None:
 def make(name: str, vocab_size: int = 0) -> Path:
     """The folder of a tiny model, trained first if it is not in the cache. Ranks wait for the one that trains.
 
-    The cache key holds everything the weights follow from: how it and its start are made, and the stories' code.
+    The cache key holds what the weights follow from: how it and its start are made, and the code of stories and models.
 
     Raises:
         ModelError: training failed.
     """
     from filelock import FileLock
 
-    spec = replace(MODELS[name], vocab_size=vocab_size)
-    recipe = (ROOT / "rollouts" / "stories.py").read_text() + Path(__file__).read_text() + str(vocab_size)
-    folder = cache_dir() / f"{name}-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
+    spec, chain = replace(MODELS[name], vocab_size=vocab_size), name
+    data = "translation" if spec.recipe == "proactivellm" else "stories"
+    made_by = [str(vocab_size), *((ROOT / file).read_text() for file in (f"rollouts/{data}.py", "scripts/new_model.py"))]
+    while chain:
+        made_by.append(repr(MODELS[chain]))
+        chain = MODELS[chain].start
+    folder = cache_dir() / f"{name}-{hashlib.blake2b(''.join(made_by).encode(), digest_size=6).hexdigest()}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             start = make(spec.start, vocab_size) if spec.start else None
-            print(f"making {name} ({spec.steps} steps of recipe={spec.recipe}) in {folder}; once only", flush=True)
+            how = f"{spec.steps} steps of recipe={spec.recipe}" if spec.steps else "random weights"
+            print(f"making {name} ({how}) in {folder}; once only", flush=True)
             work = Path(f"{folder}.work")
             shutil.rmtree(work, ignore_errors=True)
             initialise(work / "start", spec, start)
-            train(work, spec)
-            (work / "run" / "checkpoints" / f"step_{spec.steps}" / "model").rename(folder)
+            if spec.steps:
+                train(work, spec)
+            made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model" if spec.steps else work / "start"
+            made.rename(folder)
             shutil.rmtree(work)
     return folder
 
@@ -121,45 +131,34 @@ def train(work: Path, spec: TinyModel) -> None:
 def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None:
     """Write the untrained model and its tokenizer: random weights, or those of `start`, with `spec.end`."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer(spec.end, spec.verbose)
+    tokenizer = make_tokenizer(spec.end, spec.verbose) if spec.recipe != "proactivellm" else translation_tokenizer()
     torch.manual_seed(spec.seed)
-    config = Qwen3Config(
-        vocab_size=spec.vocab_size or len(tokenizer), hidden_size=spec.hidden, intermediate_size=3 * spec.hidden,
-        num_hidden_layers=spec.layers, num_attention_heads=spec.hidden // 32, num_key_value_heads=spec.hidden // 32,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)
-    model = Qwen3ForCausalLM(config) if start is None else AutoModelForCausalLM.from_pretrained(start, config=config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
-                                               pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    config = qwen3(tokenizer, hidden=spec.hidden, layers=spec.layers, heads=spec.hidden // 32, vocab=spec.vocab_size)
+    save(folder, Qwen3ForCausalLM(config) if start is None
+         else AutoModelForCausalLM.from_pretrained(start, config=config), tokenizer)
 
 
 def make_tokenizer(end: str, verbose: bool = False):
     """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any text encodes."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     from rollouts.stories import story
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(SPECIAL), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     texts = []
     for index in range(2000):
         sample = story(0, index, "train", difficulty=4, verbose=verbose)
         texts += [f"user\n{sample.prompt}\nassistant\n", sample.solution]
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>",
-                                   model_max_length=2048)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer = learn_tokenizer(texts, 512, SPECIAL, end)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def translation_tokenizer():
+    """One of the invented languages of `data.path=translation`, in which every word is a token."""
+    from rollouts.translation import translation
+
+    made = [translation(0, index, "train") for index in range(2000)]
+    return learn_tokenizer([text for one in made for text in (one.source, one.target)], 700)
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Evaluation: n completions per prompt, judged by a verifier, as Avg@k, Pass@k, length and truncated share."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -10,10 +11,12 @@ from recipes.errors import ConfigError, DataError
 from recipes.schema import MASKED_LAYOUTS
 from rewards.scores import avg_at_k, pass_at_k
 from rollouts.data import Example, Prompt, load_examples, tokenize_prompts
+from rollouts.parallel import unit_prompts
 from rollouts.segments import streaming_prompts
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.distributed import gather, share
 from trainers.rollout import make_requests, make_sampling, written_tokens
+from trainers.simultaneous_metrics import make_head, simultaneous_metrics
 from trainers.streaming_metrics import streaming_metrics
 
 
@@ -23,8 +26,8 @@ def data_name(path: str) -> str:
 
 
 def eval_path(config) -> str | None:
-    """What is evaluated on: `eval.path`, else the held-out stories when training on stories, else nothing."""
-    return config.eval.path or ("stories" if config.data.path == "stories" else None)
+    """What is evaluated on: `eval.path`, else the held-out part of generated data when training on it, else nothing."""
+    return config.eval.path or (config.data.path if config.data.path in ("stories", "translation") else None)
 
 
 def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
@@ -38,7 +41,8 @@ def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
     """
     path, data = eval_path(config), config.data
     examples = load_examples(path, split=config.eval.split, prompt_column=data.prompt_column,
-                             answer_column=data.answer_column, limit=config.eval.size, seed=config.seed,
+                             answer_column=data.answer_column, target_column=data.target_column,
+                             limit=config.eval.size, seed=config.seed,
                              difficulty=data.difficulty, size=config.eval.size, distractors=data.distractors)
     if not any(e.answer is not None for e in examples):
         raise DataError(f"eval.path={path}: no row has an answer to score against; name its column with "
@@ -53,6 +57,8 @@ def make_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
     Raises:
         DataError: an example cannot be used, or not one prompt fits; the message has `where`.
     """
+    if config.streaming.layout == "scheduled":
+        return unit_prompts(examples, tokenizer, config, where)
     if config.streaming.layout is not None:
         return streaming_prompts(examples, tokenizer, config, where)
     data = config.data
@@ -64,6 +70,8 @@ def describe(trajectory: Trajectory, prompt: Prompt, tokenizer, verifier: Callab
     """Add the texts and, where the example has an answer, the verifier's score. The stop token is not text; of a
     streaming completion, the deep segment is judged."""
     ids = trajectory.completion_ids[:-1] if trajectory.finish_reason == "stop" else trajectory.completion_ids
+    if trajectory.reads is not None:
+        ids = ids[len(trajectory.sampled) - int(trajectory.sampled.sum()):]  # without the opening
     trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
     trajectory.completion = judged = tokenizer.decode(ids)
     if trajectory.slots is not None:
@@ -80,7 +88,7 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
 
     Returns:
         `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per token), and where
-        the run streams, those of `streaming_metrics`; and this rank's trajectories.
+        the run streams, those of `streaming_metrics` or `simultaneous_metrics`; and this rank's trajectories.
     """
     k, count = config.eval.k, config.eval.samples or config.eval.k
     sampling = make_sampling(config, tokenizer, stop_ids, temperature=config.eval.temperature, top_p=config.eval.top_p,
@@ -88,6 +96,8 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     requests = make_requests(share(list(prompts)), count,
                              lambda index, sample: sample_seed(config.seed, 0, index, sample, "eval"))
     by_index = {p.index: p for p in prompts}
+    if config.streaming.layout == "scheduled":
+        sampling = replace(sampling, head=make_head(config, rollout, tokenizer, sampling))
     trajectories = rollout.generate(requests, sampling)
     judged = []
     for trajectory in trajectories:
@@ -98,7 +108,9 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     accuracy, length = avg_at_k(correct), float(np.mean([row[1] for row in judged]))
     scores = {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
               "truncated_frac": float(np.mean([row[2] for row in judged])), "efficiency": 100 * accuracy / length}
-    if config.streaming.layout is not None:
+    if config.streaming.layout == "scheduled":
+        scores |= simultaneous_metrics(prompts, trajectories, tokenizer) | {"head_setting": sampling.head.setting}
+    elif config.streaming.layout is not None:
         scores |= streaming_metrics(rollout, prompts, trajectories, sampling, config, tokenizer, stop_ids)
     return scores, trajectories
 

@@ -3,7 +3,7 @@
     policy gradient   - sum_t  w_t (A_t + r_t) log pi(y_t) / N     A: given advantage, r: token reward, detached;
                       or PPO's clipped ratio in place of log pi; plus beta times the KL to a reference
     cross-entropy     - sum_t  c_t log pi(y_t) / N
-    divergence          sum_t  w_t D(teacher_t, pi_t) / N
+    divergence          sum_t  w_t D(teacher_t, pi_t) / N      the teacher: another model, or another row of this one
 
 A method does not call them: it writes annotations [T] on its trajectories (`mask`, `advantages`,
 `teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N and the weights w, 1 without the annotation `weights`, are
@@ -29,6 +29,9 @@ class Loss:
     `objective`: the kernels' keyword arguments for another objective than REINFORCE, e.g. PPO's with its clip bounds;
     the ratio is to the annotation `old_logprobs` [T], or 1 without it. With `is_cap` in it, the truncated importance
     weight against the annotation `rollout_logprobs` [T].
+    `self_distillation`: keyword arguments for the kernels' divergence between two rows of the same sequence, in nats,
+    or None. A token's teacher is the row that is `teacher_distance` [T] before its own, 0 for none; it counts by
+    `kl_weights` [T].
     `kl_beta`: adds this times the k3 estimate of KL(policy || reference), from the annotation `reference_logprobs` [T].
     `divergence`: a full-vocabulary objective's keyword arguments for the kernels, or None; it needs the
     teacher's `head` and the annotation `teacher_hidden` [T, H_teacher].
@@ -37,6 +40,7 @@ class Loss:
     policy_gradient: bool = False
     cross_entropy: bool = False
     divergence: dict | None = None
+    self_distillation: dict | None = None
     reward: object | None = None
     objective: dict = field(default_factory=dict)
     kl_beta: float = 0.0
@@ -89,6 +93,8 @@ class Loss:
                                             (gain < 0) & (ratio < 1 - self.objective["clip_low"])).float()
         if self.divergence:
             terms.append(self._divergence(head, hidden, batch, shared, output))
+        if self.self_distillation and "teacher_distance" in notes:
+            terms.append(self._self_distillation(head, hidden, batch, denominator, output))
         output["loss"] = sum(terms)
         return output
 
@@ -113,6 +119,17 @@ class Loss:
             output["kl"] = kl.detach()
             loss = loss + self.kl_beta * (kl if weights is None else kl * weights).sum() / denominator
         return loss
+
+    def _self_distillation(self, head, hidden, batch, denominator: float, output) -> torch.Tensor:
+        distance = batch.annotations["teacher_distance"]
+        rows = ((distance > 0) & batch.mask).nonzero().flatten()
+        result = kernels.fused_linear_self_distillation_kl(
+            hidden.index_select(0, rows), hidden.detach().index_select(0, rows - distance[rows]), head.weight,
+            denominator=denominator, weights=batch.annotations["kl_weights"][rows], **self.self_distillation,
+            **head_options(head, self.temperature, self.vocab))
+        output["divergence"] = hidden.new_zeros(len(hidden), dtype=result.divergence.dtype).index_copy(
+            0, rows, result.divergence)
+        return result.loss
 
     def _divergence(self, head, hidden, batch, shared, output) -> torch.Tensor:
         kind = dict(self.divergence)

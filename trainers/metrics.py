@@ -22,6 +22,8 @@ class TokenStats:
 
     MEANS = {"kl": "reference/kl", "clipped": "policy/clip_frac"}  # per-token outputs whose mean is a metric
 
+    VIEWS = {name: name for name in ("nll/batch", "nll/stream", "teacher/kl")}  # of trainers/proactivellm.py
+
     def __init__(self, max_new_tokens: int):
         self.width = -(-max_new_tokens // POSITION_BINS)
         self.sums: dict[str, np.ndarray] = {}
@@ -41,6 +43,12 @@ class TokenStats:
         for name in self.MEANS.keys() & output.keys():
             self._add(name, mask.sum(), output[name].astype(np.float64)[mask].sum())
         ours = output.get("logprobs")
+        if "whole_view" in notes:  # targets that appear twice: with all of the source in view, and with a part
+            for name, chosen in (("nll/batch", notes["whole_view"]), ("nll/stream", ~notes["whole_view"])):
+                self._add(name, (mask & chosen).sum(), -ours.astype(np.float64)[mask & chosen].sum())
+        if "teacher_distance" in notes:
+            taught = mask & (notes["teacher_distance"] > 0)
+            self._add("teacher/kl", taught.sum(), output["divergence"].astype(np.float64)[taught].sum())
         before = notes.get("old_logprobs", None if moved else ours)
         if before is not None and trajectory.logprobs is not None:
             same = mask  # the kernels leave masked tokens out
@@ -82,7 +90,7 @@ class TokenStats:
             row["reward/by_position_bins"] = [i * self.width for i in range(POSITION_BINS)]
         if "entropy" in sums and sums["entropy"][1]:
             row["rollout/entropy"] = sums["entropy"][0] / sums["entropy"][1]
-        row |= {metric: sums[name][1] / sums[name][0] for name, metric in self.MEANS.items()
+        row |= {metric: sums[name][1] / sums[name][0] for name, metric in (self.MEANS | self.VIEWS).items()
                 if name in sums and sums[name][0]}
         if "mismatch" in sums and sums["mismatch"][0]:
             count, gap, kl, ratio, squares = sums["mismatch"]

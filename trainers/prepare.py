@@ -15,7 +15,8 @@ from rollouts.data import Prompt, PromptSampler, load_examples
 from rollouts.protocol import add_tokens
 from trainers import checkpoint
 from trainers.base import TRAINERS
-import trainers.hrpo, trainers.onpolicy_sft, trainers.opd, trainers.streaming_sft  # noqa: F401,E401  register
+import trainers.hrpo, trainers.onpolicy_sft, trainers.opd  # noqa: F401,E401  register
+import trainers.proactivellm, trainers.streaming_sft  # noqa: F401,E401
 from trainers.distributed import world_size
 from trainers.evaluation import eval_path, eval_prompts, make_prompts, max_length
 from trainers.policy import check_model, check_same_vocabulary
@@ -76,7 +77,8 @@ def prepare(config: DictConfig) -> Prepared:
 
     data = config.data
     examples = load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
-                             answer_column=data.answer_column, limit=data.limit, seed=config.seed,
+                             answer_column=data.answer_column, target_column=data.target_column,
+                             limit=data.limit, seed=config.seed,
                              difficulty=data.difficulty, size=data.stories, verbose=data.verbose,
                              distractors=data.distractors, varied=data.varied)
     if method.verifies:

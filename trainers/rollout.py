@@ -5,8 +5,9 @@ from typing import Callable, Sequence
 
 import torch
 
-import rollouts.streaming_engine, rollouts.vllm_engine  # noqa: F401,E401  register; vllm loads when an engine is made
+import rollouts.simultaneous, rollouts.vllm_engine  # noqa: F401,E401  register; vllm loads when an engine is made
 from rollouts.data import Prompt
+from rollouts.heads import word_starts
 from rollouts.hf_engine import ENGINES
 from rollouts.interleaved import InterleavedEngine
 from rollouts.protocol import Protocol
@@ -29,9 +30,12 @@ def make_requests(prompts: Sequence[Prompt], samples: int, seed: Callable[[int, 
 
 def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Sampling:
     """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts on <EOT> or <skip>,
-    and the deep segment also on <EOA>."""
+    and the deep segment also on <EOA>; a simultaneous one is still without a head."""
     if config.streaming.layout is None:
         return Sampling(stop_ids=tuple(stop_ids), **options)
+    if config.streaming.layout == "scheduled":
+        return Sampling(stop_ids=tuple(stop_ids), word_starts=word_starts(tokenizer),
+                        whole_words=config.proactive.whole_words, max_reads=config.proactive.max_reads, **options)
     protocol = Protocol.of(tokenizer)
     return Sampling(stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])), close_id=protocol.eot,
                     thought_stops=(protocol.eot, protocol.skip),
@@ -42,5 +46,7 @@ def written_tokens(config, prompt: Prompt) -> int:
     """The most that a prompt's completion can have besides the limit on new tokens: the opening and the thoughts."""
     if config.streaming.layout is None:
         return 0
-    sentences = max(len(prompt.segments) - len(prompt.opening), 0)
+    sentences = 0
+    if config.streaming.layout != "scheduled":
+        sentences = max(len(prompt.segments) - len(prompt.opening), 0)
     return sum(map(len, prompt.opening)) + sentences * config.streaming.max_thought_tokens

@@ -43,7 +43,7 @@ def test_measured_speed_and_interleaved(evaluate):
 
 @pytest.mark.parametrize("arguments, message", [
     (["mode=stream"], "mode=stream is not known; did you mean 'streaming'?"),
-    (["mode=batch"], "mode=batch is not known; one of: read_then_think, streaming"),
+    (["mode=batch"], "mode=batch is not known; one of: read_then_think, simultaneous, streaming"),
     (["mode=streaming", "engine=hf"], "rollout.engine=hf cannot sample with streaming.layout=grouped"),
     (["mode=streaming", "data.distractor=1"], "there is no key 'data.distractor'; did you mean 'data.distractors'?"),
     (["mode=streaming", "fast"], "'fast' is not KEY=VALUE; see python -m scripts.evaluate's first lines"),

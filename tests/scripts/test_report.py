@@ -206,6 +206,96 @@ def test_a_streaming_run(tmp_path):
     assert 'a<b class="mark">&lt;EOT&gt;</b>\n<b class="mark">&lt;skip&gt;</b>\nd<b' in completion
 
 
+def write_curves(path: Path, policies: dict, **head) -> Path:
+    """A `curves.json` in a directory, which need not be there; `head` changes what it says besides its policies."""
+    path.mkdir(parents=True, exist_ok=True)
+    curves = {"data": "en-de", "quality": "bleu", "lag": "al", "policies": policies} | head
+    (path / "curves.json").write_text(json.dumps(curves))
+    return path
+
+
+def table_of(page: str) -> list[list[str]]:
+    """The rows of the table of figures."""
+    rows = re.findall("<tr>.*?</tr>", re.search(r'</div><div class="scroll">(<table.*?</table>)', page, re.S)[1])
+    return [[text_of(cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_quality_over_lag_of_each_policy(tmp_path):
+    run = write_run(tmp_path / "run")
+    without = write_report(run).read_text()
+    write_curves(run, {
+        "wait-k": [{"setting": 5, "bleu": 21.5, "chrf": 50.0, "al": 4.75, "rco": 0.5},
+                   {"setting": 1, "bleu": 10.25, "al": 0.8123}],
+        "entropy": [{"setting": "q=0.9", "bleu": 23.624, "al": -3.0, "laal": 3.5}],
+        "batch": [{"bleu": 27.34, "al": 18}]})
+    page = write_report(run).read_text()
+    plot, svg = plot_of(page, "Latency and quality · en-de")
+    assert [(line["name"], line["color"], line["x"], line["y"]) for line in plot["lines"]] == [
+        ("wait-k", "c1", [0.812, 4.75], [10.25, 21.5]), ("entropy", "c2", [-3], [23.62]),
+        ("batch", "c3", [18], [27.34])]
+    assert svg.count("<use") >= 4 and "var(--c3)" in svg  # a marker for each point
+    assert "AL, source units" in text_of(svg) and "BLEU wait-k entropy batch" in text_of(page)  # unit, then the legend
+    assert table_of(page) == [
+        ["policy", "setting", "AL", "BLEU", "chrF", "RCO", "LAAL"],
+        ["wait-k", "1", "0.81", "10.25", "–", "–", "–"],
+        ["wait-k", "5", "4.75", "21.50", "50.00", "0.500", "–"],
+        ["entropy", "q=0.9", "−3.00", "23.62", "–", "–", "3.50"],
+        ["batch", "–", "18.00", "27.34", "–", "–", "–"]]
+    assert titles_of(page) == ["Latency and quality · en-de", *titles_of(without)]  # the other cards stay as they are
+    checker = Balance()
+    checker.feed(page)
+    assert checker.open == []
+
+
+def test_curves_alone_make_a_report(tmp_path):
+    policies = {"<b>batch": [{"rco": 1.0, "f1": 0.7, "<i>": 1}]}
+    main([str(write_curves(tmp_path / "run", policies, quality="f1", lag="rco", data=""))])
+    page = (tmp_path / "run/report.html").read_text()
+    assert titles_of(page) == ["Latency and quality"] and "RCO" in text_of(plot_of(page, "Latency and quality")[1])
+    assert "Latency and quality F1 &lt;b&gt;batch" in text_of(page)  # the name of the only policy
+    assert "source units" not in page
+    assert "<b>batch" not in page.replace("<b>&lt;b&gt;batch", "") and "<i>" not in page
+
+
+def test_missing_figures_are_gaps_in_the_curve_and_dashes_in_the_table(tmp_path):
+    points = [{"setting": 4, "al": 4, "bleu": 24}, {"setting": 2, "al": 2, "bleu": math.nan},
+              {"setting": 1, "al": 1, "bleu": 21}, {"setting": 9, "al": None, "bleu": 29},
+              {"setting": 8, "bleu": "28", "al": 8}, {}, None, 7]
+    policies = {"wait-k": points, "none": [], "null": None, "no lag": [{"bleu": 3}]}
+    page = write_report(write_curves(tmp_path, policies)).read_text()
+    lines = plot_of(page, "Latency and quality · en-de")[0]["lines"]
+    assert [(line["name"], line["x"], line["y"]) for line in lines] == [("wait-k", [1, 2, 4, 8], [21, None, 24, None])]
+    assert table_of(page)[1:] == [
+        ["wait-k", "1", "1.00", "21.00"], ["wait-k", "2", "2.00", "–"], ["wait-k", "4", "4.00", "24.00"],
+        ["wait-k", "8", "8.00", "–"], ["wait-k", "9", "–", "29.00"], ["wait-k", "–", "–", "–"],
+        ["no lag", "–", "–", "3.00"]]
+    assert "nan" not in page
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[1]", "{}", '{"policies": [1]}', '{"policies": {"a": 1, "b": [2], "c": [{"al": 1}]}}', '{"policies": {}}',
+    '{"data": 3, "quality": "f1", "lag": [], "policies": {"a": [{"al": 1, "bleu": 2}]}}'])
+def test_curves_that_say_nothing_are_left_out(tmp_path, text):
+    run = write_run(tmp_path / "run", steps=3)
+    before = write_report(run).read_text()
+    (run / "curves.json").write_text(text)
+    assert write_report(run).read_text() == before
+
+
+def test_curves_of_two_runs_share_a_card_where_their_axes_are_the_same(tmp_path):
+    point = {"al": 1, "bleu": 2.0, "chrf": 3.0}
+    first, second = (write_curves(write_run(tmp_path / name, recipe=name), {"wait-k": [point], "batch": [point]})
+                     for name in "ab")
+    page = write_report(first, second).read_text()
+    lines = plot_of(page, "Latency and quality · en-de")[0]["lines"]
+    assert [(line["name"], line["color"]) for line in lines] == [
+        ("a wait-k", "c1"), ("a batch", "c1"), ("b wait-k", "c2"), ("b batch", "c2")]
+    assert [row[0] for row in table_of(page)] == ["policy", "a wait-k", "a batch", "b wait-k", "b batch"]
+    write_curves(second, {"wait-k": [point]}, quality="chrf", data="en-fr")
+    titles = titles_of(write_report(first, second).read_text())
+    assert titles[:2] == ["Latency and quality · en-de", "Latency and quality · en-fr"]
+
+
 def test_two_runs_are_overlaid_and_summarised_side_by_side(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="opd", scale=50.0)
     assert main([str(first), str(second)]) is None

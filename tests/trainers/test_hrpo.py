@@ -115,7 +115,7 @@ def test_by_sentence(trainer, tokenizer):
     for start in range(0, len(drawn), GROUP):
         for slot in range(2):
             rewards = [0.2 * s.closed[slot] + s.accuracy * (
-                0.2 * (1 - s.lengths[slot] / CAP) + 0.4 * (1 - s.deep_length / LIMIT)) for s in stages[start:start + GROUP]]
+                0.1 * (1 - s.lengths[slot] / CAP) + (1 - s.deep_length / LIMIT)) for s in stages[start:start + GROUP]]
             expected = group_advantages(np.array([rewards]))[0]
             for t, a, value in zip(drawn[start:], ours[start:], expected):
                 np.testing.assert_allclose(a[t.slots == slot], value, rtol=1e-5, atol=1e-7)

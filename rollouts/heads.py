@@ -1,0 +1,172 @@
+"""Decision heads: whether to write what a model proposes, or to read on first (ProactiveLLM, arXiv 2606.00523).
+
+A head needs no training and changes nothing in the model. After each unit that is read the model proposes its next
+token; the head says of each row whether it is written (methods.md, 5). At the end of the input all is written, whatever
+the head says. Entropy and attention heads write where their score is at most a threshold, which is best a quantile of
+the scores that a calibration set has with the whole input read: "as sure as it mostly is when it knows all".
+
+A head of your own is a class with `writes`, registered here, or named by its dotted path in `proactive.head`.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recipes.errors import ConfigError, DataError
+from recipes.registry import Registry
+
+HEADS = Registry("proactive.head")
+
+
+@dataclass
+class State:
+    """B rows, each with a proposal. Units are those of the source; words those of the target."""
+
+    logits: torch.Tensor  # [B, V] float32, of the proposal
+    read: torch.Tensor  # [B] units read, 1 or more
+    written: torch.Tensor  # [B] words written in full, before the one that the proposal is of
+    finished: torch.Tensor  # [B] bool: the input is over
+    attention: torch.Tensor | None = None  # [layers, B, heads, units] of the row that proposes, on each unit's tokens
+
+
+class Head:
+    """Base of decision heads.
+
+    Args:
+        setting: what is swept in a latency-quality curve: a threshold, a k, a ratio.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+
+    needs_attention = False  # of the proposing row; costs the fast attention kernels
+    calibrated = False  # has `score`, and a setting that can be a quantile of it
+    needs_setting = True
+    sweep: tuple[float, ...] = ()  # settings of a latency-quality curve; of a calibrated head these are quantiles
+    low, high, what = -math.inf, math.inf, "any number"
+
+    def __init__(self, setting: float):
+        if not self.low <= setting <= self.high:
+            raise ConfigError(f"proactive.setting={setting:g} must be {self.what} for this head")
+        self.setting = setting
+
+    def writes(self, state: State) -> torch.Tensor:
+        """[B] bool: write the proposal. By default, where its score is at most the setting."""
+        return self.score(state) <= self.setting
+
+    def score(self, state: State) -> torch.Tensor:
+        """[B]: the lower, the readier to write."""
+        raise TypeError(f"{type(self).__name__} has no score")
+
+
+@HEADS.register("entropy")
+class Entropy(Head):
+    """The entropy of the next token, nats."""
+
+    calibrated = True
+    low, what = 0.0, "0 or more (nats)"
+
+    def score(self, state: State) -> torch.Tensor:
+        logprobs = state.logits.log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1)
+
+
+@HEADS.register("attention")
+class Attention(Head):
+    """1 less the attention that falls on the unit which has most of it, averaged over layers and heads [choice].
+
+    Attention is not normalised over what has been read: where a model misses what it needs, it attends to the frame
+    and to its own words instead.
+    """
+
+    needs_attention = calibrated = True
+    low, high, what = 0.0, 1.0, "between 0 and 1"
+
+    def score(self, state: State) -> torch.Tensor:
+        return 1 - state.attention.amax(-1).mean((0, 2))
+
+
+@HEADS.register("wait_k")
+class WaitK(Head):
+    """Read k units, then write a word for each further one (arXiv 1810.08398)."""
+
+    low, what = 1, "1 or more (units)"
+    sweep = tuple(map(float, range(1, 10)))
+
+    def writes(self, state: State) -> torch.Tensor:
+        return state.read >= self.setting + state.written
+
+
+@HEADS.register("ratio")
+class Ratio(Head):
+    """Read so many units for each word."""
+
+    low, what = 1e-6, "above 0 (units per word)"
+    sweep = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+
+    def writes(self, state: State) -> torch.Tensor:
+        return state.read >= self.setting * (state.written + 1)
+
+
+@HEADS.register("batch")
+class Batch(Head):
+    """Read all, then write."""
+
+    needs_setting = False
+    sweep = (0.0,)
+
+    def writes(self, state: State) -> torch.Tensor:
+        return state.finished
+
+
+def check_heads(options) -> None:
+    """Refuse decision heads that cannot be used, before anything is loaded.
+
+    Args:
+        options: the config's section `proactive`.
+
+    Raises:
+        ConfigError: the head is not known, its setting is missing or out of range, or nothing is known to sweep it over.
+    """
+    kind = HEADS.resolve(options.head)
+    if options.setting is not None:
+        kind(options.setting)
+    elif kind.needs_setting and not kind.calibrated:
+        raise ConfigError(f"proactive.head={options.head} needs proactive.setting: {kind.what}")
+    for name in options.curve:
+        kind = HEADS.resolve(name)
+        if not (kind.calibrated or kind.sweep):
+            raise ConfigError(f"proactive.curve={name}: its class has neither a score nor a sweep of settings; give one")
+
+
+class Recorder(Head):
+    """Reads all and keeps the scores that a head gives to each word with the whole input read."""
+
+    def __init__(self, head: Head):
+        self.head, self.needs_attention, self.scores = head, head.needs_attention, []
+
+    def writes(self, state: State) -> torch.Tensor:
+        self.scores += self.head.score(state)[state.finished].tolist()
+        return state.finished
+
+    def quantile(self, share: float) -> float:
+        """The score that this share of them does not exceed.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not self.scores:
+            raise DataError("proactive.calibration_path: nothing to calibrate the decision head on; give data with "
+                            "rows, or set proactive.setting")
+        return float(torch.tensor(self.scores, dtype=torch.float64).quantile(share))
+
+
+def word_starts(tokenizer) -> np.ndarray:
+    """[V] bool: the tokens that begin a word, i.e. with a space, and the special ones."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    return np.array([index in special or token.startswith(("\u0120", "\u2581", " "))
+                     for index, token in enumerate(tokens)])

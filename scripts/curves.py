@@ -1,0 +1,95 @@
+"""Latency-quality curves of a simultaneous model: its decision heads swept over their settings.
+
+    python -m scripts.curves model=DIR data=NAME_OR_FILE [heads=batch,wait_k,entropy] [out=FILE] [KEY=VALUE …]
+
+Keys are those of `scripts.evaluate`. wait_k and ratio are swept over fixed values, heads with a threshold over
+quantiles of their scores on the calibration set (`proactive.calibration_path`; else `data`, of split `data.split`). The
+figures go to `out` (default: curves.json in the run that the model is a checkpoint of, else here), from which a run's
+report draws them, and to stdout as JSON. Training ends with the same, for the heads in `proactive.curve`.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+QUANTILES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0)
+FIGURES = ("bleu", "chrf", "f1", "exact", "al", "laal", "rco", "ail")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    from recipes.compose import compose
+    from recipes.errors import ConfigError, OnstreamError
+    from scripts.evaluate import SHORT, key_values
+
+    try:
+        given = key_values(arguments, SHORT, "scripts.curves")
+        for short, key in (("model", "model.path"), ("data", "eval.path")):
+            if key not in given:
+                raise ConfigError(f"{short}=… is missing: python -m scripts.curves model=DIR data=NAME_OR_FILE")
+        heads, out = given.pop("heads", "batch,wait_k,entropy").split(","), given.pop("out", None)
+        given = {"recipe": "proactivellm", "log.wandb": "disabled", "data.path": given["eval.path"]} | given
+        config = compose([f"{key}={value}" for key, value in given.items()])
+        config.proactive.curve = heads
+        print(json.dumps(write(config, Path(out) if out else _place(Path(config.model.path)))))
+        return 0
+    except OnstreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _place(model: Path) -> Path:
+    run = model.resolve().parents[2] if len(model.resolve().parents) > 2 else model
+    return (run if (run / "metrics.jsonl").is_file() else Path()) / "curves.json"
+
+
+def of_run(config, run_dir: Path) -> None:
+    """The curves of a run's last checkpoint. A collective."""
+    config.model.path = str(run_dir / "checkpoints" / f"step_{config.train.steps}" / "model")
+    write(config, run_dir / "curves.json")
+
+
+def write(config, out: Path) -> dict:
+    """Sweep `proactive.curve` for `model.path` on the evaluation data, write the JSON to `out`, and return it. A
+    collective.
+
+    Raises:
+        OnstreamError: a head, the model or the data cannot be used.
+    """
+    from rollouts.heads import HEADS, check_heads
+    from scripts.evaluate import load
+    from trainers.distributed import rank
+    from trainers.evaluation import evaluate
+    from trainers.rollout import make_sampling
+    from trainers.simultaneous_metrics import calibrate
+
+    check_heads(config.proactive)
+    parts = load(config)
+    sampling = make_sampling(config, parts.tokenizer, parts.stop_ids, max_new_tokens=config.rollout.max_new_tokens)
+    policies: dict[str, list[dict]] = {}
+    for name in config.proactive.curve:
+        kind = HEADS.resolve(name)
+        quantiles, settings = [None] * len(kind.sweep), kind.sweep
+        if kind.calibrated:
+            recorder = calibrate(kind, config, parts.rollout, parts.tokenizer, sampling)
+            quantiles, settings = QUANTILES, [recorder.quantile(share) for share in QUANTILES]
+        for share, setting in zip(quantiles, settings):
+            config.proactive.head, config.proactive.setting = name, setting
+            scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
+            point = {"setting": setting} | ({} if share is None else {"quantile": share})
+            policies.setdefault(name, []).append(point | {figure: scores[figure] for figure in FIGURES})
+            if rank() == 0:
+                print(f"curve  {name} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
+                                                                   for figure in FIGURES), file=sys.stderr)
+    parts.rollout.close()
+    curves = {"data": parts.name, "prompts": len(parts.prompts), "quality": "bleu", "lag": "al", "policies": policies}
+    if rank() == 0:
+        out.write_text(json.dumps(curves, indent=1))
+    return curves
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

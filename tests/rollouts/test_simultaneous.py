@@ -1,0 +1,154 @@
+"""Simultaneous generation: its log-probs under one masked forward, its decisions against a row read alone."""
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from recipes.compose import compose
+from recipes.errors import ConfigError, DataError
+from rollouts.heads import HEADS, Head, Recorder, State
+from rollouts.simultaneous import SimultaneousEngine
+from rollouts.streaming_engine import masked_states
+from rollouts.trajectory import Request, Sampling
+
+STOP, VOCAB = 1, 40
+STARTS = np.arange(VOCAB) % 3 != 0  # so that words have one to several tokens
+STARTS[STOP] = True
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.4)
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    settings = compose(["recipe=proactivellm", f"model.path={folder}", "rollout.batch_size=16"])
+    return SimultaneousEngine(str(folder), settings, torch.device("cpu"), torch.float32)
+
+
+def requests(count: int = 9) -> list[Request]:
+    """Ragged ones: 1 to 7 units of 1 to 3 tokens, openings of 1 or 2 tokens."""
+    rng, made = np.random.default_rng(5), []
+    for index in range(count):
+        lengths = [rng.integers(1, 4) for _ in range(2 + index % 7)]
+        segments = tuple(tuple(rng.integers(2, VOCAB, n).tolist()) for n in lengths)
+        made.append(Request(index, 0, tuple(t for s in segments for t in s), seed=index, segments=segments,
+                            opening=((2, 3)[:1 + index % 2],)))
+    return made
+
+
+def sampling(head, **options) -> Sampling:
+    return Sampling(**{"max_new_tokens": 12, "stop_ids": (STOP,), "head": head, "word_starts": STARTS} | options)
+
+
+def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[int]]:
+    """Tokens and reads of one row, written out: a full masked forward for every proposal, greedy."""
+    from rollouts.layout import from_visible
+    ends = np.cumsum([len(s) for s in request.segments])
+    opening = [t for part in request.opening for t in part]
+    tokens, reads, read, waited, words = [], [], 1, 1, 0
+    while len(tokens) < options.max_new_tokens:
+        had = [ends[0]] * len(opening) + [ends[r] for r in reads] + [ends[read]]
+        layout = from_visible(ends[-1], had)  # of one token more: its place is what the last row predicts
+        ids = [*request.prompt_ids, *opening, *tokens, 0]
+        hidden = masked_states(engine.model, ids, layout)[-2]
+        logits = engine.model.lm_head(hidden).float()
+        proposal = int(logits.argmax())
+        begins = bool(STARTS[proposal]) or not tokens
+        state = State(logits[None], torch.tensor([read]), torch.tensor([words if begins else words - 1]),
+                      torch.tensor([read == len(ends) - 1]))
+        write = (bool(options.head.writes(state)[0]) or read == len(ends) - 1
+                 or (options.whole_words and not begins)
+                 or (options.max_reads is not None and waited >= options.max_reads))
+        if not write:
+            read, waited = read + 1, waited + 1
+            continue
+        tokens.append(proposal)
+        reads.append(read)
+        words, waited = words + begins, 0
+        if proposal == STOP:
+            break
+    return tokens, reads
+
+
+HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("wait_k", 2), ("ratio", 1.5), ("batch", 0)]
+
+
+@pytest.mark.parametrize("name, setting", HEADS_TRIED)
+@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}])
+def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
+    options = sampling(HEADS.resolve(name)(setting), temperature=0.0, **extra)
+    asked = requests()
+    for request, made in zip(asked, engine.generate(asked, options)):
+        tokens, reads = alone(engine, request, options)
+        own = made.sampled_mask
+        assert np.asarray(made.completion_ids)[own].tolist() == tokens
+        assert made.reads[own].tolist() == reads
+
+
+@pytest.mark.parametrize("name, setting", HEADS_TRIED)
+def test_log_probs_are_those_of_one_masked_forward(engine, name, setting):
+    asked = requests()
+    for made in engine.generate(asked, sampling(HEADS.resolve(name)(setting))):
+        hidden = masked_states(engine.model, made.token_ids, made.layout)
+        logprobs = engine.model.lm_head(hidden).float().log_softmax(-1)[len(made.prompt_ids) - 1:-1]
+        exact = logprobs.gather(-1, torch.tensor(made.completion_ids)[:, None])[:, 0].numpy()
+        own = made.sampled_mask
+        assert own.sum() > 0 and np.abs(exact - made.logprobs)[own].max() < 1e-5
+
+
+def test_wait_k_reads_k_units_ahead_of_the_words(engine):
+    options = sampling(HEADS.resolve("wait_k")(2), temperature=0.0)
+    for request, made in zip(requests(), engine.generate(requests(), options)):
+        own, words = made.sampled_mask, -1
+        for place, (token, read) in enumerate(zip(np.asarray(made.completion_ids)[own], made.reads[own])):
+            begins = bool(STARTS[token]) or place == 0
+            words += begins
+            if begins:  # more of the source may turn a new word that was proposed into more of the old one
+                assert read == min(2 + words, len(request.segments) - 1)
+
+
+def test_attention_by_unit_is_that_of_the_masked_forward(engine):
+    class Keeper(Head):
+        needs_attention, needs_setting = True, False
+
+        def writes(self, state):
+            seen.append((state.read.clone(), state.attention.clone()))
+            return state.finished
+
+    seen, request = [], requests()[6]
+    made = engine.generate([request], sampling(Keeper(0), max_new_tokens=1, temperature=0.0))[0]
+    ends = np.cumsum([len(s) for s in request.segments])
+    assert [int(read) for read, _ in seen] == list(range(1, len(ends)))
+    for read, attention in seen:
+        from rollouts.layout import additive, from_visible
+        opening = [t for part in request.opening for t in part]
+        layout = from_visible(ends[-1], [ends[0]] * len(opening) + [ends[int(read)]])
+        mask = additive(torch.from_numpy(layout.mask()), torch.float32)[None, None]
+        output = engine.model(input_ids=torch.tensor([[*request.prompt_ids, *opening, 0]]), attention_mask=mask,
+                              position_ids=torch.from_numpy(layout.positions())[None], output_attentions=True)
+        rows = torch.stack([layer[0, :, -2] for layer in output.attentions])  # [layers, heads, L]
+        expected = torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
+        assert torch.allclose(attention[:, 0], expected, atol=1e-5)
+        assert expected[..., int(read):].abs().max() == 0 if int(read) < len(ends) - 1 else True
+    assert len(made.completion_ids) == len(request.opening[0]) + 1
+
+
+def test_a_recorder_keeps_the_scores_with_all_read(engine):
+    recorder = Recorder(HEADS.resolve("entropy")(0.0))
+    made = engine.generate(requests(), sampling(recorder, whole_words=False, temperature=0.0))
+    assert len(recorder.scores) == sum(int(t.sampled_mask.sum()) for t in made)
+    assert all((t.reads[t.sampled_mask] == len(r.segments) - 1).all() for t, r in zip(made, requests()))
+    assert recorder.quantile(0) == min(recorder.scores) and recorder.quantile(1) == max(recorder.scores)
+
+
+@pytest.mark.parametrize("name, setting", [("entropy", -0.1), ("attention", 1.5), ("wait_k", 0), ("ratio", 0)])
+def test_a_setting_out_of_range(name, setting):
+    with pytest.raises(ConfigError, match=f"proactive.setting={setting:g} must be"):
+        HEADS.resolve(name)(setting)
+
+
+def test_nothing_to_calibrate_on():
+    with pytest.raises(DataError, match="nothing to calibrate"):
+        Recorder(HEADS.resolve("entropy")(0.0)).quantile(0.9)

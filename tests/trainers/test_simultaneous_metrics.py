@@ -1,0 +1,106 @@
+"""Quality and lag of simultaneous runs: delays of words, calibration, whole runs and their curves."""
+import json
+
+import numpy as np
+import pytest
+
+from recipes.compose import compose
+from rollouts.heads import word_starts
+from rollouts.trajectory import Trajectory
+from scripts.tiny_models import TinyModel, initialise
+from trainers.simultaneous_metrics import delays
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("translation") / "model"
+    initialise(folder, TinyModel(end="<|endoftext|>", steps=0, seed=0, hidden=64, layers=2, recipe="proactivellm"))
+    return folder
+
+
+@pytest.fixture
+def keys(model, tmp_path):
+    return ["recipe=proactivellm", f"model.path={model}", "data.stories=40", "train.steps=3", "train.prompts_per_step=8",
+            "train.warmup_steps=0", "eval.size=6", "proactive.calibration_size=5", "rollout.max_new_tokens=20",
+            f"run.dir={tmp_path / 'run'}", "log.wandb=disabled"]
+
+
+def written(ids, reads, finish="stop", opening=1) -> Trajectory:
+    return Trajectory(0, 0, [5], [9] * opening + ids, finish, reads=np.array([0] * opening + reads),
+                      sampled=np.arange(opening + len(ids)) >= opening)
+
+
+STARTS = np.array([False, True, True, False, True, True, True, True, True, True])  # 0 and 3 go on with a word
+
+
+@pytest.mark.parametrize("ids, reads, finish, expected", [
+    ([1, 2, 4, 7], [1, 2, 3, 4], "stop", [1, 2, 3]),  # the end is no word
+    ([1, 2, 4, 7], [1, 2, 3, 4], "length", [1, 2, 3, 4]),
+    ([1, 3, 0, 2, 7], [1, 1, 4, 5, 5], "stop", [4, 5]),  # a word is there when its last token is
+    ([3, 2, 7], [2, 2, 3], "stop", [2, 2]),  # the first token begins a word whatever it is
+    ([7], [3], "stop", [])])
+def test_delays_of_words(ids, reads, finish, expected):
+    assert delays(written(ids, reads, finish), STARTS).tolist() == expected
+
+
+def test_word_starts_agree_with_the_text(model):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    starts = word_starts(tokenizer)
+    text = "rarin lalun laxan nuxon, fuhun"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert int(starts[ids[1:]].sum()) == len(text.split()) - 1
+    assert starts[tokenizer.eos_token_id]
+
+
+def test_a_whole_run_with_its_curves(run_command, keys, tmp_path):
+    done = run_command("train.py", *keys, "proactive.curve=[batch,wait_k,entropy,attention]", "proactive.kl_weight=0.5",
+                       "proactive.schedules=2")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps, evals = [r for r in rows if "train/loss" in r], [r for r in rows if "time/eval" in r]
+    assert len(steps) == 3 and len(evals) == 2
+    for row in steps:
+        assert row["train/loss"] == pytest.approx(row["nll/batch"] + row["nll/stream"] + 0.5 * row["teacher/kl"],
+                                                  rel=1e-5)
+        assert row["teacher/kl"] > 0
+    assert {f"eval/translation/{name}" for name in (
+        "avg@1", "bleu", "chrf", "f1", "exact", "rco", "ail", "al", "laal", "head_setting")} <= evals[-1].keys()
+    curves = json.loads((tmp_path / "run" / "curves.json").read_text())
+    assert {name: len(points) for name, points in curves["policies"].items()} == {
+        "batch": 1, "wait_k": 9, "entropy": 12, "attention": 12}
+    batch, wait = curves["policies"]["batch"][0], curves["policies"]["wait_k"]
+    assert batch["rco"] == 1 and wait[0]["rco"] < wait[4]["rco"] <= 1
+    assert "Latency and quality" in (tmp_path / "run" / "report.html").read_text()
+    model = tmp_path / "run" / "checkpoints" / "step_3" / "model"
+    shown = run_command("-m", "scripts.evaluate", "mode=simultaneous", f"model={model}", "data=translation", "size=6",
+                        "proactive.head=wait_k", "proactive.setting=3", "max_new_tokens=20")
+    assert shown.returncode == 0, shown.stderr
+    scores = json.loads(shown.stdout.splitlines()[-1])
+    assert scores["al"] == pytest.approx(wait[2]["al"]) and scores["bleu"] == pytest.approx(wait[2]["bleu"])
+
+
+def test_two_ranks_take_the_step_of_one(run_command, keys, tmp_path):
+    rows = []
+    for ranks in (0, 2):
+        folder = tmp_path / f"ranks{ranks}"
+        done = run_command("train.py", *keys, f"run.dir={folder}", "eval.every=-1", "proactive.curve=[]", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        rows.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*rows, strict=True):
+        for name in ("train/loss", "train/grad_norm", "nll/stream", "teacher/kl"):
+            assert one[name] == pytest.approx(two[name], rel=2e-4), name
+
+
+@pytest.mark.parametrize("extra, said", [
+    (["proactive.head=wait_k"], "proactive.head=wait_k needs proactive.setting"),
+    (["proactive.setting=-1"], "proactive.setting=-1 must be 0 or more"),
+    (["proactive.head=wait_q"], "wait_k"),
+    (["proactive.quantile=1.5"], "proactive.quantile=1.5 must be between 0 and 1"),
+    (["proactive.curve=[nothing]"], "nothing"),
+    (["streaming.unit=letter"], "streaming.unit=letter"),
+    (["rollout.engine=streaming"], "rollout.engine=simultaneous")])
+def test_bad_settings_end_before_training(run_command, keys, tmp_path, extra, said):
+    done = run_command("train.py", *keys, *extra)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
