@@ -6,7 +6,8 @@
 A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so that what drifts on
 the machine reaches all settings alike; one that is finished is not repeated, one that was broken off is resumed. The
 last line of each run is its final evaluation; "start" is the evaluation before the first step, over all runs. The
-standard deviation is that of the seeds (n - 1). Time per step is the median over a run's steps but the first, peak
+standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points.
+Time per step is the median over a run's steps but the first, peak
 memory that of the run's process.
 """
 from __future__ import annotations
@@ -63,6 +64,19 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def curve_table(name: str, runs: list[dict]) -> str:
+    """Markdown, a line per point of a latency-quality curve; runs are the contents of their curves.json."""
+    figures = ("bleu", "chrf", "exact", "al", "laal", "rco", "ail")
+    lines = [f"| {name} | setting | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
+    for policy, points in runs[0]["policies"].items():
+        for place, point in enumerate(points):
+            same = [run["policies"][policy][place] for run in runs]
+            key = "quantile" if "quantile" in point else "setting"
+            cells = [cell([p[figure] for p in same]) for figure in figures]
+            lines.append(f"| {policy} | {point[key]:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +96,9 @@ def main() -> int:
     found = {name: [figures(folder) for folder in runs] for name, runs in folders.items()}
     starts = [first for runs in found.values() for first, _ in runs if first]
     rows = {"start": starts} if starts else {}
+    for name, runs in folders.items():
+        if all((folder / "curves.json").exists() for folder in runs):
+            print(curve_table(name, [json.loads((folder / "curves.json").read_text()) for folder in runs]) + "\n")
     print(table(rows | {name: [last for _, last in runs] for name, runs in found.items()}))
     return 0
 

@@ -23,6 +23,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32, or bfloat16 (compute; the optimizer keeps float32 masters)
     attn_implementation: str = "packed"  # packed, flash_attention_2, flex_attention, sdpa, eager
     gradient_checkpointing: bool = False
+    encoder: Optional[str] = None  # of sources of frames, as speech is: dotted path of what makes it (rollouts/frames.py)
 
 
 @dataclass
@@ -37,7 +38,7 @@ class DataConfig:
     # or FOLDER/NAME of it; a Hugging Face dataset
     path: str = "stories"
     split: str = "train"
-    prompt_column: Optional[str] = None  # null: the first of the usual names that is there
+    prompt_column: Optional[str] = None  # null: the first of the usual names that is there; frames: rollouts/frames.py
     answer_column: Optional[str] = None
     target_column: Optional[str] = None  # the column of the text to write; null: the first of the usual names
     limit: Optional[int] = None  # use the first rows only
@@ -116,7 +117,8 @@ class StreamingConfig:
     target_offset: int = 0  # position of the first target token; grouped and batch
     instruction: str = ""  # the first source segment, after the chat template's opening
     restate_question: bool = False  # the target repeats the question, forced
-    unit: str = "word"  # of a scheduled source: word, sentence
+    unit: str = "word"  # of a scheduled source: word, sentence; frames are read by the second, whatever it is
+    unit_seconds: float = 0.5  # of frames that are read at once
     words_per_minute: float = 150.0  # of the simulated reader
     seconds_per_token: Optional[float] = None  # of the simulated writer; null: measured
 

@@ -25,9 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
+from rollouts.frames import as_frames
 from rollouts.stories import stories, story
 from rollouts.streaming_data import is_segmented, segmented
 from rollouts.translation import translation
@@ -59,6 +62,7 @@ class Example:
     final: str | None = None
     deep: str | None = None
     context: str | None = None  # the text that is read unit by unit; None: the last message is
+    frames: np.ndarray | None = None  # [F, D] float32: the source, where it is no text (rollouts/frames.py)
     references: tuple[str, ...] | None = None  # all answers that are right, where there are several
 
 
@@ -317,14 +321,15 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
     answers = answer_column or first_of(ANSWER_COLUMNS)
     solutions = first_of(SOLUTION_COLUMNS)
     for index, (place, row) in enumerate(rows, first_index):
-        messages, target = _chat(_cell(row, prompt), f"{source} {place}", prompt)
+        frames = as_frames(_cell(row, prompt), source)
+        messages, target = _chat("frames" if frames is not None else _cell(row, prompt), f"{source} {place}", prompt)
         answer, worked = _answer(_cell(row, answers), is_text=answers == "solution" and answer_column is None)
         solution = target or worked or _text(_cell(row, solutions))
         if answer is None:
             answer = _answer(solution, is_text=True)[0]
         if target_column is not None:
             answer = solution = cell if isinstance(cell := _cell(row, target_column), str) else _text(cell)
-        yield Example(index, messages, answer, solution)
+        yield Example(index, messages, answer, solution, frames=frames)
 
 
 def _cell(row: Row, column: str | None) -> Any:

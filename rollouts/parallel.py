@@ -21,6 +21,7 @@ from typing import Any
 
 from recipes.errors import ConfigError, DataError, ModelError
 from rollouts.data import Example, Prompt
+from rollouts.frames import frame_units, load_encoder
 from rollouts.segments import Ids, chat_frame, split_sentences
 
 LANGUAGE_FILE = re.compile(r"(.+)\.([a-z]{2,3}(?:[-_][A-Za-z]{2,4})?)")
@@ -188,16 +189,18 @@ def unit_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
         for name, text in (("source", source), ("target", example.solution)):
             if text is not None and not text.strip():
                 raise DataError(f"{where}: row {example.index} has an empty {name}; fill it, or drop the row")
+        spoken = example.frames is not None
         asked = example.question is not None and example.context is not None
         frames.append(f"{before}{example.question}\n" if asked else before)
         afters.append(after)
-        sources.append(_spaced(UNITS[config.streaming.unit](source)))
+        sources.append([] if spoken else _spaced(UNITS[config.streaming.unit](source)))
     marks = _coded(tokenizer, frames, add_special_tokens=not chat)
     units, closings = _coded(tokenizer, chain(*sources)), _coded(tokenizer, afters)
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     prompts = []
     for example, frame, after, source in zip(examples, frames, afters, sources):
-        segments = [marks[frame] or (first,), *(units[unit] for unit in source)]
+        heard = () if example.frames is None else _heard(example, config, where)
+        segments = [marks[frame] or (first,), *(units[unit] for unit in source), *heard]
         segments[-1] += (end,)
         head = frame if marks[frame] else tokenizer.convert_ids_to_tokens(first)
         prompts.append(Prompt(example.index, tuple(chain(*segments)), "".join((head, *source, tokenizer.eos_token)),
@@ -207,6 +210,13 @@ def unit_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
         raise DataError(f"{where}: all {len(prompts)} sources are longer than {data.max_prompt_tokens} tokens, the "
                         f"shortest has {min(len(p.token_ids) for p in prompts)}; raise data.max_prompt_tokens")
     return kept, len(prompts) - len(kept)
+
+
+def _heard(example: Example, config, where: str) -> list[Ids]:
+    if config.model.encoder is None:
+        raise ConfigError(f"{where}: row {example.index} is read as frames; name what encodes them with model.encoder")
+    return frame_units(example.frames, load_encoder(config.model.encoder), config.streaming.unit_seconds,
+                       f"{where}: row {example.index}")
 
 
 def target_words(text: str, tokenizer) -> list[Ids]:

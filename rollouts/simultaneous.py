@@ -13,6 +13,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
+from rollouts.frames import embed, load_encoder
 from rollouts.heads import State
 from rollouts.hf_engine import ENGINES, sample
 from rollouts.layout import PADDING, SOURCE, from_visible
@@ -26,6 +27,10 @@ BEYOND = 2**40  # more tokens than any source has
 class SimultaneousEngine(StreamingEngine):
     """Batched reading and writing. Requests have segments [frame, unit 1, …, unit M] and an opening; the sampling has
     a `head` and `word_starts`. Trajectories get `reads`."""
+
+    def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **rest):
+        super().__init__(path, config, device, dtype, **rest)
+        self.encoder = load_encoder(config.model.encoder, device) if config.model.encoder else None
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         head, device, count = sampling.head, self.device, len(requests)
@@ -92,8 +97,10 @@ class SimultaneousEngine(StreamingEngine):
         table[0] = PADDING
         for row, (own, columns) in enumerate(rows):
             ids[row, :len(own)], table[:, row, :len(own)] = own, columns
-        cache = Cache(self.model, len(rows))
-        cache.append(ids.to(self.device), table.to(self.device), self.offset)
+        cache, ids = Cache(self.model, len(rows)), ids.to(self.device)
+        frames = [r.frames for r in requests if r.frames is not None]
+        embeddings = embed(self.model, self.encoder, ids, frames) if frames else None
+        cache.append(ids, table.to(self.device), self.offset, embeddings=embeddings)
         return cache
 
     def _written(self, request: Request, tokens: np.ndarray, reads: np.ndarray, logprobs: np.ndarray,
@@ -105,7 +112,7 @@ class SimultaneousEngine(StreamingEngine):
                           [*opening, *tokens.tolist()], "stop" if stopped else "length",
                           np.append(np.zeros(len(opening), np.float32), logprobs.astype(np.float32)),
                           layout=from_visible(ends[-1], ends[reads], self.offset), reads=reads,
-                          sampled=np.arange(len(reads)) >= len(opening))
+                          sampled=np.arange(len(reads)) >= len(opening), frames=request.frames)
 
 
 def _by_unit(attention: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

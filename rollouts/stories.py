@@ -46,7 +46,7 @@ DISTRACTORS = ("The sun is shining.", "It starts to rain.", "{name} likes {other
                "The bus leaves in {n} minutes.")
 # Varied solutions. Chance that a relevant sentence is followed by a thought, drawn per solution; chance that a
 # distractor is followed by one nonetheless, and that the deep segment works out everything once more.
-THINKS = (0.0, 0.4, 0.8, 1.0)
+THINKS = (0.4, 0.8, 1.0, 1.0)
 IDLE, AGAIN = 0.25, 0.3
 CATCH_UP = 2  # the most steps in a thought, so that it fits the limit of tokens per sentence
 NOTHING = "Nothing changes."

@@ -29,13 +29,14 @@ class Cache:
         self.keys = torch.empty(2, rows, 0, dtype=torch.long, device=model.device)
 
     def append(self, ids: torch.Tensor, table: torch.Tensor, offset: int | torch.Tensor = 0,
-               attention: bool = False) -> torch.Tensor:
+               attention: bool = False, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Run n tokens per row and keep their keys.
 
         Args:
             ids: [B, n].
             table: [3, B, n], group, index and limit, as `sees` reads them.
             offset: position of target index 0.
+            embeddings: [B, n, H], in place of those of the ids.
             attention: keep that of the last token in `attention` [layers, B, heads, keys]; the model's must be eager.
 
         Returns:
@@ -44,7 +45,8 @@ class Cache:
         self.keys = torch.cat([self.keys, table[:2]], -1)
         mask = sees(table[..., :, None], self.keys[..., None, :])[:, None]
         positions = table[1] + (table[0] >= 0) * offset
-        output = self.model(input_ids=ids, attention_mask=additive(mask, self.model.dtype), position_ids=positions,
+        inputs = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
+        output = self.model(**inputs, attention_mask=additive(mask, self.model.dtype), position_ids=positions,
                             past_key_values=self.cached, use_cache=True, logits_to_keep=1, output_attentions=attention)
         if attention:
             self.attention = torch.stack([layer[:, :, -1] for layer in output.attentions]).float()

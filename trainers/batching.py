@@ -28,6 +28,7 @@ class MicroBatch:
     annotations: dict[str, torch.Tensor] = field(default_factory=dict)
     members: list[int] = field(default_factory=list)  # indices of the trajectories it holds, in order
     layouts: list[Layout] | None = None
+    frames: list[np.ndarray] | None = None  # of the sequences that have any, in order
 
     @property
     def mask(self) -> torch.Tensor:
@@ -99,17 +100,19 @@ def pack(trajectories: Sequence[Trajectory], members: Sequence[int], device: tor
     annotations = {name: torch.from_numpy(np.concatenate([trajectories[m].annotations[name] for m in members]))
                    .to(device) for name in names}
 
+    frames = [trajectories[m].frames for m in members if trajectories[m].frames is not None] or None
+
     def long(values):
         return torch.tensor(values, dtype=torch.long, device=device)
     return MicroBatch(long(ids)[None], long(positions)[None], long(rows), long(targets), bounds,
-                      annotations, list(members), layouts)
+                      annotations, list(members), layouts, frames)
 
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
     """A micro-batch that runs the model but counts for nothing: for a rank that has fewer than the others."""
     annotations = {name: torch.zeros_like(value) for name, value in batch.annotations.items()}
     return MicroBatch(batch.input_ids, batch.position_ids, batch.rows, batch.targets, batch.bounds,
-                      annotations, [], batch.layouts)
+                      annotations, [], batch.layouts, batch.frames)
 
 
 def unpack(batch: MicroBatch, trajectories: Sequence[Trajectory], values: torch.Tensor) -> list[np.ndarray]:

@@ -47,7 +47,8 @@ class Loop:
         torch.manual_seed(config.seed)
         path = start_model(config.model.path, prepared)
         self.engine = PolicyEngine(load_policy(path, torch.float32, self.device,
-                                               config.model.attn_implementation, config.streaming.layout),
+                                               config.model.attn_implementation, config.streaming.layout,
+                                               config.model.encoder),
                                    config, self.device)
         if prepared.checkpoint is not None:
             checkpoint.load(prepared.checkpoint, self.engine)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from recipes.errors import ModelError
 from recipes.schema import MASKED_LAYOUTS
+from rollouts.frames import embed, load_encoder
 from rollouts.layout import Layout, check_layouts
 from trainers import attention
 
@@ -40,11 +42,13 @@ class Policy(nn.Module):
     Raises:
         ModelError: its logits are something else, so our head would be wrong, or its attention does not keep
             packed sequences apart (both checked on a few tokens).
+        encoder: of sources of frames (rollouts/frames.py); it is not trained, so it is no part of the module.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, encoder=None):
         super().__init__()
         self.model = model
+        self.encode = functools.partial(embed, model, encoder)
         self.head = Head(model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None))
         self._check()
 
@@ -79,14 +83,16 @@ class Policy(nn.Module):
         check_layouts(self.model, states)
         self.train(training)
 
-    def _states(self, input_ids, position_ids, bounds: list[int], layouts: list[Layout] | None = None) -> torch.Tensor:
+    def _states(self, input_ids, position_ids, bounds: list[int], layouts: list[Layout] | None = None,
+                frames=None) -> torch.Tensor:
         extra = attention.arguments(self.model.config._attn_implementation, bounds, layouts, self.head.weight)
-        return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
+        inputs = {"input_ids": input_ids} if frames is None else {"inputs_embeds": self.encode(input_ids, frames)}
+        return self.model.base_model(**inputs, position_ids=position_ids, use_cache=False,
                                      **extra).last_hidden_state[0]
 
     def hidden(self, batch) -> torch.Tensor:
         """Hidden states [T, H] that predict the micro-batch's targets."""
-        states = self._states(batch.input_ids, batch.position_ids, batch.bounds, batch.layouts)
+        states = self._states(batch.input_ids, batch.position_ids, batch.bounds, batch.layouts, batch.frames)
         return states.index_select(0, batch.rows)
 
     def forward(self, batch, function):
@@ -95,11 +101,12 @@ class Policy(nn.Module):
 
 
 def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "packed",
-                layout: str | None = None) -> Policy:
-    """Load a model folder or hub name; `layout` is the config's `streaming.layout`.
+                layout: str | None = None, encoder: str | None = None) -> Policy:
+    """Load a model folder or hub name; `layout` is the config's `streaming.layout`, `encoder` its `model.encoder`.
 
     Raises:
         ModelError: it cannot be loaded, or does not keep to the layout's mask.
+        ConfigError: there is no such encoder.
     """
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +115,7 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    policy = Policy(model.to(device))
+    policy = Policy(model.to(device), load_encoder(encoder, device) if encoder else None)
     if layout in MASKED_LAYOUTS:
         policy.check_layouts()
     return policy

@@ -14,7 +14,7 @@ left out, so that an ablation costs what it should.
 
 There is no public code, and the paper's text was not at hand (methods.md, 5). Ours are: schedules by word, not by
 token, as decision heads are asked at words; the end of a word counts with it; lambda, and all [choice] there. Left
-out: the paper's audio backbone; a source of frames is read as one of words is.
+out: the paper's audio backbone; a source of frames is read as one of words is (rollouts/frames.py).
 
     torchrun --nproc_per_node=N train.py recipe=proactivellm model.path=DIR data.path=DATA
 """
@@ -85,6 +85,7 @@ class ProactiveLLM(Trainer):
         share = np.where(streaming, options.stream_weight / max(streams, 1), options.batch_weight) * len(schedules)
         made = Trajectory(prompt.index, 0, list(prompt.token_ids), target * len(schedules), "stop", prompt=prompt.text,
                           completion=solution, answer=prompt.example.answer, sampled=learned,
+                          frames=prompt.example.frames,
                           layout=from_visible(int(ends[-1]), ends[np.concatenate(read)],
                                               self.config.streaming.target_offset, views))
         made.annotations |= {"ce_weights": share.astype(np.float32), "whole_view": ~streaming}

@@ -24,7 +24,7 @@ def make_engine(config, device: torch.device, dtype: torch.dtype, max_length: in
 
 def make_requests(prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]) -> list[Request]:
     """`samples` requests per prompt, adjacent; `seed` is of a prompt's index and a sample's."""
-    return [Request(p.index, s, p.token_ids, seed(p.index, s), p.segments, p.opening)
+    return [Request(p.index, s, p.token_ids, seed(p.index, s), p.segments, p.opening, p.example.frames)
             for p in prompts for s in range(samples)]
 
 

@@ -67,6 +67,8 @@ class Tracker:
         if prefix + "latency_s" in row:
             streaming = (f"deep {row[prefix + 'deep_length_mean']:.1f}  skipped {row[prefix + 'skip_frac']:.1%}  "
                          f"latency {row[prefix + 'latency_s']:.2f} s  ")
+        if prefix + "al" in row:
+            streaming = f"bleu {row[prefix + 'bleu']:.1f}  al {row[prefix + 'al']:.2f}  rco {row[prefix + 'rco']:.2f}  "
         self.say(f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
                  f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  {streaming}"
                  f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)")

@@ -67,9 +67,9 @@ def _measure(row: int, name: str, point: Point, folder: Path) -> dict[str, float
     call()  # makes the inputs, compiles
     gc.collect()
     inputs = _storages(x for value in vars(p).values() for x in (value if isinstance(value, tuple) else (value,)))
-    before = _start(point.device, sum(inputs.values()))
+    before = start_watch(point.device, sum(inputs.values()))
     outcome = call()
-    peak = _peak(point.device) - before
+    peak = peak_bytes(point.device) - before
     grads = sum(size for at, size in _storages(outcome.grads).items() if at not in inputs)
     return {"temp_mib": max(0, peak - grads) / MIB, "grads_mib": grads / MIB}
 
@@ -80,7 +80,7 @@ def _storages(values) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def _start(device: str, inputs: int) -> int:
+def start_watch(device: str, inputs: int) -> int:
     """Begin to watch; returns the bytes that the call is not charged with."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -91,7 +91,7 @@ def _start(device: str, inputs: int) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()

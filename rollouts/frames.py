@@ -1,0 +1,109 @@
+"""Sources of frames, as speech is: a frozen causal encoder turns them into embeddings, which are read second by second.
+
+In token ids a `FRAME` stands for each embedding, so a source of frames has segments, positions and masks as any other.
+`model.encoder` names the encoder: the dotted path of a callable without arguments that returns a torch module with
+
+    rate            frames per second
+    width           D, numbers per frame
+    stride          frames per embedding
+    forward         [F, D] float32 -> [ceil(F / stride), H], H being the model's hidden size
+
+Frames come in the prompt column: a list of lists of numbers, or the path of a .npy file beside the data's.
+
+The encoder has to be causal: an embedding depends on the frames up to its own stride alone, else what is read would depend on
+what is not yet heard. It is not trained here; it is part of what the model is given, as a tokenizer is.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recipes.errors import ConfigError, DataError, ModelError
+
+FRAME = -1
+
+
+def as_frames(cell, source: str) -> np.ndarray | None:
+    """[F, D] float32 of a cell that holds frames; None where it holds something else.
+
+    Raises:
+        DataError: they cannot be read, or are no table of numbers.
+    """
+    numbers = isinstance(cell, list) and bool(cell) and isinstance(cell[0], list)
+    if not numbers and not (isinstance(cell, str) and cell.endswith(".npy") and "\n" not in cell):
+        return None
+    try:
+        frames = np.asarray(cell if numbers else np.load(Path(source).parent / cell), dtype=np.float32)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{source}: frames that cannot be read: {' '.join(str(error).split())}") from error
+    if frames.ndim != 2 or not len(frames):
+        raise DataError(f"{source}: frames of shape {frames.shape}; a source is [frames, numbers per frame]")
+    return frames
+
+
+@functools.cache
+def load_encoder(path: str, device: torch.device = torch.device("cpu")):
+    """`model.encoder`, frozen and proved causal; the same one each time.
+
+    Raises:
+        ConfigError: the path does not import.
+        ModelError: it is not causal, or lacks an attribute.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module or path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.encoder={path} cannot be imported: {error}") from error
+    encoder = made().to(device).eval().requires_grad_(False)
+    for attribute in ("stride", "rate", "width"):
+        if not hasattr(encoder, attribute):
+            raise ModelError(f"model.encoder={path} has no attribute '{attribute}' (rollouts/frames.py)")
+    check_causal(encoder, device)
+    return encoder
+
+
+@torch.no_grad()
+def check_causal(encoder, device: torch.device) -> None:
+    """Raises ModelError: an embedding changes with a frame after its own stride, or their number is not as promised."""
+    frames = torch.randn(5 * encoder.stride, encoder.width, generator=torch.Generator().manual_seed(0)).to(device)
+    whole = encoder(frames)
+    for count in range(1, 5):
+        part = encoder(frames[:count * encoder.stride])
+        if len(part) != count or len(whole) != 5:
+            raise ModelError(f"the encoder makes {len(part)} embeddings of {count} strides of frames; it must make one each")
+        if not torch.allclose(part, whole[:count], rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
+            raise ModelError("the encoder is not causal: an embedding changes when later frames do")
+
+
+def frame_units(frames: np.ndarray, encoder, seconds: float, where: str) -> list[tuple[int, ...]]:
+    """A `FRAME` per embedding, in units of `seconds` (the last one may be shorter).
+
+    Raises:
+        DataError: they are of another width than the encoder's.
+    """
+    if frames.shape[1] != encoder.width:
+        raise DataError(f"{where} has frames of {frames.shape[1]} numbers; model.encoder reads {encoder.width}")
+    size = max(round(seconds * encoder.rate / encoder.stride), 1)
+    count = math.ceil(len(frames) / encoder.stride)
+    return [(FRAME,) * min(size, count - start) for start in range(0, count, size)]
+
+
+def embed(model, encoder, ids: torch.Tensor, frames: list[np.ndarray]) -> torch.Tensor:
+    """Input embeddings of token ids with frames among them.
+
+    Args:
+        model: the Hugging Face model.
+        ids: [B, n]; in order, its `FRAME`s are the embeddings of `frames`.
+        frames: arrays [F, D].
+
+    Returns:
+        [B, n, H].
+    """
+    embeddings = model.get_input_embeddings()(ids.clamp(min=0))
+    heard = torch.cat([encoder(torch.as_tensor(array, dtype=torch.float32, device=ids.device)) for array in frames])
+    return embeddings.masked_scatter((ids == FRAME)[..., None], heard.to(embeddings.dtype))
