@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from recipes.compose import compose
+from recipes.errors import ConfigError, DataError
 from rollouts.heads import word_starts
 from rollouts.trajectory import Trajectory
 from scripts.tiny_models import TinyModel, initialise
-from trainers.simultaneous_metrics import delays
+from trainers.prepare import prepare
+from trainers.simultaneous_metrics import delays, make_head
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,23 @@ def test_two_ranks_take_the_step_of_one(run_command, keys, tmp_path):
             assert one[name] == pytest.approx(two[name], rel=2e-4), name
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"en": " ", "de": "rarin"}, "'en' is empty"), ({"en": "rula", "de": ""}, "row 0 has an empty target")])
+def test_an_empty_source_or_target(keys, tmp_path, row, said):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n" + json.dumps({"en": "rula", "de": "rarin"}))
+    with pytest.raises(DataError, match=said):
+        prepare(compose([*keys, "data.prompt_column=en", "data.target_column=de", f"data.path={data}", "eval.every=-1"]))
+
+
+def test_nothing_to_calibrate_on(keys, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    config = compose([*keys, f"proactive.calibration_path={empty}"])
+    with pytest.raises(DataError, match="there are no rows in it"):
+        make_head(config, None, prepare(config).tokenizer, None)
+
+
 @pytest.mark.parametrize("extra, said", [
     (["proactive.head=wait_k"], "proactive.head=wait_k needs proactive.setting"),
     (["proactive.setting=-1"], "proactive.setting=-1 must be 0 or more"),
@@ -100,7 +119,6 @@ def test_two_ranks_take_the_step_of_one(run_command, keys, tmp_path):
     (["proactive.curve=[nothing]"], "nothing"),
     (["streaming.unit=letter"], "streaming.unit=letter"),
     (["rollout.engine=streaming"], "rollout.engine=simultaneous")])
-def test_bad_settings_end_before_training(run_command, keys, tmp_path, extra, said):
-    done = run_command("train.py", *keys, *extra)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_bad_settings_end_before_anything_loads(keys, extra, said):
+    with pytest.raises(ConfigError, match=said):
+        prepare(compose([*keys, *extra]))
