@@ -104,12 +104,13 @@ def main() -> int:
         for name, way in ways.items():
             found[name].append(step(way))
     source = np.mean([t.layout.source for t in drawn])
-    print(f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, {total / len(drawn):.0f} target tokens in "
-          f"{int(drawn[0].layout.views.max()) + 1} views; medians of {args.repeats}")
+    print(f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, {total / len(drawn):.0f} target tokens "
+          f"in {int(drawn[0].layout.views.max()) + 1} views; medians of {args.repeats}")
     medians = {name: np.median(rows, axis=0) for name, rows in found.items()}
     for name, (seconds, mib) in medians.items():
         ratios = medians["one forward"] / medians["one per view"] if name == "one forward" else (1, 1)
-        print(f"{name:14} {seconds:7.3f} s  x{ratios[0]:.2f}   {mib:7.0f} MiB  x{ratios[1]:.2f}   loss {losses[ways[name]]:.6f}")
+        print(f"{name:14} {seconds:7.3f} s  x{ratios[0]:.2f}   {mib:7.0f} MiB  x{ratios[1]:.2f}   "
+              f"loss {losses[ways[name]]:.6f}")
     return 0
 
 

@@ -23,7 +23,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32, or bfloat16 (compute; the optimizer keeps float32 masters)
     attn_implementation: str = "packed"  # packed, flash_attention_2, flex_attention, sdpa, eager
     gradient_checkpointing: bool = False
-    encoder: Optional[str] = None  # of sources of frames, as speech is: dotted path of what makes it (rollouts/frames.py)
+    encoder: Optional[str] = None  # of sources of frames: the dotted path of what makes it (rollouts/frames.py)
 
 
 @dataclass

@@ -10,8 +10,8 @@ In token ids a `FRAME` stands for each embedding, so a source of frames has segm
 
 Frames come in the prompt column: a list of lists of numbers, or the path of a .npy file beside the data's.
 
-The encoder has to be causal: an embedding depends on the frames up to its own stride alone, else what is read would depend on
-what is not yet heard. It is not trained here; it is part of what the model is given, as a tokenizer is.
+The encoder has to be causal: an embedding depends on the frames up to its own stride alone, else what is read would
+depend on what is not yet heard. It is not trained here; it is part of what the model is given, as a tokenizer is.
 """
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_causal(encoder, device: torch.device) -> None:
     for count in range(1, 5):
         part = encoder(frames[:count * encoder.stride])
         if len(part) != count or len(whole) != 5:
-            raise ModelError(f"the encoder makes {len(part)} embeddings of {count} strides of frames; it must make one each")
+            raise ModelError(f"the encoder makes {len(part)} embeddings of {count} strides of frames; make one of each")
         if not torch.allclose(part, whole[:count], rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
             raise ModelError("the encoder is not causal: an embedding changes when later frames do")
 

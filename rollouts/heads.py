@@ -129,7 +129,7 @@ def check_heads(options) -> None:
         options: the config's section `proactive`.
 
     Raises:
-        ConfigError: the head is not known, its setting is missing or out of range, or nothing is known to sweep it over.
+        ConfigError: the head is not known, its setting is missing or out of range, or there is nothing to sweep.
     """
     kind = HEADS.resolve(options.head)
     if options.setting is not None:
@@ -139,7 +139,7 @@ def check_heads(options) -> None:
     for name in options.curve:
         kind = HEADS.resolve(name)
         if not (kind.calibrated or kind.sweep):
-            raise ConfigError(f"proactive.curve={name}: its class has neither a score nor a sweep of settings; give one")
+            raise ConfigError(f"proactive.curve={name}: its class has neither a score nor a sweep; give one")
 
 
 class Recorder(Head):

@@ -42,8 +42,9 @@ class SimultaneousEngine(StreamingEngine):
         ends = torch.nn.utils.rnn.pad_sequence(  # [B, 1 + M] source tokens read after so many units
             [torch.tensor([len(s) for s in r.segments]).cumsum(0) for r in requests], batch_first=True,
             padding_value=BEYOND).to(device)
-        uniforms = torch.stack([torch.rand(sampling.max_new_tokens, dtype=torch.float64,
-                                           generator=torch.Generator().manual_seed(r.seed)) for r in requests]).to(device)
+        uniforms = torch.stack([
+            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(r.seed), dtype=torch.float64)
+            for r in requests]).to(device)
         cache = self._encode(requests)
         first = torch.tensor([sum(map(len, r.opening)) for r in requests], device=device)  # index of what is to come
         pending = torch.tensor([r.opening[-1][-1] for r in requests], device=device)

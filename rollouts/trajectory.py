@@ -34,7 +34,7 @@ class Trajectory:
     sampled: np.ndarray | None = None  # bool; False: forced protocol tokens, and interleaved source. None: all are
     slots: np.ndarray | None = None  # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
     frames: np.ndarray | None = None  # [F, D], of a source with FRAME in `prompt_ids` (rollouts/frames.py)
-    reads: np.ndarray | None = None  # int; simultaneous: source units read when the token was written, 0 for the opening
+    reads: np.ndarray | None = None  # int; simultaneous: source units read when it was written, 0 for the opening
     # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
 

@@ -88,7 +88,8 @@ def make(name: str, vocab_size: int = 0) -> Path:
 
     spec, chain = replace(MODELS[name], vocab_size=vocab_size), name
     data = "translation" if spec.recipe == "proactivellm" else "stories"
-    made_by = [str(vocab_size), *((ROOT / file).read_text() for file in (f"rollouts/{data}.py", "scripts/new_model.py"))]
+    code = (f"rollouts/{data}.py", "scripts/new_model.py")
+    made_by = [str(vocab_size), *((ROOT / file).read_text() for file in code)]
     while chain:
         made_by.append(repr(MODELS[chain]))
         chain = MODELS[chain].start

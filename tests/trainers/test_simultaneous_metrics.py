@@ -22,8 +22,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def keys(model, tmp_path):
-    return ["recipe=proactivellm", f"model.path={model}", "data.stories=40", "train.steps=3", "train.prompts_per_step=8",
-            "train.warmup_steps=0", "eval.size=6", "proactive.calibration_size=5", "rollout.max_new_tokens=20",
+    return ["recipe=proactivellm", f"model.path={model}", "data.stories=40", "train.steps=3",
+            "train.prompts_per_step=8", "train.warmup_steps=0", "eval.size=6", "proactive.calibration_size=5", "rollout.max_new_tokens=20",
             f"run.dir={tmp_path / 'run'}", "log.wandb=disabled"]
 
 
@@ -100,7 +100,8 @@ def test_an_empty_source_or_target(keys, tmp_path, row, said):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(row) + "\n" + json.dumps({"en": "rula", "de": "rarin"}))
     with pytest.raises(DataError, match=said):
-        prepare(compose([*keys, "data.prompt_column=en", "data.target_column=de", f"data.path={data}", "eval.every=-1"]))
+        prepare(compose([*keys, "data.prompt_column=en", "data.target_column=de", f"data.path={data}",
+                         "eval.every=-1"]))
 
 
 def test_nothing_to_calibrate_on(keys, tmp_path):
