@@ -31,7 +31,7 @@ def main(overrides: list[str]) -> int:
             return 0
         from trainers.loop import Loop
         run_dir = Loop(config, prepared).fit()
-        if config.proactive.curve:
+        if config.proactive.curve and prepared.eval_prompts and config.train.steps:
             from scripts.curves import of_run
             of_run(config, run_dir)
         if rank == 0:

@@ -72,7 +72,8 @@ def curve_table(name: str, runs: list[dict]) -> str:
         for place, point in enumerate(points):
             same = [run["policies"][policy][place] for run in runs]
             key = "quantile" if "quantile" in point else "setting"
-            cells = [cell([p[figure] for p in same]) for figure in figures]
+            cells = [cell([p[figure] for p in same]) if all(p[figure] is not None for p in same) else ""
+                     for figure in figures]
             lines.append(f"| {policy} | {point[key]:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

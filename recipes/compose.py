@@ -196,6 +196,9 @@ def validate(config: DictConfig, world_size: int) -> None:
     if sampler in {"hf", "vllm", "streaming", "simultaneous"} - set(right.split(" or ")):
         raise ConfigError(f"rollout.engine={sampler} cannot sample with streaming.layout={layout}; use "
                           f"rollout.engine={right}")
+    if config.proactive.curve and layout != "scheduled":
+        raise ConfigError(f"proactive.curve={list(config.proactive.curve)} needs streaming.layout=scheduled, as in "
+                          "recipe=proactivellm")
     if config.eval.samples is not None and config.eval.samples < config.eval.k:
         raise ConfigError(f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}")
     if config.engine.offload_params and config.engine.zero_stage != 3:

@@ -114,7 +114,7 @@ class StreamingConfig:
     # scheduled: a target token sees the units that a read schedule, or a decision head, had read (recipe=proactivellm).
     layout: Optional[str] = None
     max_thought_tokens: int = 24  # per sentence, the closing token included
-    target_offset: int = 0  # position of the first target token; grouped and batch
+    target_offset: int = 0  # position of the first target token; all but interleaved
     instruction: str = ""  # the first source segment, after the chat template's opening
     restate_question: bool = False  # the target repeats the question, forced
     unit: str = "word"  # of a scheduled source: word, sentence; frames are read by the second, whatever it is
@@ -183,7 +183,7 @@ class EvalConfig:
     k: int = 8  # of Avg@k and Pass@k
     samples: Optional[int] = None  # n >= k completions per prompt; null: k
     size: int = 400  # prompts
-    path: Optional[str] = None  # null: the held-out stories, or data.path
+    path: Optional[str] = None  # null: the held-out part of generated data, else nothing
     split: str = "heldout"
     temperature: float = 1.0
     top_p: float = 1.0

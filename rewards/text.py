@@ -89,9 +89,3 @@ def _f1(words: list[str], reference: list[str]) -> float:
 def exact_answer(text: str, answer: str) -> float:
     """`exact` against one answer, as a verifier."""
     return exact(text, [answer])
-
-
-@VERIFIERS.register("f1")
-def f1_answer(text: str, answer: str) -> float:
-    """`f1` against one answer, as a verifier."""
-    return f1(text, [answer])

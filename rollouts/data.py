@@ -321,7 +321,7 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
     answers = answer_column or first_of(ANSWER_COLUMNS)
     solutions = first_of(SOLUTION_COLUMNS)
     for index, (place, row) in enumerate(rows, first_index):
-        frames = as_frames(_cell(row, prompt), source)
+        frames = as_frames(_cell(row, prompt), source) if prompt_column else None
         messages, target = _chat("frames" if frames is not None else _cell(row, prompt), f"{source} {place}", prompt)
         answer, worked = _answer(_cell(row, answers), is_text=answers == "solution" and answer_column is None)
         solution = target or worked or _text(_cell(row, solutions))

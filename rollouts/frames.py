@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,11 @@ def as_frames(cell, source: str) -> np.ndarray | None:
         DataError: they cannot be read, or are no table of numbers.
     """
     numbers = isinstance(cell, list) and bool(cell) and isinstance(cell[0], list)
-    if not numbers and not (isinstance(cell, str) and cell.endswith(".npy") and "\n" not in cell):
+    if not numbers and not (isinstance(cell, str) and re.fullmatch(r"\S+\.npy", cell)):
         return None
     try:
         frames = np.asarray(cell if numbers else np.load(Path(source).parent / cell), dtype=np.float32)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError) as error:
         raise DataError(f"{source}: frames that cannot be read: {' '.join(str(error).split())}") from error
     if frames.ndim != 2 or not len(frames):
         raise DataError(f"{source}: frames of shape {frames.shape}; a source is [frames, numbers per frame]")
@@ -59,7 +60,11 @@ def load_encoder(path: str, device: torch.device = torch.device("cpu")):
         made = getattr(importlib.import_module(module or path), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.encoder={path} cannot be imported: {error}") from error
-    encoder = made().to(device).eval().requires_grad_(False)
+    try:
+        encoder = made()
+    except Exception as error:  # it is the user's
+        raise ModelError(f"model.encoder={path} cannot be made: {' '.join(str(error).split())}") from error
+    encoder = encoder.to(device).eval().requires_grad_(False)
     for attribute in ("stride", "rate", "width"):
         if not hasattr(encoder, attribute):
             raise ModelError(f"model.encoder={path} has no attribute '{attribute}' (rollouts/frames.py)")
@@ -105,5 +110,9 @@ def embed(model, encoder, ids: torch.Tensor, frames: list[np.ndarray]) -> torch.
         [B, n, H].
     """
     embeddings = model.get_input_embeddings()(ids.clamp(min=0))
-    heard = torch.cat([encoder(torch.as_tensor(array, dtype=torch.float32, device=ids.device)) for array in frames])
+    heard = [encoder(torch.as_tensor(array, dtype=torch.float32, device=ids.device)) for array in frames]
+    for array, made in zip(frames, heard):
+        if made.shape != (wanted := (math.ceil(len(array) / encoder.stride), embeddings.shape[-1])):
+            raise ModelError(f"the encoder makes {tuple(made.shape)} of {len(array)} frames; the model needs {wanted}")
+    heard = torch.cat(heard)
     return embeddings.masked_scatter((ids == FRAME)[..., None], heard.to(embeddings.dtype))

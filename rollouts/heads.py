@@ -29,6 +29,7 @@ class State:
     read: torch.Tensor  # [B] units read, 1 or more
     written: torch.Tensor  # [B] words written in full, before the one that the proposal is of
     finished: torch.Tensor  # [B] bool: the input is over
+    asked: torch.Tensor  # [B] bool: the head's word counts, unless the input is over; not inside words (`whole_words`)
     attention: torch.Tensor | None = None  # [layers, B, heads, units] of the row that proposes, on each unit's tokens
 
 
@@ -45,6 +46,7 @@ class Head:
     needs_attention = False  # of the proposing row; costs the fast attention kernels
     calibrated = False  # has `score`, and a setting that can be a quantile of it
     needs_setting = True
+    capped = True  # `proactive.max_reads` holds
     sweep: tuple[float, ...] = ()  # settings of a latency-quality curve; of a calibrated head these are quantiles
     low, high, what = -math.inf, math.inf, "any number"
 
@@ -115,7 +117,7 @@ class Ratio(Head):
 class Batch(Head):
     """Read all, then write."""
 
-    needs_setting = False
+    needs_setting = capped = False
     sweep = (0.0,)
 
     def writes(self, state: State) -> torch.Tensor:
@@ -143,13 +145,15 @@ def check_heads(options) -> None:
 
 
 class Recorder(Head):
-    """Reads all and keeps the scores that a head gives to each word with the whole input read."""
+    """Reads all and keeps the scores that a head gives where it would be asked, with the whole input read."""
+
+    capped = False
 
     def __init__(self, head: Head):
         self.head, self.needs_attention, self.scores = head, head.needs_attention, []
 
     def writes(self, state: State) -> torch.Tensor:
-        self.scores += self.head.score(state)[state.finished].tolist()
+        self.scores += self.head.score(state)[state.finished & state.asked].tolist()
         return state.finished
 
     def quantile(self, share: float) -> float:

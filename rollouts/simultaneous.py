@@ -30,12 +30,12 @@ class SimultaneousEngine(StreamingEngine):
 
     def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **rest):
         super().__init__(path, config, device, dtype, **rest)
+        self.attention = self.model.config._attn_implementation
         self.encoder = load_encoder(config.model.encoder, device) if config.model.encoder else None
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         head, device, count = sampling.head, self.device, len(requests)
-        if head.needs_attention:
-            self.model.set_attn_implementation("eager")
+        self.model.set_attn_implementation("eager" if head.needs_attention else self.attention)
         starts = torch.from_numpy(sampling.word_starts).to(device)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         units = torch.tensor([len(r.segments) - 1 for r in requests], device=device)
@@ -56,16 +56,16 @@ class SimultaneousEngine(StreamingEngine):
         while len(live):
             table = torch.stack([torch.zeros_like(live), first[live] + length[live] - 1, ends[live, read]])
             logits = cache.append(pending[:, None], table[..., None], self.offset, attention=head.needs_attention)
+            logits = logits[:, :len(starts)]  # past them are padding rows of the head
             chosen, chosen_logprobs = sample(logits, uniforms[live, length[live]], sampling)
             begins = starts[chosen] | (length[live] == 0)
             finished = read == units[live]
-            state = State(logits, read, words - (~begins).long(), finished)  # an unfinished word is not written in full
+            asked = begins if sampling.whole_words else torch.ones_like(begins)
+            state = State(logits, read, words - (~begins).long(), finished, asked)  # an unfinished word is not written
             if head.needs_attention:
                 state.attention = _by_unit(cache.attention, cache.keys, ends[live])
-            write = head.writes(state) | finished
-            if sampling.whole_words:
-                write |= ~begins
-            if sampling.max_reads is not None:
+            write = head.writes(state) | finished | ~asked
+            if sampling.max_reads is not None and head.capped:
                 write |= waited >= sampling.max_reads
             place = live[write]
             tokens[place, length[place]] = chosen[write]

@@ -10,6 +10,7 @@ report draws them, and to stdout as JSON. Training ends with the same, for the h
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -33,7 +34,10 @@ def main(arguments: list[str]) -> int:
         given = {"recipe": "proactivellm", "log.wandb": "disabled", "data.path": given["eval.path"]} | given
         config = compose([f"{key}={value}" for key, value in given.items()])
         config.proactive.curve = heads
-        print(json.dumps(write(config, Path(out) if out else _place(Path(config.model.path)))))
+        out = Path(out) if out else _place(Path(config.model.path))
+        if not out.parent.is_dir():
+            raise ConfigError(f"out={out}: there is no folder {out.parent}; make it")
+        print(json.dumps(write(config, out)))
         return 0
     except OnstreamError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +71,8 @@ def write(config, out: Path) -> dict:
 
     check_heads(config.proactive)
     parts = load(config)
-    sampling = make_sampling(config, parts.tokenizer, parts.stop_ids, max_new_tokens=config.rollout.max_new_tokens)
+    sampling = make_sampling(config, parts.tokenizer, parts.stop_ids,
+                             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
     policies: dict[str, list[dict]] = {}
     for name in config.proactive.curve:
         kind = HEADS.resolve(name)
@@ -79,7 +84,8 @@ def write(config, out: Path) -> dict:
             config.proactive.head, config.proactive.setting = name, setting
             scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
             point = {"setting": setting} | ({} if share is None else {"quantile": share})
-            policies.setdefault(name, []).append(point | {figure: scores[figure] for figure in FIGURES})
+            policies.setdefault(name, []).append(point | {
+                figure: scores[figure] if math.isfinite(scores[figure]) else None for figure in FIGURES})
             if rank() == 0:
                 print(f"curve  {name} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
                                                                    for figure in FIGURES), file=sys.stderr)

@@ -34,7 +34,9 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
     if config.streaming.layout is None:
         return Sampling(stop_ids=tuple(stop_ids), **options)
     if config.streaming.layout == "scheduled":
-        return Sampling(stop_ids=tuple(stop_ids), word_starts=word_starts(tokenizer),
+        starts = word_starts(tokenizer)
+        starts[list(stop_ids)] = True  # to stop is a decision too
+        return Sampling(stop_ids=tuple(stop_ids), word_starts=starts,
                         whole_words=config.proactive.whole_words, max_reads=config.proactive.max_reads, **options)
     protocol = Protocol.of(tokenizer)
     return Sampling(stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])), close_id=protocol.eot,

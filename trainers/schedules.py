@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Weights of the L + 1 places among which the reading is spread: before the first word, …, before the last one.
+# Weights of the L + 1 places D_0 … D_L among which the reading is spread; D_0 and D_1 both come before the first word.
 WEIGHTS = {
     "uniform": np.ones_like,
     "early": lambda place: place[::-1] + 1.0,

@@ -65,7 +65,7 @@ def simultaneous_metrics(prompts: Sequence[Prompt], trajectories: Sequence[Traje
 
     Returns:
         `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/text.py); `rco`, `ail`, `al`, `laal` in source units
-        (rewards/lag.py), over the completions that are not empty.
+        (rewards/lag.py), over the completions that are not empty; NaN if all are.
     """
     starts = word_starts(tokenizer)
     by_index = {prompt.index: prompt for prompt in prompts}
@@ -79,5 +79,5 @@ def simultaneous_metrics(prompts: Sequence[Prompt], trajectories: Sequence[Traje
     rows = [row for part in gather(rows) for row in part]
     measured = [lag for _, _, lag in rows if lag]
     return text_scores([text for text, _, _ in rows], [references for _, references, _ in rows]) | {
-        name: float(np.mean([lag[name] for lag in measured])) if measured else 0.0
+        name: float(np.mean([lag[name] for lag in measured])) if measured else float("nan")
         for name in ("rco", "ail", "al", "laal")}

@@ -7,6 +7,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.heads import HEADS, Head, Recorder, State
+from rollouts.layout import additive, from_visible
 from rollouts.simultaneous import SimultaneousEngine
 from rollouts.streaming_engine import masked_states
 from rollouts.trajectory import Request, Sampling
@@ -44,7 +45,6 @@ def sampling(head, **options) -> Sampling:
 
 def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[int]]:
     """Tokens and reads of one row, written out: a full masked forward for every proposal, greedy."""
-    from rollouts.layout import from_visible
     ends = np.cumsum([len(s) for s in request.segments])
     opening = [t for part in request.opening for t in part]
     tokens, reads, read, waited, words = [], [], 1, 1, 0
@@ -57,10 +57,12 @@ def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[
         proposal = int(logits.argmax())
         begins = bool(STARTS[proposal]) or not tokens
         state = State(logits[None], torch.tensor([read]), torch.tensor([words if begins else words - 1]),
-                      torch.tensor([read == len(ends) - 1]))
+                      torch.tensor([read == len(ends) - 1]), torch.tensor([begins or not options.whole_words]))
+        if options.head.needs_attention:
+            state.attention = by_unit(engine, ids, layout, ends)[:, None]
         write = (bool(options.head.writes(state)[0]) or read == len(ends) - 1
                  or (options.whole_words and not begins)
-                 or (options.max_reads is not None and waited >= options.max_reads))
+                 or (options.max_reads is not None and waited >= options.max_reads and name_of(options.head) != "batch"))
         if not write:
             read, waited = read + 1, waited + 1
             continue
@@ -72,7 +74,23 @@ def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[
     return tokens, reads
 
 
-HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("wait_k", 2), ("ratio", 1.5), ("batch", 0)]
+def name_of(head) -> str:
+    return next(name for name, kind in HEADS.items() if kind is type(head))
+
+
+def by_unit(engine, ids, layout, ends) -> torch.Tensor:
+    """[layers, heads, M] attention of the last row but one on each unit, from a masked forward."""
+    before = engine.model.config._attn_implementation
+    engine.model.set_attn_implementation("eager")
+    mask = additive(torch.from_numpy(layout.mask()), torch.float32)[None, None]
+    output = engine.model(input_ids=torch.tensor([ids]), attention_mask=mask,
+                          position_ids=torch.from_numpy(layout.positions())[None], output_attentions=True)
+    engine.model.set_attn_implementation(before)
+    rows = torch.stack([layer[0, :, -2] for layer in output.attentions])
+    return torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
+
+
+HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("wait_k", 2), ("ratio", 1.5), ("batch", 0)]
 
 
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
@@ -122,14 +140,9 @@ def test_attention_by_unit_is_that_of_the_masked_forward(engine):
     ends = np.cumsum([len(s) for s in request.segments])
     assert [int(read) for read, _ in seen] == list(range(1, len(ends)))
     for read, attention in seen:
-        from rollouts.layout import additive, from_visible
         opening = [t for part in request.opening for t in part]
         layout = from_visible(ends[-1], [ends[0]] * len(opening) + [ends[int(read)]])
-        mask = additive(torch.from_numpy(layout.mask()), torch.float32)[None, None]
-        output = engine.model(input_ids=torch.tensor([[*request.prompt_ids, *opening, 0]]), attention_mask=mask,
-                              position_ids=torch.from_numpy(layout.positions())[None], output_attentions=True)
-        rows = torch.stack([layer[0, :, -2] for layer in output.attentions])  # [layers, heads, L]
-        expected = torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
+        expected = by_unit(engine, [*request.prompt_ids, *opening, 0], layout, ends)
         assert torch.allclose(attention[:, 0], expected, atol=1e-5)
         assert expected[..., int(read):].abs().max() == 0 if int(read) < len(ends) - 1 else True
     assert len(made.completion_ids) == len(request.opening[0]) + 1
@@ -137,8 +150,10 @@ def test_attention_by_unit_is_that_of_the_masked_forward(engine):
 
 def test_a_recorder_keeps_the_scores_with_all_read(engine):
     recorder = Recorder(HEADS.resolve("entropy")(0.0))
-    made = engine.generate(requests(), sampling(recorder, whole_words=False, temperature=0.0))
-    assert len(recorder.scores) == sum(int(t.sampled_mask.sum()) for t in made)
+    made = engine.generate(requests(), sampling(recorder, temperature=0.0, max_reads=1))
+    begun = [STARTS[np.asarray(t.completion_ids)[t.sampled_mask]] for t in made]
+    assert len(recorder.scores) == sum(int(b[1:].sum()) + 1 for b in begun)  # words, not tokens
+    assert len(recorder.scores) < sum(map(len, begun))
     assert all((t.reads[t.sampled_mask] == len(r.segments) - 1).all() for t, r in zip(made, requests()))
     assert recorder.quantile(0) == min(recorder.scores) and recorder.quantile(1) == max(recorder.scores)
 
