@@ -140,7 +140,7 @@ def test_varied_solutions_work_out_each_step_in_order_now_or_later():
         idle += NOTHING in made.thoughts
         again += bool(early) and made.deep == full
     assert idle > 100 and again > 100
-    assert shares.count(0) > 200 and shares.count(1) > 300 and sum(0 < share < 1 for share in shares) > 200
+    assert 50 < shares.count(0) < 200 and shares.count(1) > 600 and sum(0 < share < 1 for share in shares) > 200
 
 
 def test_random_access_is_the_same_in_every_process():

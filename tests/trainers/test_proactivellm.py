@@ -197,7 +197,7 @@ def test_schedules_change_with_the_step_and_the_seed_and_nothing_else():
 
 
 @pytest.mark.parametrize("override, said", [
-    (["streaming.layout=grouped", "rollout.engine=streaming"], "streaming.layout=grouped"),
+    (["streaming.layout=grouped", "rollout.engine=streaming", "proactive.curve=[]"], "streaming.layout=grouped"),
     (["proactive.batch_weight=0", "proactive.stream_weight=0", "proactive.kl_weight=0"], "all 0"),
     (["train.normalizer=max_length"], "train.normalizer=max_length")])
 def test_impossible_settings(override, said):
