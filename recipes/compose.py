@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import Config
+from recipes.schema import MASKED_LAYOUTS, Config
 
 TREE = Path(__file__).parent
 GROUPS = ("recipe", "engine")
@@ -191,8 +191,7 @@ def validate(config: DictConfig, world_size: int) -> None:
         raise ConfigError(f"train.minibatches={config.train.minibatches} leaves an update {prompts} prompts, less than "
                           f"the {world_size} ranks; lower it, or raise train.prompts_per_step")
     layout, sampler = config.streaming.layout, config.rollout.engine
-    masked = {"grouped": "streaming", "batch": "streaming", "scheduled": "simultaneous"}
-    right = masked.get(layout, "vllm or hf")
+    right = MASKED_LAYOUTS.get(layout, "vllm or hf")
     if sampler in {"hf", "vllm", "streaming", "simultaneous"} - set(right.split(" or ")):
         raise ConfigError(f"rollout.engine={sampler} cannot sample with streaming.layout={layout}; use "
                           f"rollout.engine={right}")

@@ -104,7 +104,8 @@ class HrpoConfig:
     granularity: str = "stage"  # stage, sentence, boundary_token: what has a local advantage (trainers/hrpo.py)
 
 
-MASKED_LAYOUTS = ("grouped", "batch", "scheduled")  # values of streaming.layout that need a mask of their own
+# Values of streaming.layout that need a mask of their own, and the rollout engine of each.
+MASKED_LAYOUTS = {"grouped": "streaming", "batch": "streaming", "scheduled": "simultaneous"}
 
 
 @dataclass

@@ -121,6 +121,15 @@ def load_examples(
     return examples
 
 
+def configured_examples(data, seed: int, path: str | None = None, **changes) -> Sequence[Example]:
+    """`load_examples` with the options of a config's section `data`, but for `path` and `changes`."""
+    options = {"split": data.split, "prompt_column": data.prompt_column, "answer_column": data.answer_column,
+               "target_column": data.target_column, "limit": data.limit, "size": data.stories,
+               "difficulty": data.difficulty, "verbose": data.verbose, "distractors": data.distractors,
+               "varied": data.varied}
+    return load_examples(path or data.path, seed=seed, **options | changes)
+
+
 class Generated(Sequence[Example]):
     """Examples that are made each time they are looked at, by a function of their index."""
 

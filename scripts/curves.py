@@ -26,10 +26,7 @@ def main(arguments: list[str]) -> int:
     from scripts.evaluate import SHORT, key_values
 
     try:
-        given = key_values(arguments, SHORT, "scripts.curves")
-        for short, key in (("model", "model.path"), ("data", "eval.path")):
-            if key not in given:
-                raise ConfigError(f"{short}=… is missing: python -m scripts.curves model=DIR data=NAME_OR_FILE")
+        given = key_values(arguments, SHORT, "scripts.curves", "model=DIR data=NAME_OR_FILE", ("model", "data"))
         heads, out = given.pop("heads", "batch,wait_k,entropy").split(","), given.pop("out", None)
         given = {"recipe": "proactivellm", "log.wandb": "disabled", "data.path": given["eval.path"]} | given
         config = compose([f"{key}={value}" for key, value in given.items()])

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
          "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
@@ -35,10 +35,7 @@ def main(arguments: list[str]) -> int:
     from recipes.registry import nearest
 
     try:
-        given = key_values(arguments, SHORT, "scripts.evaluate")
-        for short, key in (("model", "model.path"), ("data", "eval.path")):
-            if key not in given:
-                raise ConfigError(f"{short}=… is missing: python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8")
+        given = key_values(arguments, SHORT, "scripts.evaluate", "model=DIR data=NAME_OR_FILE k=8", ("model", "data"))
         mode = given.pop("mode", None)
         if mode is not None:
             if mode not in MODES:
@@ -57,11 +54,12 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-def key_values(arguments: list[str], short: dict[str, str], module: str) -> dict[str, str]:
+def key_values(arguments: list[str], short: dict[str, str], module: str, usage: str = "",
+               needed: Sequence[str] = ()) -> dict[str, str]:
     """Command-line arguments KEY=VALUE; short keys become those of the config.
 
     Raises:
-        ConfigError: an argument is something else.
+        ConfigError: an argument is something else, or a needed key is not there.
     """
     from recipes.errors import ConfigError
 
@@ -71,6 +69,9 @@ def key_values(arguments: list[str], short: dict[str, str], module: str) -> dict
         if not equals:
             raise ConfigError(f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines")
         given[short.get(key, key)] = value
+    for key in needed:
+        if short.get(key, key) not in given:
+            raise ConfigError(f"{key}=… is missing: python -m {module} {usage}")
     return given
 
 

@@ -67,10 +67,8 @@ def read(arguments: list[str]):
     from recipes.registry import nearest
     from scripts.evaluate import key_values
 
-    given = key_values(arguments, {"data": "data.path"}, "scripts.new_model")
-    for short, key in (("out", "out"), ("data", "data.path")):
-        if key not in given:
-            raise ConfigError(f"{short}=… is missing: python -m scripts.new_model out=DIR data=NAME_OR_FILE")
+    given = key_values(arguments, {"data": "data.path"}, "scripts.new_model", "out=DIR data=NAME_OR_FILE",
+                       ("out", "data"))
     valid = {"out", "data", "seed", *SIZES, *(key for key in schema_keys() if key.startswith("data."))}
     if odd := next((key for key in given if key not in valid), None):
         raise ConfigError(f"there is no key '{odd}'{nearest(odd, valid)}")
@@ -92,13 +90,9 @@ def read(arguments: list[str]):
 
 def texts_of(config) -> Iterator[str]:
     """The sources and targets of the data. Generated data is that of seed 0: the seed is of the weights alone."""
-    from rollouts.data import load_examples
+    from rollouts.data import configured_examples
 
-    data = config.data
-    for example in load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
-                                 answer_column=data.answer_column, target_column=data.target_column, limit=data.limit,
-                                 difficulty=data.difficulty, size=data.stories, verbose=data.verbose,
-                                 distractors=data.distractors, varied=data.varied):
+    for example in configured_examples(config.data, seed=0):
         yield from (message["content"] for message in example.messages)
         if example.solution is not None:
             yield example.solution

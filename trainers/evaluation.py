@@ -10,7 +10,7 @@ import numpy as np
 from recipes.errors import ConfigError, DataError
 from recipes.schema import MASKED_LAYOUTS
 from rewards.scores import avg_at_k, pass_at_k
-from rollouts.data import Example, Prompt, load_examples, tokenize_prompts
+from rollouts.data import Example, Prompt, configured_examples, tokenize_prompts
 from rollouts.parallel import unit_prompts
 from rollouts.segments import streaming_prompts
 from rollouts.trajectory import Trajectory, sample_seed
@@ -39,11 +39,9 @@ def eval_prompts(config, tokenizer) -> tuple[str, list[Prompt], int]:
     Raises:
         DataError: the data cannot be used, or no row of it has an answer.
     """
-    path, data = eval_path(config), config.data
-    examples = load_examples(path, split=config.eval.split, prompt_column=data.prompt_column,
-                             answer_column=data.answer_column, target_column=data.target_column,
-                             limit=config.eval.size, seed=config.seed,
-                             difficulty=data.difficulty, size=config.eval.size, distractors=data.distractors)
+    path = eval_path(config)
+    examples = configured_examples(config.data, config.seed, path, split=config.eval.split, limit=config.eval.size,
+                                   size=config.eval.size, verbose=False, varied=False)
     if not any(e.answer is not None for e in examples):
         raise DataError(f"eval.path={path}: no row has an answer to score against; name its column with "
                         "data.answer_column")
@@ -109,7 +107,7 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     scores = {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
               "truncated_frac": float(np.mean([row[2] for row in judged])), "efficiency": 100 * accuracy / length}
     if config.streaming.layout == "scheduled":
-        scores |= simultaneous_metrics(prompts, trajectories, tokenizer) | {"head_setting": sampling.head.setting}
+        scores |= simultaneous_metrics(prompts, trajectories, sampling.word_starts) | {"head_setting": sampling.head.setting}
     elif config.streaming.layout is not None:
         scores |= streaming_metrics(rollout, prompts, trajectories, sampling, config, tokenizer, stop_ids)
     return scores, trajectories

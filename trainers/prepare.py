@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 import kernels
 from recipes.errors import ConfigError, DataError
 from rewards.math import VERIFIERS
-from rollouts.data import Prompt, PromptSampler, load_examples
+from rollouts.data import Prompt, PromptSampler, configured_examples
 from rollouts.protocol import add_tokens
 from trainers import checkpoint
 from trainers.base import TRAINERS
@@ -76,11 +76,7 @@ def prepare(config: DictConfig) -> Prepared:
     stop_ids |= dict.fromkeys(config.rollout.stop_ids)
 
     data = config.data
-    examples = load_examples(data.path, split=data.split, prompt_column=data.prompt_column,
-                             answer_column=data.answer_column, target_column=data.target_column,
-                             limit=data.limit, seed=config.seed,
-                             difficulty=data.difficulty, size=data.stories, verbose=data.verbose,
-                             distractors=data.distractors, varied=data.varied)
+    examples = configured_examples(data, config.seed)
     if method.verifies:
         found = len(examples)
         examples = [e for e in examples if e.answer is not None]

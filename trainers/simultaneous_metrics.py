@@ -8,8 +8,8 @@ import numpy as np
 
 from rewards.lag import lags
 from rewards.text import text_scores
-from rollouts.data import Prompt, load_examples
-from rollouts.heads import HEADS, Head, Recorder, check_heads, word_starts
+from rollouts.data import Prompt, configured_examples
+from rollouts.heads import HEADS, Head, Recorder, check_heads
 from rollouts.parallel import unit_prompts
 from rollouts.trajectory import Sampling, Trajectory
 from trainers.distributed import gather, share
@@ -34,11 +34,10 @@ def make_head(config, rollout, tokenizer, sampling: Sampling) -> Head:
 
 def calibrate(kind: type[Head], config, rollout, tokenizer, sampling: Sampling) -> Recorder:
     """The scores that the head gives on the calibration set with the whole input read. A collective."""
-    options, data = config.proactive, config.data
-    path = options.calibration_path or data.path
-    examples = load_examples(path, split=data.split, prompt_column=data.prompt_column, seed=config.seed,
-                             answer_column=data.answer_column, target_column=data.target_column,
-                             limit=options.calibration_size, size=options.calibration_size)
+    options = config.proactive
+    path = options.calibration_path or config.data.path
+    examples = configured_examples(config.data, config.seed, path, limit=options.calibration_size,
+                                   size=options.calibration_size)
     prompts, _ = unit_prompts(examples, tokenizer, config, f"proactive.calibration_path={path}")
     recorder = Recorder(kind(kind.low))
     requests = make_requests(share(prompts), 1, lambda index, sample: index)
@@ -60,14 +59,16 @@ def delays(trajectory: Trajectory, starts: np.ndarray) -> np.ndarray:
 
 
 def simultaneous_metrics(prompts: Sequence[Prompt], trajectories: Sequence[Trajectory],
-                         tokenizer) -> dict[str, float]:
+                         starts: np.ndarray) -> dict[str, float]:
     """Means over the completions of all ranks, BLEU and chrF of the corpus. A collective.
+
+    Args:
+        starts: [V] bool, the tokens that begin a word.
 
     Returns:
         `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/text.py); `rco`, `ail`, `al`, `laal` in source units
         (rewards/lag.py), over the completions that are not empty; NaN if all are.
     """
-    starts = word_starts(tokenizer)
     by_index = {prompt.index: prompt for prompt in prompts}
     rows = []
     for trajectory in trajectories:
