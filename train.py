@@ -31,12 +31,14 @@ def main(overrides: list[str]) -> int:
             return 0
         from trainers.loop import Loop
         run_dir = Loop(config, prepared).fit()
-        if config.proactive.curve and prepared.eval_prompts and config.train.steps:
-            from scripts.curves import of_run
-            of_run(config, run_dir)
-        if rank == 0:
-            from scripts.report import write_report
-            print(f"report {write_report(run_dir)}")
+        try:
+            if config.proactive.curve and prepared.eval_prompts and config.train.steps:
+                from scripts.curves import of_run
+                of_run(config, run_dir)
+        finally:
+            if rank == 0:
+                from scripts.report import write_report
+                print(f"report {write_report(run_dir)}")
         return 0
     except OnstreamError as error:
         place = f" (rank {rank})" if rank else ""

@@ -178,12 +178,13 @@ def unit_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
         before, after = chat_frame(tokenizer, data, turns) if chat else ("\n\n".join([t for _, t in turns] + [""]), "")
         return before + config.streaming.instruction + (data.suffix or ""), after
 
+    system, cut, longest = data.system, UNITS[config.streaming.unit], data.max_prompt_tokens  # once: OmegaConf is slow
     examples = list(examples)
     frames, afters, sources = [], [], []
     for example in examples:
         turns = [(turn["role"], turn["content"]) for turn in example.messages[:-1]]
-        if data.system is not None:
-            turns = [("system", data.system)] + [turn for turn in turns if turn[0] != "system"]
+        if system is not None:
+            turns = [("system", system)] + [turn for turn in turns if turn[0] != "system"]
         before, after = around(tuple(turns))
         source = example.messages[-1]["content"] if example.context is None else example.context
         for name, text in (("source", source), ("target", example.solution)):
@@ -193,7 +194,7 @@ def unit_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
         asked = example.question is not None and example.context is not None
         frames.append(f"{before}{example.question}\n" if asked else before)
         afters.append(after)
-        sources.append([] if spoken else _spaced(UNITS[config.streaming.unit](source)))
+        sources.append([] if spoken else _spaced(cut(source)))
     marks = _coded(tokenizer, frames, add_special_tokens=not chat)
     units, closings = _coded(tokenizer, chain(*sources)), _coded(tokenizer, afters)
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -205,9 +206,9 @@ def unit_prompts(examples: Sequence[Example], tokenizer, config, where: str) -> 
         head = frame if marks[frame] else tokenizer.convert_ids_to_tokens(first)
         prompts.append(Prompt(example.index, tuple(chain(*segments)), "".join((head, *source, tokenizer.eos_token)),
                               example, tuple(segments), (closings[after] or (end,),)))
-    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= data.max_prompt_tokens]
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
     if prompts and not kept:
-        raise DataError(f"{where}: all {len(prompts)} sources are longer than {data.max_prompt_tokens} tokens, the "
+        raise DataError(f"{where}: all {len(prompts)} sources are longer than {longest} tokens, the "
                         f"shortest has {min(len(p.token_ids) for p in prompts)}; raise data.max_prompt_tokens")
     return kept, len(prompts) - len(kept)
 

@@ -141,15 +141,9 @@ def chat_frame(tokenizer, data, turns: Sequence[tuple[str, str]]) -> tuple[str, 
     return before, after
 
 
-def target_segments(example: Example, tokenizer, where: str) -> list[Ids]:
-    """The supervised target after the opening: a segment per thought, then the deep reasoning with the answer.
-
-    Raises:
-        DataError: the example has no thoughts or answer to learn from.
-    """
-    row = f"{where}: row {example.index}"
-    if example.thoughts is None or example.final is None:
-        raise DataError(f"{row} has no thoughts and final answer to learn from; recipe=streaming_sft needs them")
+def target_segments(example: Example, tokenizer) -> list[Ids]:
+    """The supervised target, `thoughts` and `final`, after the opening: a segment per thought, then the deep reasoning
+    with the answer."""
     protocol = Protocol.of(tokenizer)
     *thoughts, deep, final = (tuple(ids) for ids in tokenizer(
         [*example.thoughts, example.deep or "", example.final], add_special_tokens=False).input_ids)

@@ -24,7 +24,7 @@ from typing import Sequence
 
 import numpy as np
 
-from recipes.errors import ConfigError, DataError
+from recipes.errors import ConfigError
 from rollouts.data import Prompt
 from rollouts.heads import check_heads
 from rollouts.layout import from_visible
@@ -40,6 +40,7 @@ class ProactiveLLM(Trainer):
     """The options are the config's section `proactive`."""
 
     samples = False
+    learns = ("solution",)
 
     @classmethod
     def check(cls, config) -> None:
@@ -56,15 +57,8 @@ class ProactiveLLM(Trainer):
         return [self.read(self.parts.prompts[index], step) for index in self.parts.sampler.indices(step)]
 
     def read(self, prompt: Prompt, step: int) -> Trajectory:
-        """The example with its views, and the weights of their tokens.
-
-        Raises:
-            DataError: it has no target.
-        """
+        """The example with its views, and the weights of their tokens."""
         options, solution = self.config.proactive, prompt.example.solution
-        if solution is None:
-            raise DataError(f"{self.config.data.path}: row {prompt.index} has no target to learn; name its column with "
-                            "data.target_column")
         words = target_words(solution, self.parts.tokenizer)
         opening = [token for part in prompt.opening for token in part]
         target = [*opening, *(token for word in words for token in word)]

@@ -12,7 +12,6 @@ from typing import Sequence
 
 import numpy as np
 
-from recipes.errors import DataError
 from rollouts.data import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS, Trainer
@@ -36,20 +35,14 @@ class SupervisedFineTuning(CrossEntropyTrainer):
     """Token mean over all completion tokens of the step."""
 
     samples = False
+    learns = ("solution",)
 
     def draw(self, step: int) -> list[Trajectory]:
         return [self.read(self.parts.prompts[index]) for index in self.parts.sampler.indices(step)]
 
     def read(self, prompt: Prompt) -> Trajectory:
-        """The prompt with its target.
-
-        Raises:
-            DataError: the example has none.
-        """
+        """The prompt with its target."""
         tokenizer, solution = self.parts.tokenizer, prompt.example.solution
-        if solution is None:
-            raise DataError(f"{self.config.data.path}: row {prompt.index} has no solution to learn from; recipe=sft "
-                            "needs one per row")
         ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         return Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
                           completion=solution, answer=prompt.example.answer)

@@ -22,6 +22,7 @@ class StreamingSFT(SupervisedFineTuning):
     """Token mean over the step's target tokens."""
 
     adds_tokens = True
+    learns = ("thoughts", "final")
 
     @classmethod
     def check(cls, config) -> None:
@@ -29,7 +30,7 @@ class StreamingSFT(SupervisedFineTuning):
 
     def read(self, prompt: Prompt) -> Trajectory:
         streaming, tokenizer = self.config.streaming, self.parts.tokenizer
-        written = target_segments(prompt.example, tokenizer, self.config.data.path)
+        written = target_segments(prompt.example, tokenizer)
         return Trajectory(prompt.index, 0, finish_reason="stop", prompt=prompt.text, answer=prompt.example.answer,
                           completion=tokenizer.decode([token for segment in written for token in segment]),
                           **arrange(streaming.layout, prompt.segments, prompt.opening, written,

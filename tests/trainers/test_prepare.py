@@ -60,6 +60,16 @@ def test_a_row_without_a_prompt(overrides, tmp_path):
     assert "rows.jsonl" in message and "2" in message
 
 
+@pytest.mark.parametrize("recipe, said", [
+    ("sft", "solution, which recipe=sft learns to write; name its column with data.target_column"),
+    ("proactivellm", "solution, which recipe=proactivellm learns to write; name its column with data.target_column"),
+    ("streaming_sft", "thoughts, which recipe=streaming_sft learns to write")])
+def test_a_row_without_a_target(overrides, tmp_path, recipe, said):
+    (tmp_path / "rows.jsonl").write_text('{"question": "Is it? It is."}\n')
+    message = refused(DataError, overrides(recipe=recipe, data__path=tmp_path / "rows.jsonl"))
+    assert message == f"data.path={tmp_path}/rows.jsonl: row 0 has no {said}"
+
+
 def test_no_answers_to_evaluate_against(overrides, tmp_path):
     (tmp_path / "bare.jsonl").write_text('{"question": "a"}\n')
     assert "eval.path" in refused(DataError, overrides(eval__path=tmp_path / "bare.jsonl"))

@@ -45,7 +45,7 @@ def test_what_is_read_and_what_is_learned(overrides, streaming_model, data, layo
     made, t = drawn(overrides, model__path=streaming_model, data__path=data(COT), streaming__layout=layout,
                     rollout__engine=engine, streaming__target_offset=0 if layout == "interleaved" else 5)
     prompt, tokenizer = made.prompts[0], made.tokenizer
-    written = target_segments(prompt.example, tokenizer, "d")
+    written = target_segments(prompt.example, tokenizer)
     ids, mask = np.array(t.completion_ids), t.annotations["mask"]
     assert ids[mask].tolist() == [token for part in written for token in part]  # every thought and the deep segment
     assert t.slots[mask].tolist() == [k for k, part in enumerate(written) for _ in part]
@@ -74,7 +74,7 @@ def test_a_model_without_the_tokens_gets_them(overrides, tiny_models, data):
 
 @pytest.mark.parametrize("row, said", [
     (COT | {"streaming_reasoning": "a<EOT>b<EOT>c<EOT>"}, "has 3 thoughts for 2 sentences"),
-    ({"question": "no sentence ends in here", "answer": "1"}, "no sentence end was found"),
+    ({"question": "no sentence ends in here", "answer": "1"}, "row 0 has no thoughts"),
     (COT | {"Instruct_Context": {"context": "Ann has 3.<EOS> <EOS>", "instruct": "How many?"}}, "sentence 2 is empty"),
     (COT | {"Instruct_Context": {"context": "word " * 600 + "<EOS>b<EOS>", "instruct": "How many?"}},
      "all 1 sources are longer than 512 tokens")])
