@@ -1,0 +1,105 @@
+"""Shows what a simultaneous model writes after each unit that it reads, line by line.
+
+    python -m scripts.interpret model=DIR data=NAME_OR_FILE < sentences.txt
+    python -m scripts.interpret model=DIR file=sentences.txt head=wait_k setting=3
+
+Each line of the text is a source of its own. A head with a threshold is given it (`setting=0.5`), or calibrated on
+`data`, which is anything that `data.path` takes. Short keys are `model`, `data`, `head`, `setting`, `quantile` and
+`dtype`; every other key of the config works too.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator
+
+SHORT = {"model": "model.path", "data": "data.path", "head": "proactive.head", "setting": "proactive.setting",
+         "quantile": "proactive.quantile", "dtype": "model.dtype"}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    from recipes.compose import compose
+    from recipes.errors import ConfigError, OnstreamError
+    from rollouts.heads import HEADS, check_heads
+    from scripts.evaluate import key_values
+
+    try:
+        given = key_values(arguments, SHORT, "scripts.interpret", "model=DIR file=PATH", ("model",))
+        file = given.pop("file", None)
+        given = {"recipe": "proactivellm", "log.wandb": "disabled"} | given
+        config = compose([f"{key}={value}" for key, value in given.items()])
+        head = config.proactive.head
+        check_heads(config.proactive)
+        if (HEADS.resolve(head).calibrated and config.proactive.setting is None
+                and not given.keys() & {"data.path", "proactive.calibration_path"}):
+            raise ConfigError(f"proactive.head={head} needs a threshold: give setting=…, or data=… to calibrate it on")
+        for text in interpret(config, read_lines(file)):
+            print(text, flush=True)
+        return 0
+    except OnstreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def read_lines(file: str | None) -> list[str]:
+    """The lines that are not blank. Raises DataError: there are none, or the file cannot be read."""
+    from recipes.errors import DataError
+
+    try:
+        text = sys.stdin.read() if file is None else Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"file={file} cannot be read as text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{'standard input' if file is None else f'file={file}'}: the text is empty; give a source a line")
+    return lines
+
+
+def interpret(config, lines: list[str]) -> Iterator[str]:
+    """For each line, a text with its units in one column and what was written after each in another.
+
+    Raises:
+        OnstreamError: the model, the head or a line cannot be used.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from rollouts.data import Example
+    from rollouts.parallel import unit_prompts
+    from scripts.tiny_models import make_embedded_models
+    from trainers.policy import DTYPES, check_model
+    from trainers.rollout import make_engine, make_requests, make_sampling
+    from trainers.simultaneous_metrics import make_head
+
+    disable_progress_bar()
+    make_embedded_models(config)
+    tokenizer, _ = check_model("model", config.model.path)
+    examples = [Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)]
+    prompts, dropped = unit_prompts(examples, tokenizer, config, "the text")
+    if dropped:
+        print(f"{dropped} lines are longer than data.max_prompt_tokens and were left out", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = make_engine(config, device, DTYPES[config.model.dtype], 0)
+    sampling = make_sampling(config, tokenizer, [*tokenizer.stop_ids, *config.rollout.stop_ids],
+                             temperature=config.eval.temperature, max_new_tokens=config.rollout.max_new_tokens)
+    sampling = replace(sampling, head=make_head(config, engine, tokenizer, sampling))
+    for prompt, written in zip(prompts, engine.generate(make_requests([*prompts], 1, lambda *_: config.seed), sampling)):
+        yield trace(prompt, written, tokenizer)
+
+
+def trace(prompt, written, tokenizer) -> str:
+    """A line per unit: it, and what was written when it was the last one read."""
+    units = [tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]]
+    width = max(map(len, units))
+    texts = ["".join(tokenizer.decode([token for token, read, own in zip(
+        written.completion_ids, written.reads, written.sampled) if own and read == place + 1],
+        skip_special_tokens=True)).strip() for place in range(len(units))]
+    return "".join(f"{unit:<{width}}  {text}".rstrip() + "\n" for unit, text in zip(units, texts))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))
