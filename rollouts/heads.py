@@ -91,6 +91,21 @@ class Attention(Head):
         return 1 - state.attention.amax(-1).mean((0, 2))
 
 
+@HEADS.register("edatt")
+class NewestAttention(Head):
+    """The part of the attention to the source that falls on the newest unit, averaged over layers and heads: a word that
+    leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units for its frames, and the last
+    one only, are our choices). A quantile with all read would say nothing, so its setting is given."""
+
+    needs_attention = True
+    low, high, what = 0.0, 1.0, "between 0 and 1"
+    sweep = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+
+    def score(self, state: State) -> torch.Tensor:
+        attention = state.attention.mean((0, 2))
+        return attention.gather(-1, state.read[:, None] - 1)[:, 0] / attention.sum(-1)
+
+
 @HEADS.register("wait_k")
 class WaitK(Head):
     """Read k units, then write a word for each further one (arXiv 1810.08398)."""

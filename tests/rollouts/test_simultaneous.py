@@ -90,7 +90,8 @@ def by_unit(engine, ids, layout, ends) -> torch.Tensor:
     return torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
 
 
-HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("wait_k", 2), ("ratio", 1.5), ("batch", 0)]
+HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("edatt", 0.4), ("wait_k", 2), ("ratio", 1.5),
+               ("batch", 0)]
 
 
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
@@ -158,7 +159,18 @@ def test_a_recorder_keeps_the_scores_with_all_read(engine):
     assert recorder.quantile(0) == min(recorder.scores) and recorder.quantile(1) == max(recorder.scores)
 
 
-@pytest.mark.parametrize("name, setting", [("entropy", -0.1), ("attention", 1.5), ("wait_k", 0), ("ratio", 0)])
+def test_scores_of_attention_by_hand():
+    attention = torch.tensor([[[[0.1, 0.3, 0.0]], [[0.2, 0.1, 0.1]]],  # [2 layers, 2 rows, 1 head, 3 units]
+                              [[[0.3, 0.1, 0.0]], [[0.2, 0.1, 0.3]]]])
+    state = State(None, torch.tensor([2, 3]), None, None, None, attention)
+    newest = HEADS.resolve("edatt")(0.45).score(state)
+    assert newest.tolist() == pytest.approx([0.4 / 0.8, 0.4 / 1.0])
+    assert HEADS.resolve("edatt")(0.45).writes(state).tolist() == [False, True]
+    assert HEADS.resolve("attention")(0.5).score(state).tolist() == pytest.approx([0.7, 0.75])
+
+
+@pytest.mark.parametrize("name, setting", [
+    ("entropy", -0.1), ("attention", 1.5), ("edatt", -0.1), ("wait_k", 0), ("ratio", 0)])
 def test_a_setting_out_of_range(name, setting):
     with pytest.raises(ConfigError, match=f"proactive.setting={setting:g} must be"):
         HEADS.resolve(name)(setting)
