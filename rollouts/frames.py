@@ -1,11 +1,13 @@
 """Sources of frames, as speech is: a frozen causal encoder turns them into embeddings, which are read second by second.
 
 In token ids a `FRAME` stands for each embedding, so a source of frames has segments, positions and masks as any other.
-`model.encoder` names the encoder: the dotted path of a callable without arguments that returns a torch module with
+`model.encoder` names the encoder: the dotted path of a callable that returns a torch module, called without arguments,
+or with what follows a colon (`module.load:FOLDER`). The module has
 
     rate            frames per second
     width           D, numbers per frame
     stride          frames per embedding
+    longest         frames of the longest source, if there is a limit
     forward         [F, D] float32 -> [ceil(F / stride), H], H being the model's hidden size
 
 Frames come in the prompt column: a list of lists of numbers, or the path of a .npy file beside the data's.
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.errors import ConfigError, DataError, ModelError
+from recipes.errors import ConfigError, DataError, ModelError, OnstreamError
 
 FRAME = -1
 
@@ -49,22 +51,25 @@ def as_frames(cell, source: str) -> np.ndarray | None:
 
 @functools.cache
 def load_encoder(path: str, device: torch.device = torch.device("cpu")):
-    """`model.encoder`, frozen and proved causal; the same one each time.
+    """`model.encoder`, frozen, in float32 and proved causal; the same one each time.
 
     Raises:
         ConfigError: the path does not import.
         ModelError: it is not causal, or lacks an attribute.
     """
-    module, _, name = path.rpartition(".")
+    dotted, _, argument = path.partition(":")
+    module, _, name = dotted.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module or path), name)
+        made = getattr(importlib.import_module(module or dotted), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.encoder={path} cannot be imported: {error}") from error
     try:
-        encoder = made()
+        encoder = made(argument) if argument else made()
+    except OnstreamError:
+        raise
     except Exception as error:  # it is the user's
         raise ModelError(f"model.encoder={path} cannot be made: {' '.join(str(error).split())}") from error
-    encoder = encoder.to(device).eval().requires_grad_(False)
+    encoder = encoder.float().to(device).eval().requires_grad_(False)
     for attribute in ("stride", "rate", "width"):
         if not hasattr(encoder, attribute):
             raise ModelError(f"model.encoder={path} has no attribute '{attribute}' (rollouts/frames.py)")
@@ -89,8 +94,12 @@ def frame_units(frames: np.ndarray, encoder, seconds: float, where: str) -> list
     """A `FRAME` per embedding, in units of `seconds` (the last one may be shorter).
 
     Raises:
-        DataError: they are of another width than the encoder's.
+        DataError: they are of another width than the encoder's, or too many for it.
     """
+    longest = getattr(encoder, "longest", len(frames))
+    if len(frames) > longest:
+        raise DataError(f"{where} lasts {len(frames) / encoder.rate:g} s; model.encoder hears at most "
+                        f"{longest / encoder.rate:g} s; cut it")
     if frames.shape[1] != encoder.width:
         raise DataError(f"{where} has frames of {frames.shape[1]} numbers; model.encoder reads {encoder.width}")
     size = max(round(seconds * encoder.rate / encoder.stride), 1)

@@ -54,7 +54,8 @@ def read_lines(file: str | None) -> list[str]:
         raise DataError(f"file={file} cannot be read as text: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"{'standard input' if file is None else f'file={file}'}: the text is empty; give a source a line")
+        name = "standard input" if file is None else f"file={file}"
+        raise DataError(f"{name}: the text is empty; give a source a line")
     return lines
 
 
@@ -86,7 +87,8 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
     sampling = make_sampling(config, tokenizer, [*tokenizer.stop_ids, *config.rollout.stop_ids],
                              temperature=config.eval.temperature, max_new_tokens=config.rollout.max_new_tokens)
     sampling = replace(sampling, head=make_head(config, engine, tokenizer, sampling))
-    for prompt, written in zip(prompts, engine.generate(make_requests([*prompts], 1, lambda *_: config.seed), sampling)):
+    requests = make_requests(prompts, 1, lambda index, sample: config.seed)
+    for prompt, written in zip(prompts, engine.generate(requests, sampling)):
         yield trace(prompt, written, tokenizer)
 
 
