@@ -141,7 +141,7 @@ BOUNDS = {
     "hrpo.streaming_weight": _at_least_0, "hrpo.deep_weight": _at_least_0, "hrpo.deep_credit": _at_least_0,
     "proactive.batch_weight": _at_least_0, "proactive.stream_weight": _at_least_0, "proactive.kl_weight": _at_least_0,
     "proactive.top_k": _at_least_1, "proactive.schedules": _at_least_1, "proactive.calibration_size": _at_least_1,
-    "proactive.quantile": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "proactive.quantile": (lambda v: 0 <= v <= 1, "between 0 and 1"), "proactive.min_lag": _at_least_0,
     "streaming.max_thought_tokens": (lambda v: v >= 2, "2 or more: one token and the closing one"),
     "streaming.target_offset": _at_least_0, "streaming.unit_seconds": _positive,
     "streaming.words_per_minute": _positive,
@@ -158,7 +158,7 @@ BOUNDS = {
 }
 OPTIONAL_BOUNDS = {"data.limit": _at_least_1, "eval.max_new_tokens": _at_least_1, "rollout.fixed_steps": _at_least_1,
                    "streaming.seconds_per_token": _positive, "proactive.max_reads": _at_least_1,
-                   "grpo.importance_cap": _positive}
+                   "proactive.max_lag": _at_least_1, "grpo.importance_cap": _positive}
 
 
 def validate(config: DictConfig, world_size: int) -> None:

@@ -139,6 +139,8 @@ class ProactiveConfig:
     calibration_path: Optional[str] = None  # null: data.path
     calibration_size: int = 200  # examples
     max_reads: Optional[int] = None  # write after so many units in a row; null: no limit
+    min_lag: int = 0  # write when at least so many more units are read than words are written (wait_k: its k) …
+    max_lag: Optional[int] = None  # … and when so many are, whatever the head says; null: no limit
     curve: list[str] = field(default_factory=list)  # heads that are swept when training ends (scripts/curves.py)
     whole_words: bool = True  # ask the head where a word begins, and not inside
 

@@ -46,7 +46,7 @@ class Head:
     needs_attention = False  # of the proposing row; costs the fast attention kernels
     calibrated = False  # has `score`, and a setting that can be a quantile of it
     needs_setting = True
-    capped = True  # `proactive.max_reads` holds
+    adaptive = True  # held between `proactive.min_lag`, `max_lag` and `max_reads`; else a policy of its own
     sweep: tuple[float, ...] = ()  # settings of a latency-quality curve; of a calibrated head these are quantiles
     low, high, what = -math.inf, math.inf, "any number"
 
@@ -110,6 +110,7 @@ class NewestAttention(Head):
 class WaitK(Head):
     """Read k units, then write a word for each further one (arXiv 1810.08398)."""
 
+    adaptive = False
     low, what = 1, "1 or more (units)"
     sweep = tuple(map(float, range(1, 10)))
 
@@ -121,6 +122,7 @@ class WaitK(Head):
 class Ratio(Head):
     """Read so many units for each word."""
 
+    adaptive = False
     low, what = 1e-6, "above 0 (units per word)"
     sweep = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 
@@ -132,7 +134,7 @@ class Ratio(Head):
 class Batch(Head):
     """Read all, then write."""
 
-    needs_setting = capped = False
+    needs_setting = adaptive = False
     sweep = (0.0,)
 
     def writes(self, state: State) -> torch.Tensor:
@@ -146,8 +148,11 @@ def check_heads(options) -> None:
         options: the config's section `proactive`.
 
     Raises:
-        ConfigError: the head is not known, its setting is missing or out of range, or there is nothing to sweep.
+        ConfigError: the head is not known, its setting is missing or out of range, there is nothing to sweep, or no
+            lag is between the least and the largest.
     """
+    if options.max_lag is not None and options.max_lag < options.min_lag:
+        raise ConfigError(f"proactive.max_lag={options.max_lag} must be at least proactive.min_lag={options.min_lag}")
     kind = HEADS.resolve(options.head)
     if options.setting is not None:
         kind(options.setting)
@@ -162,7 +167,7 @@ def check_heads(options) -> None:
 class Recorder(Head):
     """Reads all and keeps the scores that a head gives where it would be asked, with the whole input read."""
 
-    capped = False
+    adaptive = False
 
     def __init__(self, head: Head):
         self.head, self.needs_attention, self.scores = head, head.needs_attention, []

@@ -20,7 +20,7 @@ from rollouts.layout import PADDING, SOURCE, from_visible
 from rollouts.streaming_engine import Cache, StreamingEngine
 from rollouts.trajectory import Request, Sampling, Trajectory
 
-BEYOND = 2**40  # more tokens than any source has
+BEYOND = 2**40  # more than any source has
 
 
 @ENGINES.register("simultaneous")
@@ -64,9 +64,12 @@ class SimultaneousEngine(StreamingEngine):
             state = State(logits, read, words - (~begins).long(), finished, asked)  # an unfinished word is not written
             if head.needs_attention:
                 state.attention = _by_unit(cache.attention, cache.keys, ends[live])
-            write = head.writes(state) | finished | ~asked
-            if sampling.max_reads is not None and head.capped:
-                write |= waited >= sampling.max_reads
+            write = head.writes(state)
+            if head.adaptive:
+                write &= read - state.written >= sampling.min_lag
+                write |= read - state.written >= (BEYOND if sampling.max_lag is None else sampling.max_lag)
+                write |= waited >= (BEYOND if sampling.max_reads is None else sampling.max_reads)
+            write |= finished | ~asked
             place = live[write]
             tokens[place, length[place]] = chosen[write]
             logprobs[place, length[place]] = chosen_logprobs[write]

@@ -37,7 +37,8 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
         starts = word_starts(tokenizer)
         starts[list(stop_ids)] = True  # to stop is a decision too
         return Sampling(stop_ids=tuple(stop_ids), word_starts=starts,
-                        whole_words=config.proactive.whole_words, max_reads=config.proactive.max_reads, **options)
+                        whole_words=config.proactive.whole_words, max_reads=config.proactive.max_reads,
+                        min_lag=config.proactive.min_lag, max_lag=config.proactive.max_lag, **options)
     protocol = Protocol.of(tokenizer)
     return Sampling(stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])), close_id=protocol.eot,
                     thought_stops=(protocol.eot, protocol.skip),

@@ -60,9 +60,10 @@ def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[
                       torch.tensor([read == len(ends) - 1]), torch.tensor([begins or not options.whole_words]))
         if options.head.needs_attention:
             state.attention = by_unit(engine, ids, layout, ends)[:, None]
-        write = (bool(options.head.writes(state)[0]) or read == len(ends) - 1
-                 or (options.whole_words and not begins)
-                 or (options.max_reads is not None and waited >= options.max_reads and name_of(options.head) != "batch"))
+        lag, fixed = read - int(state.written), name_of(options.head) in ("batch", "wait_k", "ratio")
+        write = (read == len(ends) - 1 or (options.whole_words and not begins)
+                 or bool(options.head.writes(state)[0]) and (fixed or lag >= options.min_lag)
+                 or not fixed and (waited >= (options.max_reads or 99) or lag >= (options.max_lag or 99)))
         if not write:
             read, waited = read + 1, waited + 1
             continue
@@ -95,7 +96,7 @@ HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("edatt",
 
 
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
-@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}])
+@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}, {"min_lag": 2, "max_lag": 3}])
 def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
     options = sampling(HEADS.resolve(name)(setting), temperature=0.0, **extra)
     asked = requests()

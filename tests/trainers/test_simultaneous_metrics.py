@@ -119,6 +119,7 @@ def test_nothing_to_calibrate_on(keys, tmp_path):
     (["proactive.setting=-1"], "proactive.setting=-1 must be 0 or more"),
     (["proactive.head=wait_q"], "wait_k"),
     (["proactive.quantile=1.5"], "proactive.quantile=1.5 must be between 0 and 1"),
+    (["proactive.min_lag=3", "proactive.max_lag=2"], "proactive.max_lag=2 must be at least proactive.min_lag=3"),
     (["proactive.curve=[nothing]"], "nothing"),
     (["streaming.unit=letter"], "streaming.unit=letter"),
     (["rollout.engine=streaming"], "rollout.engine=simultaneous")])
