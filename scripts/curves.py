@@ -5,7 +5,8 @@
 Keys are those of `scripts.evaluate`. wait_k and ratio are swept over fixed values, heads with a threshold over
 quantiles of their scores on the calibration set (`proactive.calibration_path`; else `data`, of split `data.split`). The
 figures go to `out` (default: curves.json in the run that the model is a checkpoint of, else here), from which a run's
-report draws them, and to stdout as JSON. Training ends with the same, for the heads in `proactive.curve`.
+report draws them, and to stdout as JSON; curves of the same model and data that are there stay. Training ends with the
+same, for the heads in `proactive.curve`.
 """
 from __future__ import annotations
 
@@ -49,12 +50,13 @@ def _place(model: Path) -> Path:
 def of_run(config, run_dir: Path) -> None:
     """The curves of a run's last checkpoint. A collective."""
     config.model.path = str(run_dir / "checkpoints" / f"step_{config.train.steps}" / "model")
+    (run_dir / "curves.json").unlink(missing_ok=True)
     write(config, run_dir / "curves.json")
 
 
 def write(config, out: Path) -> dict:
-    """Sweep `proactive.curve` for `model.path` on the evaluation data, write the JSON to `out`, and return it. A
-    collective.
+    """Sweep `proactive.curve` for `model.path` on the evaluation data, write the JSON to `out` beside what it has of
+    them, and return it. A collective.
 
     Raises:
         OnstreamError: a head, the model or the data cannot be used.
@@ -70,9 +72,12 @@ def write(config, out: Path) -> dict:
     parts = load(config)
     sampling = make_sampling(config, parts.tokenizer, parts.stop_ids,
                              max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    policies: dict[str, list[dict]] = {}
+    about = {"model": str(Path(config.model.path).resolve()), "data": parts.name, "prompts": len(parts.prompts)}
+    policies: dict[str, list[dict]] = _there(out, about)
     for name in config.proactive.curve:
         kind = HEADS.resolve(name)
+        label = name + (_lag_range(config.proactive) if kind.adaptive else "")
+        policies[label] = []
         quantiles, settings = [None] * len(kind.sweep), kind.sweep
         if kind.calibrated:
             recorder = calibrate(kind, config, parts.rollout, parts.tokenizer, sampling)
@@ -81,16 +86,30 @@ def write(config, out: Path) -> dict:
             config.proactive.head, config.proactive.setting = name, setting
             scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
             point = {"setting": setting} | ({} if share is None else {"quantile": share})
-            policies.setdefault(name, []).append(point | {
+            policies[label].append(point | {
                 figure: scores[figure] if math.isfinite(scores[figure]) else None for figure in FIGURES})
             if rank() == 0:
-                print(f"curve  {name} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
+                print(f"curve  {label} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
                                                                    for figure in FIGURES), file=sys.stderr)
     parts.rollout.close()
-    curves = {"data": parts.name, "prompts": len(parts.prompts), "quality": "bleu", "lag": "al", "policies": policies}
+    curves = about | {"quality": "bleu", "lag": "al", "policies": policies}
     if rank() == 0:
         out.write_text(json.dumps(curves, indent=1))
     return curves
+
+
+def _there(file: Path, about: dict) -> dict[str, list[dict]]:
+    """The curves that a file has of the same model and data."""
+    try:
+        curves = json.loads(file.read_text())
+        return curves["policies"] if {key: curves.get(key) for key in about} == about else {}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
+
+
+def _lag_range(options) -> str:
+    low, high = options.min_lag, options.max_lag
+    return f", lag {low} to {'any' if high is None else high}" if low or high is not None else ""
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.heads import word_starts
 from rollouts.trajectory import Trajectory
+from scripts.curves import main
 from scripts.tiny_models import TinyModel, initialise
 from trainers.prepare import prepare
 from trainers.simultaneous_metrics import delays, make_head
@@ -55,7 +56,7 @@ def test_word_starts_agree_with_the_text(model):
     assert starts[tokenizer.eos_token_id]
 
 
-def test_a_whole_run_with_its_curves(run_command, keys, tmp_path):
+def test_a_whole_run_with_its_curves(run_command, keys, tmp_path, capsys):
     done = run_command("train.py", *keys, "proactive.curve=[batch,wait_k,entropy,edatt]", "proactive.kl_weight=0.5",
                        "proactive.schedules=2")
     assert done.returncode == 0, done.stderr
@@ -80,6 +81,18 @@ def test_a_whole_run_with_its_curves(run_command, keys, tmp_path):
     assert shown.returncode == 0, shown.stderr
     scores = json.loads(shown.stdout.splitlines()[-1])
     assert scores["al"] == pytest.approx(wait[2]["al"]) and scores["bleu"] == pytest.approx(wait[2]["bleu"])
+    again = [f"model={model}", "data=translation", "size=6", "max_new_tokens=20", "heads=wait_k,edatt",
+             "proactive.min_lag=2", "proactive.max_lag=2"]
+    assert main(again) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(
+        (tmp_path / "run" / "curves.json").read_text())
+    added = json.loads((tmp_path / "run" / "curves.json").read_text())["policies"]
+    assert added.keys() == {*curves["policies"], "edatt, lag 2 to 2"} and added["entropy"] == curves["policies"]["entropy"]
+    assert added["wait_k"] == wait  # a lag range is nothing to it
+    assert [p["al"] for p in added["edatt, lag 2 to 2"]] == [wait[1]["al"]] * 10  # and leaves a head nothing else
+    assert main([*again[:2], "size=5", *again[3:]]) == 0
+    assert json.loads((tmp_path / "run" / "curves.json").read_text())["policies"].keys() == {
+        "wait_k", "edatt, lag 2 to 2"}  # of other data
 
 
 def test_two_ranks_take_the_step_of_one(run_command, keys, tmp_path):
