@@ -6,9 +6,9 @@
 A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so that what drifts on
 the machine reaches all settings alike; one that is finished is not repeated, one that was broken off is resumed. The
 last line of each run is its final evaluation; "start" is the evaluation before the first step, over all runs. The
-standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points.
-Time per step is the median over a run's steps but the first, peak
-memory that of the run's process.
+standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points, and
+the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is the
+median over a run's steps but the first, peak memory that of the run's process.
 """
 from __future__ import annotations
 
@@ -47,11 +47,15 @@ def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (evals or [{}])[0], (evals or [{}])[-1] | own
 
 
-def cell(values: list[float]) -> str:
+def cell(mean: float, deviation: float | None = None) -> str:
     """Mean ± standard deviation, to three digits of the mean."""
-    mean = statistics.fmean(values)
     digits = 1 if abs(mean) >= 10 else 3 if abs(mean) < 3 else 2
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation, None of one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -59,22 +63,35 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     columns = list(dict.fromkeys(key for runs in rows.values() for run in runs for key in run))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
-        cells = [cell([run[key] for run in runs]) if all(key in run for run in runs) else "" for key in columns]
+        cells = [cell(*spread([run[key] for run in runs])) if all(key in run for run in runs) else "" for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def curve_table(name: str, runs: list[dict]) -> str:
-    """Markdown, a line per point of a latency-quality curve; runs are the contents of their curves.json."""
+def mean_curves(runs: list[dict]) -> dict:
+    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none."""
+    policies = {}
+    for policy, points in runs[0]["policies"].items():
+        policies[policy] = []
+        for place, point in enumerate(points):
+            made = {}
+            for figure in point:
+                values = [run["policies"][policy][place][figure] for run in runs]
+                made[figure], deviation = (None, None) if None in values else spread(values)
+                if deviation is not None and figure not in ("setting", "quantile"):
+                    made[f"{figure}_sd"] = deviation
+            policies[policy].append(made)
+    return {key: value for key, value in runs[0].items() if key != "model"} | {"runs": len(runs), "policies": policies}
+
+
+def curve_table(name: str, curves: dict) -> str:
+    """Markdown, a line per point of what `mean_curves` gives."""
     figures = ("bleu", "chrf", "exact", "al", "laal", "rco", "ail")
     lines = [f"| {name} | setting | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
-    for policy, points in runs[0]["policies"].items():
-        for place, point in enumerate(points):
-            same = [run["policies"][policy][place] for run in runs]
-            key = "quantile" if "quantile" in point else "setting"
-            cells = [cell([p[figure] for p in same]) if all(p[figure] is not None for p in same) else ""
-                     for figure in figures]
-            lines.append(f"| {policy} | {point[key]:g} | " + " | ".join(cells) + " |")
+    for policy, points in curves["policies"].items():
+        for point in points:
+            cells = ["" if point[f] is None else cell(point[f], point.get(f"{f}_sd")) for f in figures]
+            lines.append(f"| {policy} | {point.get('quantile', point['setting']):g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -99,7 +116,11 @@ def main() -> int:
     rows = {"start": starts} if starts else {}
     for name, runs in folders.items():
         if all((folder / "curves.json").exists() for folder in runs):
-            print(curve_table(name, [json.loads((folder / "curves.json").read_text()) for folder in runs]) + "\n")
+            curves = mean_curves([json.loads((folder / "curves.json").read_text()) for folder in runs])
+            mean = args.out / name.replace(" ", "-") / "curves.json"
+            mean.parent.mkdir(exist_ok=True)
+            mean.write_text(json.dumps(curves, indent=1))
+            print(curve_table(name, curves) + "\n")
     print(table(rows | {name: [last for _, last in runs] for name, runs in found.items()}))
     return 0
 
