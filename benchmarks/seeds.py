@@ -6,8 +6,8 @@
 A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so that what drifts on
 the machine reaches all settings alike; one that is finished is not repeated, one that was broken off is resumed. The
 last line of each run is its final evaluation; "start" is the evaluation before the first step, over all runs. The
-standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points, and
-the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is the
+standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points,
+and the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is the
 median over a run's steps but the first, peak memory that of the run's process.
 """
 from __future__ import annotations
@@ -63,7 +63,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     columns = list(dict.fromkeys(key for runs in rows.values() for run in runs for key in run))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
-        cells = [cell(*spread([run[key] for run in runs])) if all(key in run for run in runs) else "" for key in columns]
+        cells = [cell(*spread([run[key] for run in runs])) if all(key in run for run in runs) else ""
+                 for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -93,9 +93,11 @@ class Attention(Head):
 
 @HEADS.register("edatt")
 class NewestAttention(Head):
-    """The part of the attention to the source that falls on the newest unit, averaged over layers and heads: a word that
-    leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units for its frames, and the last
-    one only, are our choices). A quantile with all read would say nothing, so its setting is given."""
+    """The part of the attention to the source that falls on the newest unit, averaged over layers and heads.
+
+    A word that leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units for its frames, and
+    the last one only, are our choices). A quantile with all read would say nothing, so its setting is given.
+    """
 
     needs_attention = True
     low, high, what = 0.0, 1.0, "between 0 and 1"

@@ -67,8 +67,8 @@ class Sampling:
     thought_stops: tuple[int, ...] = ()
     max_thought_tokens: int = 0
     close_id: int | None = None
-    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those only, the most units
-    # read in a row, and the least and most read beyond the words written.
+    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those only, the most
+    # units read in a row, and the least and most read beyond the words written.
     head: Head | None = None
     word_starts: np.ndarray | None = None
     whole_words: bool = True

@@ -2,7 +2,8 @@
 
     python -m scripts.split_qwen2_audio model=Qwen/Qwen2-Audio-7B-Instruct out=DIR
 
-DIR/text is a Qwen2 model for `model.path`, DIR/speech an encoder for `model.encoder=rollouts.qwen2_audio.load:DIR/speech`.
+DIR/text is a Qwen2 model for `model.path`, DIR/speech an encoder:
+`model.encoder=rollouts.qwen2_audio.load:DIR/speech`.
 """
 from __future__ import annotations
 

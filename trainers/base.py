@@ -41,9 +41,9 @@ class Trainer:
 
     `samples` says that sequences come from the rollout engine rather than from data; `distills` that there is
     a teacher; `verifies` that it learns from the verifier, so that every prompt needs an answer; `adds_tokens` that a
-    model without the tokens of the streaming protocol is given them, as the method teaches their use; `learns` names the
-    fields of an `Example` that are supervised targets, which every row must then have. A subclass overrides `annotate`
-    and `loss`, and `draw` where sequences come from elsewhere or are to be judged by group.
+    model without the tokens of the streaming protocol is given them, as the method teaches their use; `learns` names
+    the fields of an `Example` that are supervised targets, which every row must then have. A subclass overrides
+    `annotate` and `loss`, and `draw` where sequences come from elsewhere or are to be judged by group.
     """
 
     samples = True

@@ -107,7 +107,8 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     scores = {f"avg@{k}": accuracy, f"pass@{k}": pass_at_k(correct, k), "length_mean": length,
               "truncated_frac": float(np.mean([row[2] for row in judged])), "efficiency": 100 * accuracy / length}
     if config.streaming.layout == "scheduled":
-        scores |= simultaneous_metrics(prompts, trajectories, sampling.word_starts) | {"head_setting": sampling.head.setting}
+        scores |= simultaneous_metrics(prompts, trajectories, sampling.word_starts)
+        scores["head_setting"] = sampling.head.setting
     elif config.streaming.layout is not None:
         scores |= streaming_metrics(rollout, prompts, trajectories, sampling, config, tokenizer, stop_ids)
     return scores, trajectories

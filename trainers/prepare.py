@@ -87,8 +87,9 @@ def prepare(config: DictConfig) -> Prepared:
             notes.append(f"data  {found - len(examples)} of {found} rows have no answer and were dropped")
     for example in examples:
         if missing := next((name for name in method.learns if getattr(example, name) is None), None):
-            raise DataError(f"data.path={data.path}: row {example.index} has no {missing}, which recipe={config.recipe} "
-                            "learns to write" + ("; name its column with data.target_column" * (missing == "solution")))
+            raise DataError(f"data.path={data.path}: row {example.index} has no {missing}, which "
+                            f"recipe={config.recipe} learns to write"
+                            + "; name its column with data.target_column" * (missing == "solution"))
     prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
     if dropped:
         notes.append(f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="

@@ -67,8 +67,8 @@ def test_the_recipe_is_ready_for_them(whole, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"audio": "a.npy", "text": "rarin lalun"}\n')
     config = compose([
         "recipe=proactivellm_speech", f"model.path={parts / 'text'}", f"data.path={tmp_path / 'rows.jsonl'}",
-        f"model.encoder=rollouts.qwen2_audio.load:{parts / 'speech'}", "data.template=plain", "streaming.unit_seconds=0.2",
-        f"run.dir={tmp_path / 'run'}"])
+        f"model.encoder=rollouts.qwen2_audio.load:{parts / 'speech'}", "data.template=plain",
+        "streaming.unit_seconds=0.2", f"run.dir={tmp_path / 'run'}"])
     prepared = prepare(config)
     assert [len(unit) for unit in prepared.prompts[0].segments[1:]] == [5, 5 + 1]  # 10 embeddings, and the end
     np.save(tmp_path / "a.npy", np.concatenate([frames, frames]))
@@ -78,7 +78,7 @@ def test_the_recipe_is_ready_for_them(whole, tmp_path):
 
 def test_what_cannot_be_split_or_loaded(whole, tiny_models, tmp_path, capsys):
     for arguments, said in (
-            ([f"model={tiny_models['student']}", f"out={tmp_path / 'new'}"], "is a qwen3 model; this splits a Qwen2-Audio"),
+            ([f"model={tiny_models['student']}", f"out={tmp_path / 'new'}"], "is a qwen3 model; this splits"),
             (["model=/no/such", f"out={tmp_path / 'new'}"], "model=/no/such cannot be loaded"),
             (["model=x", f"out={tmp_path}"], "exists; give a new folder"),
             (["model=x"], "out=… is missing"),

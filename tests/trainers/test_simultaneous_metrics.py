@@ -24,8 +24,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def keys(model, tmp_path):
     return ["recipe=proactivellm", f"model.path={model}", "data.stories=40", "train.steps=3",
-            "train.prompts_per_step=8", "train.warmup_steps=0", "eval.size=6", "proactive.calibration_size=5", "rollout.max_new_tokens=20",
-            f"run.dir={tmp_path / 'run'}", "log.wandb=disabled"]
+            "train.prompts_per_step=8", "train.warmup_steps=0", "eval.size=6", "proactive.calibration_size=5",
+            "rollout.max_new_tokens=20", f"run.dir={tmp_path / 'run'}", "log.wandb=disabled"]
 
 
 def written(ids, reads, finish="stop", opening=1) -> Trajectory:
@@ -87,7 +87,8 @@ def test_a_whole_run_with_its_curves(run_command, keys, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(
         (tmp_path / "run" / "curves.json").read_text())
     added = json.loads((tmp_path / "run" / "curves.json").read_text())["policies"]
-    assert added.keys() == {*curves["policies"], "edatt, lag 2 to 2"} and added["entropy"] == curves["policies"]["entropy"]
+    assert added.keys() == {*curves["policies"], "edatt, lag 2 to 2"}
+    assert added["entropy"] == curves["policies"]["entropy"]
     assert added["wait_k"] == wait  # a lag range is nothing to it
     assert [p["al"] for p in added["edatt, lag 2 to 2"]] == [wait[1]["al"]] * 10  # and leaves a head nothing else
     assert main([*again[:2], "size=5", *again[3:]]) == 0
