@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(folder: Path, overrides: list[str], seed: int) -> None:
     """One run, or the rest of one. Raises SystemExit: it failed."""
-    if (folder / "report.html").exists():
+    if (folder / "finished").exists():
         return
     command = [sys.executable, "train.py", *overrides, f"seed={seed}", f"run.dir={folder}", "resume=auto",
                "log.wandb=disabled", "log.every=10"]
     print("+", " ".join(command[1:]), flush=True)
     if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode:
         raise SystemExit(f"{folder}: the run failed; what it printed says why")
+    (folder / "finished").touch()
 
 
 def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -70,9 +71,15 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def mean_curves(runs: list[dict]) -> dict:
-    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none."""
+    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none. Policies that
+    not all have are left out. Raises SystemExit: they are of other data."""
+    head = {key: value for key, value in runs[0].items() if key not in ("model", "measured", "policies")}
+    if any(run.get(key) != runs[0].get(key) for run in runs for key in (*head, "measured")):
+        raise SystemExit("the runs' curves.json are of different data; measure them alike with scripts.curves")
     policies = {}
     for policy, points in runs[0]["policies"].items():
+        if any(len(run["policies"].get(policy, ())) != len(points) for run in runs):
+            continue
         policies[policy] = []
         for place, point in enumerate(points):
             made = {}
@@ -82,7 +89,7 @@ def mean_curves(runs: list[dict]) -> dict:
                 if deviation is not None and figure not in ("setting", "quantile"):
                     made[f"{figure}_sd"] = deviation
             policies[policy].append(made)
-    return {key: value for key, value in runs[0].items() if key != "model"} | {"runs": len(runs), "policies": policies}
+    return head | {"runs": len(runs), "policies": policies}
 
 
 def curve_table(name: str, curves: dict) -> str:

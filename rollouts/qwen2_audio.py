@@ -5,7 +5,7 @@
         model.encoder=rollouts.qwen2_audio.load:DIR/speech data.path=FILE
 
 Frames are log-mel, 100 per second, as transformers' WhisperFeatureExtractor makes them (it scales them by the loudest
-of the whole recording: for a strictly causal input scale them by a constant). Two frames of silence before them let the
+of the whole recording: for a strictly causal input scale them by a constant). Two frames of zeros before them let the
 convolutions, which look a frame ahead each, see only what has been heard, and a mask does the same for attention; all
 else is as in the original. It was not trained so: the paper's causal Whisper is, and is loaded the same way.
 """

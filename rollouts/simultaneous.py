@@ -66,9 +66,10 @@ class SimultaneousEngine(StreamingEngine):
                 state.attention = _by_unit(cache.attention, cache.keys, ends[live])
             write = head.writes(state)
             if head.adaptive:
-                write &= read - state.written >= sampling.min_lag
-                write |= read - state.written >= (BEYOND if sampling.max_lag is None else sampling.max_lag)
+                lag = read - state.written
+                write |= lag >= (BEYOND if sampling.max_lag is None else sampling.max_lag)
                 write |= waited >= (BEYOND if sampling.max_reads is None else sampling.max_reads)
+                write &= lag >= sampling.min_lag
             write |= finished | ~asked
             place = live[write]
             tokens[place, length[place]] = chosen[write]

@@ -2,7 +2,7 @@
 
     python -m scripts.curves model=DIR data=NAME_OR_FILE [heads=batch,wait_k,entropy] [out=FILE] [KEY=VALUE …]
 
-Keys are those of `scripts.evaluate`. wait_k and ratio are swept over fixed values, heads with a threshold over
+Keys are those of `scripts.evaluate`. wait_k, ratio and edatt are swept over fixed values, entropy and attention over
 quantiles of their scores on the calibration set (`proactive.calibration_path`; else `data`, of split `data.split`). The
 figures go to `out` (default: curves.json in the run that the model is a checkpoint of, else here), from which a run's
 report draws them, and to stdout as JSON; curves of the same model and data that are there stay. Training ends with the
@@ -50,7 +50,6 @@ def _place(model: Path) -> Path:
 def of_run(config, run_dir: Path) -> None:
     """The curves of a run's last checkpoint. A collective."""
     config.model.path = str(run_dir / "checkpoints" / f"step_{config.train.steps}" / "model")
-    (run_dir / "curves.json").unlink(missing_ok=True)
     write(config, run_dir / "curves.json")
 
 
@@ -64,19 +63,21 @@ def write(config, out: Path) -> dict:
     from rollouts.heads import HEADS, check_heads
     from scripts.evaluate import load
     from trainers.distributed import rank
-    from trainers.evaluation import evaluate
+    from trainers.evaluation import eval_path, evaluate
     from trainers.rollout import make_sampling
     from trainers.simultaneous_metrics import calibrate
 
     check_heads(config.proactive)
     parts = load(config)
-    sampling = make_sampling(config, parts.tokenizer, parts.stop_ids,
-                             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    about = {"model": str(Path(config.model.path).resolve()), "data": parts.name, "prompts": len(parts.prompts)}
-    policies: dict[str, list[dict]] = _there(out, about)
+    limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    sampling = make_sampling(config, parts.tokenizer, parts.stop_ids, max_new_tokens=limit)
+    about = {"model": _place_of(config.model.path), "data": parts.name, "prompts": len(parts.prompts), "measured": {
+        "path": _place_of(eval_path(config)), "split": config.eval.split, "unit": config.streaming.unit,
+        "temperature": config.eval.temperature, "max_new_tokens": limit}}
+    policies: dict[str, list[dict]] = {}
     for name in config.proactive.curve:
         kind = HEADS.resolve(name)
-        label = name + (_lag_range(config.proactive) if kind.adaptive else "")
+        label = name + (_bounds(config.proactive) if kind.adaptive else "")
         policies[label] = []
         quantiles, settings = [None] * len(kind.sweep), kind.sweep
         if kind.calibrated:
@@ -92,7 +93,7 @@ def write(config, out: Path) -> dict:
                 print(f"curve  {label} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
                                                                    for figure in FIGURES), file=sys.stderr)
     parts.rollout.close()
-    curves = about | {"quality": "bleu", "lag": "al", "policies": policies}
+    curves = about | {"quality": "bleu", "lag": "al", "policies": _there(out, about) | policies}
     if rank() == 0:
         out.write_text(json.dumps(curves, indent=1))
     return curves
@@ -107,9 +108,16 @@ def _there(file: Path, about: dict) -> dict[str, list[dict]]:
         return {}
 
 
-def _lag_range(options) -> str:
-    low, high = options.min_lag, options.max_lag
-    return f", lag {low} to {'any' if high is None else high}" if low or high is not None else ""
+def _place_of(name: str) -> str:
+    """The whole path of what is here; the Hub's names stay."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _bounds(options) -> str:
+    """What makes a head another one than its name says."""
+    low, high, most = options.min_lag, options.max_lag, options.max_reads
+    lag = f", lag {low} to {'any' if high is None else high}" if low or high is not None else ""
+    return lag + (f", at most {most} reads" if most else "") + ("" if options.whole_words else ", at every token")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ def main(arguments: list[str]) -> int:
         file = given.pop("file", None)
         given = {"recipe": "proactivellm", "log.wandb": "disabled"} | given
         config = compose([f"{key}={value}" for key, value in given.items()])
-        head = config.proactive.head
-        check_heads(config.proactive)
-        if (HEADS.resolve(head).calibrated and config.proactive.setting is None
-                and not given.keys() & {"data.path", "proactive.calibration_path"}):
+        options, head = config.proactive, config.proactive.head
+        if config.streaming.layout != "scheduled":
+            raise ConfigError(f"streaming.layout={config.streaming.layout} is not simultaneous; use recipe=proactivellm")
+        check_heads(options)
+        if (HEADS.resolve(head).calibrated and options.setting is None and options.calibration_path is None
+                and "data.path" not in given):
             raise ConfigError(f"proactive.head={head} needs a threshold: give setting=…, or data=… to calibrate it on")
         for text in interpret(config, read_lines(file)):
             print(text, flush=True)
@@ -85,7 +87,8 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = make_engine(config, device, DTYPES[config.model.dtype], 0)
     sampling = make_sampling(config, tokenizer, [*tokenizer.stop_ids, *config.rollout.stop_ids],
-                             temperature=config.eval.temperature, max_new_tokens=config.rollout.max_new_tokens)
+                             temperature=config.eval.temperature, top_p=config.eval.top_p,
+                             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
     sampling = replace(sampling, head=make_head(config, engine, tokenizer, sampling))
     requests = make_requests(prompts, 1, lambda index, sample: config.seed)
     for prompt, written in zip(prompts, engine.generate(requests, sampling)):

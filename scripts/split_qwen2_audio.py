@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
 
 def split(model: str, out: Path) -> None:
     """Load it whole and write both parts. Raises ModelError: it is not a Qwen2-Audio model."""
+    import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration, Qwen2ForCausalLM
 
@@ -41,15 +42,16 @@ def split(model: str, out: Path) -> None:
 
     try:
         config = AutoConfig.from_pretrained(model)
+        if config.model_type != "qwen2_audio":
+            raise ModelError(f"model={model} is a {config.model_type} model; this splits a Qwen2-Audio one")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        whole = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
         raise ModelError(f"model={model} cannot be loaded: {' '.join(str(error).split())}") from error
-    if config.model_type != "qwen2_audio":
-        raise ModelError(f"model={model} is a {config.model_type} model; this splits a Qwen2-Audio one")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    whole = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype="auto")
-    text = Qwen2ForCausalLM(config.text_config).to(whole.dtype)
-    text.model.load_state_dict(whole.model.language_model.state_dict())
-    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    with torch.device("meta"):  # the weights are there already
+        text = Qwen2ForCausalLM(config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
+    text.lm_head.load_state_dict(whole.lm_head.state_dict(), assign=True)
     text.save_pretrained(out / "text")
     tokenizer.save_pretrained(out / "text")
     encoder = SpeechEncoder(whole.model.audio_tower, whole.model.multi_modal_projector)

@@ -23,10 +23,10 @@ def make_head(config, rollout, tokenizer, sampling: Sampling) -> Head:
     calibrate on.
     """
     options = config.proactive
+    check_heads(options)
     kind = HEADS.resolve(options.head)
     if options.setting is not None:
         return kind(options.setting)
-    check_heads(options)
     if not kind.calibrated:
         return kind(0.0)
     return kind(calibrate(kind, config, rollout, tokenizer, sampling).quantile(options.quantile))

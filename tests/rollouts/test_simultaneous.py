@@ -62,8 +62,9 @@ def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[
             state.attention = by_unit(engine, ids, layout, ends)[:, None]
         lag, fixed = read - int(state.written), name_of(options.head) in ("batch", "wait_k", "ratio")
         write = (read == len(ends) - 1 or (options.whole_words and not begins)
-                 or bool(options.head.writes(state)[0]) and (fixed or lag >= options.min_lag)
-                 or not fixed and (waited >= (options.max_reads or 99) or lag >= (options.max_lag or 99)))
+                 or (fixed and bool(options.head.writes(state)[0])) or (not fixed and lag >= options.min_lag and (
+                     bool(options.head.writes(state)[0]) or waited >= (options.max_reads or 99)
+                     or lag >= (options.max_lag or 99))))
         if not write:
             read, waited = read + 1, waited + 1
             continue
@@ -96,7 +97,8 @@ HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("edatt",
 
 
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
-@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}, {"min_lag": 2, "max_lag": 3}])
+@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}, {"min_lag": 2, "max_lag": 3},
+                                   {"min_lag": 2, "max_reads": 1}])
 def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
     options = sampling(HEADS.resolve(name)(setting), temperature=0.0, **extra)
     asked = requests()
