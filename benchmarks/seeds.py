@@ -7,8 +7,8 @@ A setting is a name and the overrides of `train.py`. Runs come one after another
 the machine reaches all settings alike; one that is finished is not repeated, one that was broken off is resumed. The
 last line of each run is its final evaluation; "start" is the evaluation before the first step, over all runs. The
 standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points,
-and the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is the
-median over a run's steps but the first, peak memory that of the run's process.
+and the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is
+the median over a run's steps but the first, peak memory that of the run's process.
 """
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def mean_curves(runs: list[dict]) -> dict:
-    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none. Policies that
-    not all have are left out. Raises SystemExit: they are of other data."""
+    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none. Policies
+    that not all have are left out. Raises SystemExit: they are of other data."""
     head = {key: value for key, value in runs[0].items() if key not in ("model", "measured", "policies")}
     if any(run.get(key) != runs[0].get(key) for run in runs for key in (*head, "measured")):
         raise SystemExit("the runs' curves.json are of different data; measure them alike with scripts.curves")

@@ -99,9 +99,9 @@ def trace(prompt, written, tokenizer) -> str:
     """A line per unit: it, and what was written when it was the last one read."""
     units = [tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]]
     width = max(map(len, units))
-    texts = ["".join(tokenizer.decode([token for token, read, own in zip(
+    texts = [tokenizer.decode([token for token, read, own in zip(
         written.completion_ids, written.reads, written.sampled) if own and read == place + 1],
-        skip_special_tokens=True)).strip() for place in range(len(units))]
+        skip_special_tokens=True).strip() for place in range(len(units))]
     return "".join(f"{unit:<{width}}  {text}".rstrip() + "\n" for unit, text in zip(units, texts))
 
 

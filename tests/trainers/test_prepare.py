@@ -7,6 +7,7 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
+from rollouts.data import Example
 from trainers.prepare import prepare
 
 
@@ -68,6 +69,15 @@ def test_a_row_without_a_target(overrides, tmp_path, recipe, said):
     (tmp_path / "rows.jsonl").write_text('{"question": "Is it? It is."}\n')
     message = refused(DataError, overrides(recipe=recipe, data__path=tmp_path / "rows.jsonl"))
     assert message == f"data.path={tmp_path}/rows.jsonl: row 0 has no {said}"
+
+
+@pytest.mark.parametrize("missing", ["thoughts", "final"])
+def test_a_streaming_row_without_a_part_of_its_target(overrides, monkeypatch, missing):
+    parts = {"thoughts": ("So.",), "final": "37"} | {missing: None}
+    example = Example(4, [{"role": "user", "content": "Is it? It is."}], **parts)
+    monkeypatch.setattr("trainers.prepare.configured_examples", lambda *_: [example])
+    assert f"data.path=d: row 4 has no {missing}, which recipe=streaming_sft learns to write" == refused(
+        DataError, overrides(recipe="streaming_sft", data__path="d"))
 
 
 def test_no_answers_to_evaluate_against(overrides, tmp_path):

@@ -57,7 +57,7 @@ def test_word_starts_agree_with_the_text(model):
 
 
 def test_a_whole_run_with_its_curves(run_command, keys, tmp_path, capsys):
-    done = run_command("train.py", *keys, "proactive.curve=[batch,wait_k,entropy,edatt]", "proactive.kl_weight=0.5",
+    done = run_command("train.py", *keys, "proactive.curve=[batch,wait_k,entropy,attention,edatt]", "proactive.kl_weight=0.5",
                        "proactive.schedules=2")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +71,7 @@ def test_a_whole_run_with_its_curves(run_command, keys, tmp_path, capsys):
         "avg@1", "bleu", "chrf", "f1", "exact", "rco", "ail", "al", "laal", "head_setting")} <= evals[-1].keys()
     curves = json.loads((tmp_path / "run" / "curves.json").read_text())
     assert {name: len(points) for name, points in curves["policies"].items()} == {
-        "batch": 1, "wait_k": 9, "entropy": 12, "edatt": 10}
+        "batch": 1, "wait_k": 9, "entropy": 12, "attention": 12, "edatt": 10}
     batch, wait = curves["policies"]["batch"][0], curves["policies"]["wait_k"]
     assert batch["rco"] == 1 and wait[0]["rco"] < wait[4]["rco"] <= 1
     assert "Latency and quality" in (tmp_path / "run" / "report.html").read_text()
