@@ -85,12 +85,12 @@ def prepare(config: DictConfig) -> Prepared:
                             "correct answers only; name its column with data.answer_column")
         if len(examples) < found:
             notes.append(f"data  {found - len(examples)} of {found} rows have no answer and were dropped")
-    for example in examples:
+    prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
+    for example in (prompt.example for prompt in prompts):
         if missing := next((name for name in method.learns if getattr(example, name) is None), None):
             raise DataError(f"data.path={data.path}: row {example.index} has no {missing}, which "
                             f"recipe={config.recipe} learns to write"
                             + "; name its column with data.target_column" * (missing == "solution"))
-    prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
     if dropped:
         notes.append(f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
                      f"{data.max_prompt_tokens} and were dropped")

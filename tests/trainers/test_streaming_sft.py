@@ -74,7 +74,7 @@ def test_a_model_without_the_tokens_gets_them(overrides, tiny_models, data):
 
 @pytest.mark.parametrize("row, said", [
     (COT | {"streaming_reasoning": "a<EOT>b<EOT>c<EOT>"}, "has 3 thoughts for 2 sentences"),
-    ({"question": "no sentence ends in here", "answer": "1"}, "row 0 has no thoughts"),
+    ({"question": "no sentence ends in here", "answer": "1"}, "no sentence end was found"),
     (COT | {"Instruct_Context": {"context": "Ann has 3.<EOS> <EOS>", "instruct": "How many?"}}, "sentence 2 is empty"),
     (COT | {"Instruct_Context": {"context": "word " * 600 + "<EOS>b<EOS>", "instruct": "How many?"}},
      "all 1 sources are longer than 512 tokens")])
