@@ -9,6 +9,8 @@ import os
 import sys
 import warnings
 
+from scripts.cli import next_steps, print_error, quiet_libraries, quiet_torch
+
 
 def main(overrides: list[str]) -> int:
     """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status 1."""
@@ -18,9 +20,7 @@ def main(overrides: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = compose(overrides)
-        quiet()
-        from scripts.tiny_models import make_embedded_models
-        make_embedded_models(config)
+        quiet_torch()
         from trainers.prepare import prepare
         prepared = prepare(config)
         if config.dry_run:
@@ -39,25 +39,17 @@ def main(overrides: list[str]) -> int:
             if rank == 0:
                 from scripts.report import write_report
                 print(f"report {write_report(run_dir)}")
+        if rank == 0:
+            print(next_steps(config, run_dir))
         return 0
     except OnstreamError as error:
-        place = f" (rank {rank})" if rank else ""
-        print(f"error{place}: {error}", file=sys.stderr)
+        print_error(error)
         return 1
-
-
-def quiet() -> None:
-    """Keep the libraries' progress bars and start-up remarks out of the run's output."""
-    import torch
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns it guessed
-    from transformers.utils import logging
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,9 +14,11 @@ named with `target_column`, as a translation is, becomes the answer and the solu
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -441,13 +443,28 @@ def tokenize_prompts(
             reason = _one_line(error)
             raise DataError(f"example {example.index}: the chat template refuses it: {reason}") from error
     # A chat template writes the special tokens itself.
-    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
+    with all_cores():
+        ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
     kept = [Prompt(example.index, tuple(row), text, example)
             for example, row, text in zip(examples, ids, texts) if len(row) <= max_prompt_tokens]
     if examples and not kept:
         raise DataError(f"all {len(examples)} prompts are longer than {max_prompt_tokens} tokens, the "
                         f"shortest has {min(map(len, ids))}; raise data.max_prompt_tokens")
     return kept, len(examples) - len(kept)
+
+
+@contextlib.contextmanager
+def all_cores():
+    """Let the tokenizer use all cores. Elsewhere it uses one, as it may not after its process was forked."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class PromptSampler:

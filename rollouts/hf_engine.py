@@ -5,16 +5,18 @@ the weights of its own, in the same place as the trainer's.
 """
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
+from recipes.embedded import model_folder
 from recipes.registry import Registry
 from rollouts.fingerprint import fingerprint
 from rollouts.trajectory import Request, Sampling, Trajectory
 
 ENGINES = Registry("rollout.engine")
+BLOCK = 128  # tokens of the vocabulary whose weights are summed before one of them is looked for
 
 
 @ENGINES.register("hf")
@@ -29,14 +31,17 @@ class HuggingFaceEngine:
         from transformers import AutoModelForCausalLM
 
         self.device, self.batch_size = device, config.rollout.batch_size
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head has its name too
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False) -> list[Trajectory]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False,
+                 on_finished: Callable[[int], None] | None = None) -> list[Trajectory]:
         """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not truncated.
 
         `continues` says that the prompts go on from the call before: for engines that cache prefixes, this does not.
+        `on_finished` is told, again and again, how many more completions are finished.
         """
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Trajectory] = {}
@@ -44,6 +49,8 @@ class HuggingFaceEngine:
             rows = order[start:start + self.batch_size]
             for row, trajectory in zip(rows, self._batch([requests[i] for i in rows], sampling)):
                 done[row] = trajectory
+            if on_finished is not None:
+                on_finished(len(rows))
         return [done[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
@@ -126,21 +133,61 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)
         return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-    logprobs = (logits / sampling.temperature).log_softmax(-1)
-    probs = logprobs.double().exp()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    total = weights.sum(-1, dtype=torch.float64)
     if sampling.top_k > 0 or sampling.top_p < 1:
-        ranked, index = torch.sort(probs, dim=-1, descending=True, stable=True)
-        keep = torch.ones_like(ranked, dtype=torch.bool)
-        if sampling.top_k > 0:
-            keep[:, sampling.top_k:] = False
-        if sampling.top_p < 1:  # of what top-k left, the smallest set whose mass reaches top_p
-            left = ranked * keep
-            before = left.cumsum(-1) - left
-            keep &= before < sampling.top_p * left.sum(-1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter(-1, index, ranked * keep)
-    cdf = probs.cumsum(-1)
-    chosen = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-    # Rounding can put the uniform at the total: take the last token that has any mass.
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).float().argmax(-1)
-    chosen = torch.minimum(chosen, last)
-    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+        weights = truncate(weights.double() / total[:, None], sampling)
+    chosen = invert_cdf(weights, uniforms)
+    logprobs = (logits.gather(-1, chosen[:, None]) - peak)[:, 0] - total.log()
+    return chosen, logprobs.float()
+
+
+def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities [B, V] with zeros outside the `top_k` largest, and outside the `top_p` nucleus of those."""
+    ranked, index = torch.sort(probs, dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if sampling.top_k > 0:
+        keep[:, sampling.top_k:] = False
+    if sampling.top_p < 1:  # of what top-k left, the smallest set whose mass reaches top_p
+        left = ranked * keep
+        before = left.cumsum(-1) - left
+        keep &= before < sampling.top_p * left.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, index, ranked * keep)
+
+
+def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The index at which the cumulative sum of each row passes its uniform share of the total.
+
+    In two levels, first among the sums of blocks, then within one: the cumulative sum of a large vocabulary is never
+    made. Sums are in float64.
+
+    Args:
+        weights: [B, V], not negative, any positive scale; one of zero is never chosen.
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        [B] int64.
+    """
+    count, width = weights.shape
+    padded = -(-width // BLOCK) * BLOCK
+    blocks = torch.nn.functional.pad(weights, (0, padded - width)).view(count, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    target = uniforms * sums.sum(-1)
+    block, before = passed(sums, target)
+    inside = blocks[torch.arange(count, device=weights.device), block].double()
+    place, _ = passed(inside, target - before)
+    return block * BLOCK + place
+
+
+def passed(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative sum of float64 weights [B, N] passes `target` [B], and the sum before that place."""
+    cdf = weights.cumsum(-1)
+    place = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    # Rounding can put the target at the total: take the last place that has any weight.
+    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
+    place = torch.minimum(place, last)
+    before = (cdf - weights).gather(-1, place[:, None])[:, 0]
+    return place, before

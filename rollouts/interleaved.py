@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class InterleavedEngine:
     def __getattr__(self, name: str):
         return getattr(self.engine, name)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling,
+                 on_finished: Callable[[int], None] | None = None) -> list[Trajectory]:
         """One trajectory per request, in their order. The prompt is all before the first sampled token; the completion
         has the later source segments in it, marked as not sampled."""
         written: list[list[list[int]]] = [[] for _ in requests]
@@ -40,7 +41,8 @@ class InterleavedEngine:
             rows = [i for i, r in enumerate(requests) if deep or slot < r.thoughts]
             asked = [replace(requests[i], prompt_ids=context(requests[i], written[i]),
                              seed=slot_seed(requests[i].seed, len(written[i]))) for i in rows]
-            drawn = self.engine.generate(asked, sampling if deep else thought, continues=slot > 0)
+            drawn = self.engine.generate(asked, sampling if deep else thought, continues=slot > 0,
+                                         on_finished=on_finished if deep else None)
             for i, trajectory in zip(rows, drawn):
                 cut = not deep and trajectory.finish_reason == "length"
                 written[i].append(trajectory.completion_ids + [sampling.close_id] * cut)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.embedded import model_folder
 from recipes.errors import ModelError
 
 SKIP = "<skip>"
@@ -73,7 +74,7 @@ def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
 
     if (folder / "config.json").is_file():
         return folder
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype="auto")
     ids = sorted(tokenizer.convert_tokens_to_ids(new))
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

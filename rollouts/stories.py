@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from recipes.errors import DataError
 from rollouts.protocol import SKIP
 
-SPLITS = ("train", "heldout")
-HELDOUT_PERCENT = 15  # of the arithmetic chains
+SPLITS = ("train", "validation", "heldout")
+HELDOUT_PERCENT = 15  # of the arithmetic chains; what results are reported on
+VALIDATION_PERCENT = 10  # what settings are chosen on
 HARD = 4  # from this difficulty on: multiplication, and numbers up to 999 instead of 99
 SMALL = 20  # the largest amount added or taken below that: tiny models learn it in a minute
 
@@ -89,8 +90,8 @@ def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = Fa
 
     Args:
         seed, index: any integers.
-        split: `train` or `heldout`. A chain (start number, operations) belongs to one of them by its hash,
-            whatever the names, the items, the seed or the difficulty, so the two never share a problem.
+        split: `train`, `validation` or `heldout`. A chain (start number, operations) belongs to one of them by its
+            hash, whatever the names, the items, the seed or the difficulty, so no two share a problem.
         difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and - of
             1 to 20, on numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
         verbose: the same story, solved with redundant sentences (restated, explained, checked by the inverse
@@ -134,14 +135,14 @@ def story(seed: int, index: int, split: str, difficulty: int, verbose: bool = Fa
 def stories(count: int, *, seed: int, split: str, difficulty: int, **options) -> list[Story]:
     """`count` stories of a split, with the options of `story`.
 
-    Held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
+    Validation and held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
     were (difficulty 1 has about 500 chains), and allowed from there on. A shorter list is a prefix of a
     longer one. Training stories are simply those of index 0, 1, …
 
     Raises:
         DataError: as `story`.
     """
-    if split != "heldout":
+    if split == "train":
         return [story(seed, index, split, difficulty, **options) for index in range(count)]
     indices, seen, index, missed = [], set(), 0, 0
     while len(indices) < count and missed < 1000:
@@ -185,7 +186,10 @@ def _chain(start: int, steps: list[Step]) -> str:
 
 def _split(chain: str) -> str:
     digest = hashlib.blake2b(chain.encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "little") % 100 < HELDOUT_PERCENT else "train"
+    place = int.from_bytes(digest, "little") % 100
+    if place < HELDOUT_PERCENT:
+        return "heldout"
+    return "validation" if place < HELDOUT_PERCENT + VALIDATION_PERCENT else "train"
 
 
 def _vary(rng: random.Random, ideal: list[str]) -> tuple[list[str], str]:

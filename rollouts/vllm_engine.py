@@ -6,12 +6,16 @@ so that a tensor that did not arrive, or a stale packed copy of one that did, is
 """
 from __future__ import annotations
 
+import logging
 import os
-from typing import Iterable, Sequence
+import time
+from functools import partial
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
+from recipes.embedded import model_folder
 from recipes.errors import ConfigError, ModelError
 from rollouts.fingerprint import checksum, sampled_columns
 from rollouts.hf_engine import ENGINES
@@ -38,6 +42,7 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             # 0.32 reads whole GiB here.
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(rollout.cpu_kv_cache_gib)))
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it remarks on Triton while it is imported
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -48,13 +53,13 @@ class VllmEngine:
         self.can_sleep = rollout.sleep and not on_cpu
         distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         options = dict(
-            model=path, dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True, seed=0,
+            model=model_folder(path), dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True, seed=0,
             max_model_len=max_length, max_num_seqs=rollout.batch_size, enable_prefix_caching=True,
             # `external_launcher` takes this rank's GPU; on a CPU there is nothing to place.
             distributed_executor_backend="external_launcher" if distributed and not on_cpu else "uni",
             # The sampled token's log-prob at the sampling temperature: "raw" is before it, "processed" after.
             logprobs_mode="processed_logprobs" if self.temperature_in_logprobs else "raw_logprobs",
-            disable_log_stats=True)
+            disable_log_stats=True, use_tqdm_on_load=False)
         if on_cpu:
             # A prompt split over two batches rewinds its seed's generator, which CPU generators cannot do:
             # hence no chunked prefill, and room for the longest prompt in one batch.
@@ -62,17 +67,17 @@ class VllmEngine:
                             max_num_batched_tokens=max(8192, max_length))
         else:
             options |= dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=self.can_sleep)
-        import logging
-        logging.getLogger("vllm").setLevel(logging.ERROR)
         try:
             self.llm = LLM(**options)
         except Exception as error:
             raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False) -> list[Trajectory]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False,
+                 on_finished: Callable[[int], None] | None = None) -> list[Trajectory]:
         """One trajectory per request, in their order. Log-probs are at `rollout.temperature`; where that is not 1
         and top-k or top-p truncate, vLLM can only give them renormalised over what is left. `continues` keeps the
-        cached prefixes of the call before, which the prompts go on from."""
+        cached prefixes of the call before, which the prompts go on from. `on_finished` is told how many completions are
+        finished since it was last."""
         if not continues:  # what is cached must not depend on what was drawn before a resume
             self.llm.reset_prefix_cache()
         params = [self.sampling_params(
@@ -80,7 +85,7 @@ class VllmEngine:
             top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, seed=r.seed, logprobs=0,
             detokenize=False) for r in requests]
         outputs = self.llm.generate([{"prompt_token_ids": list(r.prompt_ids)} for r in requests], params,
-                                    use_tqdm=False)
+                                    use_tqdm=False if on_finished is None else partial(_count, on_finished))
         trajectories = []
         for request, output in zip(requests, outputs):
             completion = output.outputs[0]
@@ -161,6 +166,32 @@ def _matrix_fingerprint(module, weight: torch.Tensor, rows: slice, name: str, sa
         readings.append(module.cpu_linear(probe, weight, None).t()[rows])
     sums = {checksum(reading) for reading in readings}
     return sums.pop() if len(sums) == 1 else None
+
+
+def _count(on_finished: Callable[[int], None], requests: Iterable | None = None, **_):
+    """What vLLM makes in place of tqdm: the requests as they are while it adds them, then a counter of finished ones."""
+    return _Finished(on_finished) if requests is None else requests
+
+
+class _Finished:
+    """Stands where vLLM puts its progress bar, and passes on what it counts."""
+
+    def __init__(self, on_finished: Callable[[int], None]):
+        self.on_finished, self.n, self.postfix = on_finished, 0, ""
+        self.started = time.monotonic()
+
+    @property
+    def format_dict(self) -> dict[str, float]:
+        return {"elapsed": max(time.monotonic() - self.started, 1e-6)}  # vLLM divides by it
+
+    def update(self, count: int) -> None:
+        self.n += count
+        self.on_finished(count)
+
+    def refresh(self) -> None:
+        """Nothing is drawn."""
+
+    close = refresh
 
 
 def _last_line(error: Exception) -> str:

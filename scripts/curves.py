@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
+
+from scripts.cli import quiet_libraries
 
 QUANTILES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0)
 FIGURES = ("bleu", "chrf", "f1", "exact", "al", "laal", "rco", "ail")
@@ -121,5 +122,5 @@ def _bounds(options) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

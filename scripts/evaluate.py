@@ -17,10 +17,11 @@ of recipe=proactivellm: quality and lag (trainers/simultaneous_metrics.py). `scr
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import Callable, Sequence
+
+from scripts.cli import quiet_libraries
 
 SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
          "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
@@ -93,12 +94,10 @@ def load(config) -> Loaded:
     import torch
 
     from rewards.math import VERIFIERS
-    from scripts.tiny_models import make_embedded_models
     from trainers.evaluation import eval_prompts, max_length
     from trainers.policy import DTYPES, check_model
     from trainers.rollout import ENGINES, make_engine
 
-    make_embedded_models(config)
     ENGINES.resolve(config.rollout.engine)
     verifier = VERIFIERS.resolve(config.reward.verifier)
     tokenizer, model = check_model("model", config.model.path)
@@ -122,5 +121,5 @@ def run(config) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

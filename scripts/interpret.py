@@ -9,11 +9,12 @@ Each line of the text is a source of its own. A head with a threshold is given i
 """
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
+
+from scripts.cli import quiet_libraries
 
 SHORT = {"model": "model.path", "data": "data.path", "head": "proactive.head", "setting": "proactive.setting",
          "quantile": "proactive.quantile", "dtype": "model.dtype"}
@@ -72,13 +73,11 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
 
     from rollouts.data import Example
     from rollouts.parallel import unit_prompts
-    from scripts.tiny_models import make_embedded_models
     from trainers.policy import DTYPES, check_model
     from trainers.rollout import make_engine, make_requests, make_sampling
     from trainers.simultaneous_metrics import make_head
 
     disable_progress_bar()
-    make_embedded_models(config)
     tokenizer, _ = check_model("model", config.model.path)
     examples = [Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)]
     prompts, dropped = unit_prompts(examples, tokenizer, config, "the text")
@@ -106,5 +105,5 @@ def trace(prompt, written, tokenizer) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

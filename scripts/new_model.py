@@ -10,10 +10,11 @@ texts; none begins them (bos_token is None), and there is no chat template.
 """
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from scripts.cli import quiet_libraries
 
 END = "<|endoftext|>"
 SIZES = {"vocab": 8000, "hidden": 256, "layers": 4, "heads": 4}  # and their defaults
@@ -139,5 +140,5 @@ def save(folder: Path, model, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

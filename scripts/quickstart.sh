@@ -4,4 +4,5 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 ranks=$([ "$variant" = gpu ] && nvidia-smi -L | grep -c GPU || echo 1)
+echo "training: torchrun train.py recipe=poweropd $*"
 exec torchrun --standalone --nproc_per_node="$ranks" train.py recipe=poweropd "$@"

@@ -23,6 +23,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Iterable, Iterator
 
+from scripts.cli import quiet_libraries
+
 SHORT = {"model": "model.path", "temperature": "eval.temperature", "top_p": "eval.top_p", "dtype": "model.dtype",
          "max_new_tokens": "rollout.max_new_tokens", "max_thought_tokens": "streaming.max_thought_tokens",
          "words_per_minute": "pace"}
@@ -161,7 +163,6 @@ def watch(config, name: str, question: str, words: Iterable[str], known: list[st
     from rollouts.data import Example, Prompt
     from rollouts.protocol import SKIP, Protocol
     from rollouts.segments import streaming_prompts
-    from scripts.tiny_models import make_embedded_models
     from trainers.policy import DTYPES, check_model
     from trainers.rollout import make_engine, make_sampling
 
@@ -176,7 +177,6 @@ def watch(config, name: str, question: str, words: Iterable[str], known: list[st
                             "a shorter text")
 
     disable_progress_bar()
-    make_embedded_models(config)
     tokenizer, model = check_model("model", config.model.path)
     protocol = Protocol.of(tokenizer)
     if known is not None:
@@ -234,5 +234,5 @@ def show(text: str, style: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

@@ -1,29 +1,39 @@
-"""Makes the embedded tiny models: on first use, from a seed, by the project's own `sft` recipe.
+"""Makes the embedded models of recipes/models from seeds, by the project's own recipes, and checks the files there.
 
-`model.path=stories-student` and `teacher.path=stories-teacher` (the defaults) name them: Qwen3 decoders of 0.65M
-parameters. The student is trained from random weights on the stories' worked solutions and stopped early; the
-teacher goes on from there. As with a base student and a chat teacher, they share a vocabulary but end on different
+`stories-student` is trained from random weights on the stories' worked solutions and stopped early. `stories-teacher`
+goes on from it for much longer. As with a base student and a chat teacher, they share a vocabulary but end on different
 tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
 shortened, learns solutions with redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe
 `streaming_sft` makes it from the teacher, which can calculate. `translation-untrained` has random weights, and words of
 the invented languages of `data.path=translation`.
 
-    python -m scripts.tiny_models [--vocab-size V]      make all of them now, and print their folders
+    python -m scripts.tiny_models                        check the files against the manifest, and list the models
+    python -m scripts.tiny_models --remake [NAME …]      make them again, and their entries of the manifest
+        --out DIR           there instead of in recipes/models
+        --steps N           shortened, to see that the command works
+        --vocab-size V      with embeddings padded to V rows, e.g. 151936
+
+A model depends on the rounding of the machine, and so on its number of threads: made elsewhere, it differs. That is why
+the files come with the project.
 """
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from recipes.errors import ModelError
+from recipes import embedded
+from recipes.errors import ModelError, OnstreamError
+from recipes.registry import nearest
+from scripts.cli import quiet_libraries
 from scripts.new_model import learn_tokenizer, qwen3, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,89 +54,158 @@ class TinyModel:
     hidden: int = 128
     layers: int = 3
     lr: float = 5e-3
+    schedule: str = "cosine"  # of the learning rate, after 20 steps of warm-up
     prompts: int = 48  # per step
     recipe: str = "sft"
     verbose: bool = False  # learns solutions with redundant steps
     difficulty: int = 3  # of the stories it learns
     vocab_size: int = 0  # of the embedding; 0: the tokenizer's
+    evaluation: tuple[str, ...] = ("data=stories",)  # arguments of scripts.evaluate; (): it has no accuracy
 
 
 MODELS = {
-    "stories-student": TinyModel(end="<|endoftext|>", steps=500, seed=1),
-    "stories-teacher": TinyModel(end="<|im_end|>", steps=500, seed=2, start="stories-student"),
-    "stories-verbose": TinyModel(end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2),
-    "stories-streaming": TinyModel(end="<|im_end|>", steps=500, seed=4, start="stories-teacher", lr=4e-3,
-                                   recipe="streaming_sft", difficulty=2),
-    "translation-untrained": TinyModel(end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm"),
+    "stories-student": TinyModel(
+        end="<|endoftext|>", steps=550, seed=1, schedule="constant"),
+    "stories-teacher": TinyModel(
+        end="<|im_end|>", steps=2500, seed=2, start="stories-student", schedule="linear"),
+    "stories-verbose": TinyModel(
+        end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2,
+        evaluation=("data=stories", "data.difficulty=2", "max_new_tokens=160")),
+    "stories-streaming": TinyModel(
+        end="<|im_end|>", steps=500, seed=4, start="stories-teacher", lr=4e-3,
+        recipe="streaming_sft", difficulty=2,
+        evaluation=("mode=streaming", "data=stories", "data.difficulty=2", "data.distractors=2",
+                    "max_new_tokens=60")),
+    "translation-untrained": TinyModel(
+        end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()),
 }
 
 
-def cache_dir() -> Path:
-    """Where made models are kept: $ONSTREAM_CACHE, else ~/.cache/onstream."""
-    return Path(os.environ.get("ONSTREAM_CACHE") or Path.home() / ".cache" / "onstream")
+def make(name: str, spec: TinyModel, out: Path) -> Path:
+    """Make a model as OUT/NAME, from its start there or among the embedded models, and note it in OUT/manifest.json.
 
-
-def make_embedded_models(config: DictConfig) -> None:
-    """Replace the names of embedded models in a config by their folders, making what is not there yet."""
-    from trainers.prepare import TRAINERS  # where all are registered
-
-    sections = [config.model, config.teacher] if TRAINERS.resolve(config.trainer).distills else [config.model]
-    for section in sections:
-        if section.path in MODELS:
-            section.path = str(make(section.path))
-
-
-def make(name: str, vocab_size: int = 0) -> Path:
-    """The folder of a tiny model, trained first if it is not in the cache. Ranks wait for the one that trains.
-
-    The cache key holds what the weights follow from: how it and its start are made, and the code of stories and models.
+    Its weights are trained in float32 and written in bfloat16.
 
     Raises:
-        ModelError: training failed.
+        ModelError: training or evaluating it failed.
     """
-    from filelock import FileLock
-
-    spec, chain = replace(MODELS[name], vocab_size=vocab_size), name
-    data = "translation" if spec.recipe == "proactivellm" else "stories"
-    code = (f"rollouts/{data}.py", "scripts/new_model.py")
-    made_by = [str(vocab_size), *((ROOT / file).read_text() for file in code)]
-    while chain:
-        made_by.append(repr(MODELS[chain]))
-        chain = MODELS[chain].start
-    folder = cache_dir() / f"{name}-{hashlib.blake2b(''.join(made_by).encode(), digest_size=6).hexdigest()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").is_file():
-            start = make(spec.start, vocab_size) if spec.start else None
-            how = f"{spec.steps} steps of recipe={spec.recipe}" if spec.steps else "random weights"
-            print(f"making {name} ({how}) in {folder}; once only", flush=True)
-            work = Path(f"{folder}.work")
-            shutil.rmtree(work, ignore_errors=True)
-            initialise(work / "start", spec, start)
-            if spec.steps:
-                train(work, spec)
-            made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model" if spec.steps else work / "start"
-            made.rename(folder)
-            shutil.rmtree(work)
-    return folder
+    start = None
+    if spec.start is not None:
+        start = out / spec.start if (out / spec.start).is_dir() else embedded.FOLDER / spec.start
+    how = f"{spec.steps} steps of recipe={spec.recipe}" if spec.steps else "random weights"
+    print(f"making {name} ({how}) in {out}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="onstream-") as folder:
+        work = Path(folder)
+        made = work / "start"
+        initialise(made, spec, start)
+        if spec.steps:
+            train(work, spec)
+            made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model"
+        store(made, out / name)
+    note(name, spec, out)
+    return out / name
 
 
 def train(work: Path, spec: TinyModel) -> None:
     """Run the spec's recipe on WORK/start into WORK/run, in a process of one rank."""
-    arguments = [f"recipe={spec.recipe}", f"model.path={work / 'start'}", f"run.dir={work / 'run'}",
-                 f"seed={spec.seed}", f"train.steps={spec.steps}", f"train.lr={spec.lr}",
-                 f"train.prompts_per_step={spec.prompts}",
-                 f"data.stories={spec.steps * spec.prompts}", f"data.difficulty={spec.difficulty}",
-                 f"data.verbose={spec.verbose}", "engine=zero0", "log.wandb=disabled", "log.every=100",
-                 "log.completions=0", "eval.every=-1"]
-    environment = {key: value for key, value in os.environ.items()
-                   if not key.startswith(("TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_"))
-                   and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # not torchrun's 1
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, cwd=ROOT)
-    if done.returncode:
-        raise ModelError(f"the embedded model in {work} could not be trained (exit status {done.returncode}); what "
-                         "it printed says why")
+    stories = max(spec.steps * spec.prompts, 1)
+    arguments = {
+        "recipe": spec.recipe, "model.path": work / "start", "run.dir": work / "run",
+        "seed": spec.seed, "train.steps": spec.steps, "train.lr": spec.lr,
+        "train.schedule": spec.schedule, "train.prompts_per_step": spec.prompts,
+        "data.stories": stories, "data.difficulty": spec.difficulty, "data.verbose": spec.verbose,
+        "engine": "zero0", "log.wandb": "disabled", "log.every": 100, "log.completions": 0,
+        "eval.every": -1}
+    command(["train.py", *(f"{key}={value}" for key, value in arguments.items())],
+            "could not be trained")
+
+
+def command(arguments: list[str], failure: str) -> str:
+    """Run a command of the project; what it prints is passed on, and the last line returned."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    process = subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    line = ""
+    for line in process.stdout:
+        print(f"  {line}", end="", flush=True)
+    if process.wait():
+        raise ModelError(f"the model {failure} (exit status {process.returncode}); what it printed says why")
+    return line
+
+
+def store(source: Path, folder: Path) -> None:
+    """Write the model of a folder as `folder`, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def note(name: str, spec: TinyModel, out: Path) -> None:
+    """Evaluate OUT/NAME, and write its entry of OUT/manifest.json."""
+    import torch
+    import transformers
+
+    entry = {
+        "command": f"python -m scripts.tiny_models --remake {name}",
+        "made": f"{datetime.date.today()}", "commit": commit(),
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, "
+                   f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, torch {torch.__version__}, "
+                   f"transformers {transformers.__version__}",
+        "spec": asdict(spec)}
+    if spec.evaluation:
+        arguments = [f"model={out / name}", "k=8", "engine=hf", *spec.evaluation]
+        if spec.recipe == "streaming_sft":
+            arguments[2] = "engine=streaming"
+        scores = json.loads(command(["-m", "scripts.evaluate", *arguments], "could not be evaluated"))
+        entry["evaluation"] = {
+            "command": " ".join(["python -m scripts.evaluate", f"model={name}", *arguments[1:]]),
+            "prompts": scores["prompts"], "avg@8": round(scores["avg@8"], 4),
+            "length_mean": round(scores["length_mean"], 2)}
+    entry["files"] = {
+        file.name: [file.stat().st_size, checksum(file)] for file in sorted((out / name).iterdir())}
+    path = out / embedded.MANIFEST.name
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(entries | {name: entry}, indent=1, sort_keys=True) + "\n")
+
+
+def commit() -> str:
+    """The commit of the checkout, with a plus where files differ from it; "unknown" without git."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT,
+                          capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def checksum(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+def check(folder: Path) -> dict:
+    """The manifest of a folder of models, every file of which is as it says.
+
+    Raises:
+        ModelError: a file is missing, changed, or not in the manifest; the message names it.
+    """
+    path = folder / embedded.MANIFEST.name
+    entries = json.loads(path.read_text())
+    there = {file.relative_to(folder) for file in folder.glob("*/*")}
+    for name, entry in entries.items():
+        for file, (size, digest) in entry["files"].items():
+            place = folder / name / file
+            if not place.is_file():
+                raise ModelError(f"{place} is missing; take it from the repository again")
+            if place.stat().st_size != size or checksum(place) != digest:
+                raise ModelError(f"{place} is not the file that {path} lists; take it from the repository again")
+            there.discard(place.relative_to(folder))
+    if there:
+        raise ModelError(f"{folder / sorted(there)[0]} is not in {path}; delete it")
+    return entries
 
 
 def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None:
@@ -134,11 +213,18 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
     import torch
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer(spec.end, spec.verbose) if spec.recipe != "proactivellm" else translation_tokenizer()
+    if spec.recipe == "proactivellm":
+        tokenizer = translation_tokenizer()
+    else:
+        tokenizer = make_tokenizer(spec.end, spec.verbose)
     torch.manual_seed(spec.seed)
-    config = qwen3(tokenizer, hidden=spec.hidden, layers=spec.layers, heads=spec.hidden // 32, vocab=spec.vocab_size)
-    save(folder, Qwen3ForCausalLM(config) if start is None
-         else AutoModelForCausalLM.from_pretrained(start, config=config), tokenizer)
+    config = qwen3(tokenizer, hidden=spec.hidden, layers=spec.layers, heads=spec.hidden // 32,
+                   vocab=spec.vocab_size)
+    if start is None:
+        model = Qwen3ForCausalLM(config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(start, config=config, dtype=torch.float32)
+    save(folder, model, tokenizer)
 
 
 def make_tokenizer(end: str, verbose: bool = False):
@@ -162,14 +248,37 @@ def translation_tokenizer():
     return learn_tokenizer([text for one in made for text in (one.source, one.target)], 700)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="make the embedded tiny models")
-    parser.add_argument("--vocab-size", type=int, default=0, help="pad the embedding to this many rows, e.g. 151936")
-    size = parser.parse_args().vocab_size
-    for name in MODELS:
-        print(make(name, size))
-    return 0
+def main(arguments: list[str]) -> int:
+    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.tiny_models",
+                                     description="check, list or make the embedded models")
+    parser.add_argument("--remake", nargs="*", metavar="NAME", help="make these; without a name, all")
+    parser.add_argument("--out", type=Path, default=embedded.FOLDER, help="the folder they go to")
+    parser.add_argument("--steps", type=int, help="of training, instead of what each takes")
+    parser.add_argument("--vocab-size", type=int, default=0, help="pad the embedding to so many rows")
+    options = parser.parse_args(arguments)
+    try:
+        if options.remake is None:
+            for name, entry in check(options.out).items():
+                size = sum(size for size, _ in entry["files"].values())
+                scores = entry.get("evaluation", {"avg@8": float("nan")})
+                print(f"{name:24} {size / 2**20:.2f} MiB  avg@8 {scores['avg@8']:.3f}  made {entry['made']}"
+                      f" at {entry['commit']}")
+            return 0
+        for name in options.remake:
+            if name not in MODELS:
+                raise ModelError(f"there is no model '{name}'{nearest(name, MODELS)}")
+        for name in options.remake or MODELS:
+            spec = replace(MODELS[name], vocab_size=options.vocab_size)
+            if options.steps is not None:
+                spec = replace(spec, steps=min(spec.steps, options.steps))
+            print(make(name, spec, options.out))
+        return 0
+    except OnstreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    quiet_libraries()
+    sys.exit(main(sys.argv[1:]))

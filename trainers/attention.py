@@ -32,18 +32,37 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **kwargs)
     lengths = [end - start for start, end in zip(sequence_bounds, sequence_bounds[1:])]
-    outputs = []
-    # split, not slices: its backward is one concatenation, where each slice's would fill a [T] gradient.
     masks = sequence_masks or [None] * len(lengths)
-    for length, mask, q, k, v in zip(lengths, masks, *(x.split(lengths, dim=2) for x in (query, key, value))):
+    runs = equal_runs(lengths, masks)
+    # split, not slices: its backward is one concatenation, where each slice's would fill a [T] gradient.
+    sizes = [count * length for count, length, _ in runs]
+    outputs = []
+    for (count, length, mask), *parts in zip(runs, *(x[0].split(sizes, dim=1) for x in (query, key, value))):
         if sliding_window is not None and length > sliding_window:
             place = torch.arange(length, device=query.device)
             distance = place[:, None] - place[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(scaled_dot_product_attention(
+        # [heads, count * length, d] -> [count, heads, length, d], without a copy
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
+        attended = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout if module.training else 0.0, is_causal=mask is None,
-            scale=scaling, enable_gqa=True))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+            scale=scaling, enable_gqa=True)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def equal_runs(lengths: list[int], masks: list[torch.Tensor | None]) -> list[tuple[int, int, torch.Tensor | None]]:
+    """Neighbouring sequences that one call can take: (how many, their length, the mask of a single one).
+
+    Causal sequences of one length go together; micro-batches are sorted by length (trainers/batching.py).
+    """
+    runs: list[tuple[int, int, torch.Tensor | None]] = []
+    for length, mask in zip(lengths, masks):
+        if runs and mask is None and runs[-1][1:] == (length, None):
+            runs[-1] = (runs[-1][0] + 1, length, None)
+        else:
+            runs.append((1, length, mask))
+    return runs
 
 
 def arguments(implementation: str, bounds: list[int], layouts: list[Layout] | None, like: torch.Tensor) -> dict:

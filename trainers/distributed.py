@@ -1,21 +1,19 @@
 """Ranks: set up the process group, and the few collectives on Python values that the loop needs."""
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+TIMEOUT = timedelta(hours=4)  # of a collective; ranks may be far apart after an evaluation of long completions
 
 def setup() -> torch.device:
     """Join the process group (one rank without torchrun) and return this rank's device."""
     cuda = torch.cuda.is_available()
-    import deepspeed
-
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -25,9 +23,8 @@ def setup() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces what it builds
-            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    if not dist.is_initialized():  # by us, not by DeepSpeed, which takes a group that is there
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     return device
 
 

@@ -9,6 +9,7 @@ from typing import Iterator
 
 import torch
 
+from trainers import operators
 from trainers.distributed import world_size
 from trainers.policy import Policy
 
@@ -25,6 +26,7 @@ class PolicyEngine:
     def __init__(self, policy: Policy, config, device: torch.device):
         import deepspeed
 
+        operators.disable_unused()
         for name in ("DeepSpeed", "deepspeed"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
@@ -35,8 +37,9 @@ class PolicyEngine:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         if zero.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
-            optimizer = DeepSpeedCPUAdam(parameters, lr=train.lr, betas=tuple(train.betas), eps=train.eps,
-                                         weight_decay=train.weight_decay, adamw_mode=True)
+            optimizer = operators.compile_once("cpu_adam", lambda: DeepSpeedCPUAdam(
+                parameters, lr=train.lr, betas=tuple(train.betas), eps=train.eps,
+                weight_decay=train.weight_decay, adamw_mode=True))
         else:
             optimizer = torch.optim.AdamW(parameters, lr=train.lr, betas=tuple(train.betas), eps=train.eps,
                                           weight_decay=train.weight_decay)

@@ -14,7 +14,8 @@ from rollouts.data import Example, Prompt, configured_examples, tokenize_prompts
 from rollouts.parallel import unit_prompts
 from rollouts.segments import streaming_prompts
 from rollouts.trajectory import Trajectory, sample_seed
-from trainers.distributed import gather, share
+from trainers.distributed import gather, rank, share
+from trainers.progress import Progress
 from trainers.rollout import make_requests, make_sampling, written_tokens
 from trainers.simultaneous_metrics import make_head, simultaneous_metrics
 from trainers.streaming_metrics import streaming_metrics
@@ -79,8 +80,8 @@ def describe(trajectory: Trajectory, prompt: Prompt, tokenizer, verifier: Callab
 
 
 def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Sequence[int],
-             verifier: Callable[[str, str], float]) -> tuple[dict[str, float], list[Trajectory]]:
-    """Sample and judge. A collective: each rank takes its share of the prompts.
+             verifier: Callable[[str, str], float], what: str = "eval") -> tuple[dict[str, float], list[Trajectory]]:
+    """Sample and judge. A collective: each rank takes its share of the prompts. `what` names it in the progress shown.
 
     The seeds depend on the prompt and sample only, so every evaluation of a run uses the same noise.
 
@@ -96,7 +97,8 @@ def evaluate(rollout, prompts: Sequence[Prompt], config, tokenizer, stop_ids: Se
     by_index = {p.index: p for p in prompts}
     if config.streaming.layout == "scheduled":
         sampling = replace(sampling, head=make_head(config, rollout, tokenizer, sampling))
-    trajectories = rollout.generate(requests, sampling)
+    with Progress(what, len(requests), "completions", shown=rank() == 0) as progress:
+        trajectories = rollout.generate(requests, sampling, on_finished=progress.advance)
     judged = []
     for trajectory in trajectories:
         describe(trajectory, by_index[trajectory.prompt_index], tokenizer, verifier)

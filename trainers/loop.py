@@ -46,6 +46,7 @@ class Loop:
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         path = start_model(config.model.path, prepared)
+        say(f"loading {config.model.path}")
         self.engine = PolicyEngine(load_policy(path, torch.float32, self.device,
                                                config.model.attn_implementation, config.streaming.layout,
                                                config.model.encoder),
@@ -55,12 +56,14 @@ class Loop:
         method = prepared.method
         self.rollout = None
         if method.samples or prepared.eval_prompts:
+            say(f"starting {config.rollout.engine}")
             self.rollout = make_engine(config, self.device, self.engine.dtype, prepared.max_length, path)
         parts = Parts(config, self.device, prepared.tokenizer, prepared.stop_ids, prepared.vocab, prepared.prompts,
                       prepared.sampler, prepared.verifier, self.rollout, teacher_stop=prepared.teacher_stop,
                       score_policy=self.score_policy)
         if method.distills:
             from trainers.teacher import Teacher
+            say(f"loading {config.teacher.path}")
             parts.teacher = Teacher(config, self.device, prepared.vocab)
         self.trainer = method(parts)
         self.loss = self.trainer.loss()
@@ -217,7 +220,7 @@ class Loop:
         if not self.trainer.samples:
             self.sync(step)
         scores, _ = evaluate(self.rollout, prepared.eval_prompts, self.config, prepared.tokenizer, prepared.stop_ids,
-                             prepared.verifier)
+                             prepared.verifier, what=f"eval  step {step}  {prepared.eval_name}:")
         row = {"step": step, **{f"eval/{prepared.eval_name}/{name}": value for name, value in scores.items()},
                "time/eval": time.perf_counter() - started}
         self.tracker.evaluation(row, prepared.eval_name, self.config.eval.k)
@@ -226,6 +229,12 @@ class Loop:
         folder = checkpoint.save(self.prepared.run_dir, step, self.engine, self.prepared.tokenizer,
                                  self.prepared.stop_ids, self.prepared.facts, self.config.checkpoint.keep)
         self.tracker.say(f"saved {folder}")
+
+
+def say(text: str) -> None:
+    """Print a line before there is a tracker, on rank 0."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
 
 
 def start_model(path: str, prepared: Prepared) -> str:

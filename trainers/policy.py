@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from recipes.embedded import model_folder, names
 from recipes.errors import ModelError
+from recipes.registry import nearest
 from recipes.schema import MASKED_LAYOUTS
 from rollouts.frames import embed, load_encoder
 from rollouts.layout import Layout, check_layouts
@@ -111,6 +113,7 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
     from transformers import AutoModelForCausalLM
 
     attention.register()
+    path = model_folder(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:
@@ -132,12 +135,14 @@ def check_model(key: str, path: str):
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    local = Path(path).expanduser()
+    folder = model_folder(path)
+    local = Path(folder)
     if not local.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise ModelError(f"{key}={path}: no such folder")
+        hint = "" if "/" in path else nearest(path, names())
+        raise ModelError(f"{key}={path}: no such folder{hint}")
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         where = "is not a model folder" if local.is_dir() else "is neither a folder nor a model the hub gave"
         raise ModelError(f"{key}={path} {where}: {str(error).strip().splitlines()[0]}") from error
@@ -145,7 +150,7 @@ def check_model(key: str, path: str):
         raise ModelError(f"{key}={path}: its tokenizer has no end token (eos_token)")
     ends = [tokenizer.eos_token_id]
     with contextlib.suppress(OSError):
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
         ends += listed if isinstance(listed, list) else [listed] if listed is not None else []
     tokenizer.stop_ids = tuple(dict.fromkeys(ends))
     return tokenizer, config

@@ -18,6 +18,7 @@ from trainers.base import TRAINERS
 import trainers.hrpo, trainers.onpolicy_sft, trainers.opd  # noqa: F401,E401  register
 import trainers.proactivellm, trainers.streaming_sft  # noqa: F401,E401
 from trainers.distributed import world_size
+from trainers.operators import check_compiler
 from trainers.evaluation import eval_path, eval_prompts, make_prompts, max_length
 from trainers.policy import check_model, check_same_vocabulary
 from trainers.rollout import ENGINES
@@ -58,6 +59,8 @@ def prepare(config: DictConfig) -> Prepared:
     verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
     check_kernels(config.kernels.backend)
+    if config.engine.offload_optimizer:
+        check_compiler()
     facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
     run_dir, point, start = run_directory(config, facts, notes)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
 from trainers.distributed import rank
+from trainers.progress import clock
 
 
 class Tracker:
@@ -131,7 +132,7 @@ def _line(row: dict, steps: int, left: float) -> str:
                               ("rollout/length_mean", "len", ".1f")):
         if name in row:
             parts.append(f"{label} {row[name]:{form}}")
-    parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{int(left) // 60}:{int(left) % 60:02d} left"]
+    parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{clock(left)} left"]
     return "  ".join(parts)
 
 

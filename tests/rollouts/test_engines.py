@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.compose import compose
 from recipes.errors import SyncError
 from rollouts.fingerprint import checksum, fingerprint, sampled_columns
-from rollouts.hf_engine import HuggingFaceEngine, sample
+from rollouts.hf_engine import HuggingFaceEngine, sample, invert_cdf
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Request, Sampling, sample_seed
 from rollouts.vllm_engine import VllmEngine
@@ -174,6 +174,34 @@ def test_the_hf_sampler_draws_from_the_distribution():
         share = torch.bincount(tokens, minlength=12) / count
         torch.testing.assert_close(share.double(), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(logprobs.double(), scaled.log()[tokens], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 12, 128, 129, 5000])
+def test_the_blockwise_draw_is_the_plain_one(width):
+    """The cumulative sum of the whole row is its specification."""
+    generator = torch.Generator().manual_seed(width)
+    weights = torch.rand(400, width, generator=generator)
+    weights[torch.rand(weights.shape, generator=generator) < 0.5] = 0
+    weights[:, -1] = 1
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    cdf = weights.double().cumsum(-1)
+    expected = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    assert torch.equal(invert_cdf(weights, uniforms), expected)
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    weights = torch.zeros(3, 1000)
+    weights[:, 700] = 1e-30
+    drawn = invert_cdf(weights, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert drawn.tolist() == [700, 700, 700]
+
+
+def test_finished_completions_are_told(engine):
+    told = []
+    asked = [Request(0, index, (5, 6, 7), index) for index in range(5)]
+    engine.generate(asked, Sampling(4, stop_ids=(0,)), on_finished=told.append)
+    assert sum(told) == 5
 
 
 def test_seeds_differ_by_step_prompt_sample_and_purpose():

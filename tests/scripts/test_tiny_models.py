@@ -1,58 +1,93 @@
-"""The embedded models: made by the sft recipe, kept, the same from the same seed; and their tokenizer."""
-import time
-from dataclasses import replace
+"""The embedded models: the files are those of the manifest, a name is their folder, and they can be made again."""
+import json
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes import embedded
 from recipes.compose import compose
+from recipes.errors import ModelError
 from rollouts.protocol import missing
 from rollouts.stories import story
 from scripts import tiny_models
+from trainers.policy import check_model
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    monkeypatch.setenv("ONSTREAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiny_models, "MODELS", {name: replace(spec, steps=3, hidden=32, layers=1, prompts=4)
-                                                for name, spec in tiny_models.MODELS.items()})
+def test_the_files_are_those_of_the_manifest():
+    entries = tiny_models.check(embedded.FOLDER)
+    assert sorted(entries) == embedded.names() == sorted(tiny_models.MODELS)
+    for name, entry in entries.items():
+        assert entry["commit"] != "unknown" and entry["command"].endswith(name)
+        made_with = json.loads(json.dumps(tiny_models.asdict(tiny_models.MODELS[name])))
+        assert entry["spec"] == made_with, f"{name} was made with other settings; make it again"
+        assert ("evaluation" in entry) == bool(tiny_models.MODELS[name].evaluation)
 
 
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+def test_all_of_them_take_less_than_8_mb():
+    sizes = [size for entry in embedded.manifest().values() for size, _ in entry["files"].values()]
+    assert sum(sizes) < 8e6
 
 
-def test_models_are_made_once_from_a_seed(small, monkeypatch, tmp_path):
+def test_the_teacher_is_30_points_above_the_student():
+    accuracy = {name: entry["evaluation"]["avg@8"] for name, entry in embedded.manifest().items() if
+                "evaluation" in entry}
+    assert accuracy["stories-teacher"] - accuracy["stories-student"] >= 0.3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda folder: (folder / "config.json").write_text("{}"), "config.json is not the file that"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    (lambda folder: (folder / "more.txt").write_text("x"), "more.txt is not in"),
+])
+def test_a_changed_file_is_named(tmp_path, change, said):
+    shutil.copytree(embedded.FOLDER, tmp_path / "models")
+    change(tmp_path / "models" / "stories-student")
+    with pytest.raises(ModelError, match=said):
+        tiny_models.check(tmp_path / "models")
+
+
+def test_a_name_is_a_folder_of_the_project(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = compose(["recipe=poweropd"])
-    tiny_models.make_embedded_models(config)
-    student, teacher = weights(config.model.path), weights(config.teacher.path)
+    for key, path, end in (("model.path", config.model.path, "<|endoftext|>"),
+                           ("teacher.path", config.teacher.path, "<|im_end|>")):
+        tokenizer, model = check_model(key, path)
+        assert tokenizer.eos_token == end and model.vocab_size == len(tokenizer)
+    assert config.model.path == "stories-student"  # a run's config names it, wherever the checkout lies
+    assert not list(tmp_path.iterdir())
+    assert embedded.model_folder("~/mine") == f"{tmp_path}/mine"
+    assert embedded.model_folder("Qwen/Qwen3-0.6B-Base") == "Qwen/Qwen3-0.6B-Base"
+
+
+def test_a_misspelt_name_gives_the_nearest():
+    with pytest.raises(ModelError, match="no such folder; did you mean 'stories-student'"):
+        check_model("model.path", "stories-studnet")
+
+
+def test_the_start_of_hrpo_has_the_protocol_tokens():
+    folder = embedded.model_folder(compose(["recipe=adasr"]).model.path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert missing(tokenizer) == []
+    assert AutoModelForCausalLM.from_pretrained(folder).lm_head.weight.shape[0] == len(tokenizer)
+
+
+def test_a_shortened_remake_works(run_command, tmp_path):
+    names = ["stories-student", "stories-teacher", "translation-untrained"]
+    done = run_command("-m", "scripts.tiny_models", "--remake", *names, "--steps", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    entries = tiny_models.check(tmp_path)
+    assert sorted(entries) == names and entries["stories-teacher"]["spec"]["steps"] == 2
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+                        for name in names[:2])
     assert any((student[name] != teacher[name]).any() for name in student)
-    ends = [AutoTokenizer.from_pretrained(path).eos_token for path in (config.model.path, config.teacher.path)]
-    assert ends == ["<|endoftext|>", "<|im_end|>"]
-
-    started = time.monotonic()
-    assert str(tiny_models.make("stories-teacher")) == config.teacher.path
-    assert time.monotonic() - started < 1
-
-    monkeypatch.setenv("ONSTREAM_CACHE", str(tmp_path / "another"))
-    again = weights(tiny_models.make("stories-student"))
-    assert all((again[name] == student[name]).all() for name in student)
+    assert 0 <= entries["stories-student"]["evaluation"]["avg@8"] <= 1
 
 
-def test_only_the_models_of_the_recipe_are_made(small, tmp_path):
-    config = compose(["recipe=onpolicy_sft"])
-    tiny_models.make_embedded_models(config)
-    assert "stories-verbose-" in config.model.path and config.teacher.path == "stories-teacher"
-    made = {path.parent.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*/config.json")}
-    assert "stories-verbose" in made and made <= {"stories-verbose", tiny_models.MODELS["stories-verbose"].start}
-
-
-def test_the_streaming_model_is_made_by_its_recipe_and_has_the_tokens(small):
-    config = compose(["recipe=adasr"])
-    tiny_models.make_embedded_models(config)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    assert "stories-streaming-" in config.model.path and missing(tokenizer) == []
-    assert weights(config.model.path)["lm_head.weight"].shape[0] == len(tokenizer)
+def test_an_unknown_model_is_one_line(capsys):
+    assert tiny_models.main(["--remake", "stories-studnet"]) == 1
+    assert capsys.readouterr().err == (
+        "error: there is no model 'stories-studnet'; did you mean 'stories-student'?\n")
 
 
 def test_streaming_thoughts_fit_their_limit():

@@ -1,0 +1,121 @@
+"""Operators that DeepSpeed compiles on first use, and the lock files that a killed compilation leaves behind.
+
+A run compiles none of them but CPUAdam, and that only where the optimizer is offloaded. PyTorch guards a compilation
+with a lock *file*, which nobody removes when its process is killed; every later start would wait for it for ever.
+"""
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from recipes.errors import ConfigError
+
+Operator = TypeVar("Operator")
+ABANDONED = 600  # seconds; a lock this old whose owner's processes cannot be seen is taken for abandoned
+SAY_EVERY = 20  # seconds between two lines of a start that waits
+
+
+def disable_unused() -> None:
+    """Keep DeepSpeed from compiling shared-memory collectives, one to two minutes at a first start on a CPU.
+
+    It offers them to gloo wherever it finds a compiler. Plain gloo does here: between the ranks of a CPU run the
+    updates, not the collectives, take the time.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def check_compiler() -> None:
+    """Raises ConfigError: an operator must be compiled, and there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise ConfigError("engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ compiler "
+                          f"({compiler}); install one, or take an engine without offloading")
+
+
+def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = print) -> Operator:
+    """Load an operator that is compiled on its first use, and say so where that is now.
+
+    Ranks and runs take turns. A lock file of PyTorch's that no living process holds is removed.
+
+    Args:
+        name: DeepSpeed's name of the operator, as `cpu_adam`.
+        load: compiles it, or loads what was compiled.
+        say: takes a line for the user.
+    """
+    from filelock import FileLock
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    others = f"another process that compiles {name}"
+    turn = FileLock(folder.with_name(f"{folder.name}.turn"))  # the system frees it with its process
+    wait(lambda: try_acquire(turn), others, say)
+    try:
+        wait(lambda: is_free(folder / "lock", say), others, say)
+        if not list(folder.glob("*.so")):
+            say(f"compiling DeepSpeed's {name}, once on this machine; about a minute, into {folder}")
+        return load()
+    finally:
+        turn.release()
+
+
+def wait(ready: Callable[[], bool], what: str, say: Callable[[str], None]) -> None:
+    """Return when `ready()` is true; until then say every so often what is waited for."""
+    said = -math.inf
+    while not ready():
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            say(f"waiting for {what}")
+        time.sleep(0.5)
+
+
+def try_acquire(lock) -> bool:
+    """Take a FileLock if it is free."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
+
+
+def is_free(lock: Path, say: Callable[[str], None]) -> bool:
+    """Whether a lock file is gone, or was a dead process's and is removed."""
+    try:
+        age = time.time() - lock.stat().st_mtime
+        holders, hidden = processes_that_hold(lock)
+    except FileNotFoundError:
+        return True
+    if holders or (hidden and age < ABANDONED):
+        return False
+    say(f"removing {lock}, left {age:.0f} s ago by a process that was killed")
+    lock.unlink(missing_ok=True)
+    return True
+
+
+def processes_that_hold(file: Path) -> tuple[list[int], bool]:
+    """The ids of the processes that have a file open, and whether any Python process of its owner's is hidden from us.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    import psutil
+
+    owner, path = file.stat().st_uid, str(file.resolve())
+    holders, hidden = [], False
+    for process in psutil.process_iter():
+        try:
+            if path in (opened.path for opened in process.open_files()):
+                holders.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:
+            hidden |= process.uids().real == owner and "python" in process.name()
+    return holders, hidden
