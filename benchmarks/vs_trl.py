@@ -110,7 +110,7 @@ def fetch_trl(folder: Path) -> str:
     from kernels.bench import peers
 
     try:
-        return str(peers._locate(*peers.WHEELS["trl"], folder, install=True).resolve())
+        return str(peers.locate(*peers.WHEELS["trl"], folder, install=True).resolve())
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         sys.exit(f"error: benchmarks.vs_trl needs TRL: {peers.one_line(error)}")
 
@@ -160,6 +160,7 @@ def overrides(way: str, folder: Path, args: argparse.Namespace) -> list[str]:
         "rollout.temperature=1",
         f"train.steps={steps}",
         f"train.lr={LEARNING_RATE}",
+        "train.schedule=constant",
         f"train.prompts_per_step={args.prompts}",
         "reward.alpha=0.1",
         "eval.every=-1",

@@ -4,7 +4,7 @@
 goes on from it for much longer. As with a base student and a chat teacher, they share a vocabulary but end on different
 tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
 shortened, learns solutions with redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe
-`streaming_sft` makes it from the teacher, which can calculate. `translation-untrained` has random weights, and words of
+`streaming_sft` makes it from the student, which calculates right about half of the time. `translation-untrained` has random weights, and words of
 the invented languages of `data.path=translation`.
 
     python -m scripts.tiny_models                        check the files against the manifest, and list the models
@@ -72,7 +72,7 @@ MODELS = {
         end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2,
         evaluation=("data=stories", "data.difficulty=2", "max_new_tokens=160")),
     "stories-streaming": TinyModel(
-        end="<|im_end|>", steps=500, seed=4, start="stories-teacher", lr=4e-3,
+        end="<|im_end|>", steps=500, seed=4, start="stories-student", lr=4e-3,
         recipe="streaming_sft", difficulty=2,
         evaluation=("mode=streaming", "data=stories", "data.difficulty=2", "data.distractors=2",
                     "max_new_tokens=60")),

@@ -190,7 +190,7 @@ def load_peer(name: str, device: str, folder: Path, install: bool) -> Peer:
     try:
         if name in CUDA_ONLY and device != "cuda":
             raise RuntimeError(NEEDS_CUDA)
-        return LOADERS[name](device, _locate(*WHEELS[name], folder, install) if name in WHEELS else None)
+        return LOADERS[name](device, locate(*WHEELS[name], folder, install) if name in WHEELS else None)
     except Exception as error:  # whatever a foreign package does when it is imported
         return dict.fromkeys(ABILITIES[name], one_line(error))
 
@@ -200,7 +200,7 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _locate(wheel: str, version: str, folder: Path, install: bool) -> Path:
+def locate(wheel: str, version: str, folder: Path, install: bool) -> Path:
     """Where the wheel of exactly that version lies: the folder, else the environment, else it is downloaded."""
     info = folder / f"{wheel.replace('-', '_')}-{version}.dist-info"
     if info.is_dir():

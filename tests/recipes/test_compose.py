@@ -42,10 +42,12 @@ def test_grpo_differs_from_on_policy_sft_in_the_method_alone():
     assert ours == other
 
 
-def test_a_baseline_differs_from_poweropd_in_the_reward_alone():
+def test_a_baseline_differs_from_poweropd_in_the_reward_and_its_learning_rate():
+    """The learning rate of each was chosen in the same way (README)."""
     ours, baseline = (OmegaConf.to_container(compose([f"recipe={r}", "run.dir=x"])) for r in ("poweropd", "opd"))
     assert baseline["reward"].pop("token") == "log_ratio" and ours["reward"].pop("token") == "power"
     assert ours.pop("recipe") != baseline.pop("recipe")
+    assert ours["train"].pop("lr") > baseline["train"].pop("lr")
     assert ours == baseline
 
 
