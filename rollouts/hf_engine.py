@@ -54,7 +54,7 @@ class HuggingFaceEngine:
         return [done[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        from transformers import DynamicCache
+        from rollouts.cache import growing_cache
 
         width = max(len(r.prompt_ids) for r in requests)
         count = len(requests)
@@ -70,7 +70,7 @@ class HuggingFaceEngine:
             for r in requests]).to(self.device)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
 
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model.config)
         tokens, logprobs = [[] for _ in requests], [[] for _ in requests]
         live = torch.arange(count, device=self.device)  # rows of `requests` still decoding
         finish = ["length"] * count
