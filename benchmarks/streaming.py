@@ -21,7 +21,7 @@ def main() -> int:
     from rollouts.streaming_engine import StreamingEngine
     from rollouts.trajectory import Request, Sampling
     from scripts.tiny_models import MODELS, initialise
-    from train import quiet
+    from scripts.cli import quiet_libraries, quiet_torch
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     args, overrides = parser.parse_known_args()
-    quiet()
+    quiet_libraries()
+    quiet_torch()
     rng = np.random.default_rng(0)
     requests = []
     for index in range(args.batch):

@@ -28,7 +28,7 @@ def main() -> int:
     from rollouts.layout import Layout
     from rollouts.parallel import unit_prompts
     from scripts.tiny_models import TinyModel, initialise
-    from train import quiet
+    from scripts.cli import quiet_libraries, quiet_torch
     from trainers.base import Parts
     from trainers.batching import pack
     from trainers.losses import Loss
@@ -40,7 +40,8 @@ def main() -> int:
     for name, default in (("join", 1), ("sentences", 48), ("hidden", 128), ("layers", 3), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args, overrides = parser.parse_known_args()
-    quiet()
+    quiet_libraries()
+    quiet_torch()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = compose(["recipe=proactivellm", "data.max_prompt_tokens=4096", *overrides])
     with tempfile.TemporaryDirectory() as work:

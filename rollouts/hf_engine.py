@@ -178,8 +178,8 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     target = uniforms * sums.sum(-1)
     block, before = passed(sums, target)
     inside = blocks[torch.arange(count, device=weights.device), block].double()
-    place, _ = passed(inside, target - before)
-    return block * BLOCK + place
+    place, _ = passed(inside, (target - before).clamp(min=0))
+    return (block * BLOCK + place).clamp(max=width - 1)  # where weights are NaN, as in a run that diverged, any token
 
 
 def passed(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -136,7 +136,7 @@ def stories(count: int, *, seed: int, split: str, difficulty: int, **options) ->
     """`count` stories of a split, with the options of `story`.
 
     Validation and held-out stories have different chains while enough exist: repeats are passed over until 1,000 in a row
-    were (difficulty 1 has about 500 chains), and allowed from there on. A shorter list is a prefix of a
+    were (difficulty 1 has about 500 held-out chains), and allowed from there on. A shorter list is a prefix of a
     longer one. Training stories are simply those of index 0, 1, …
 
     Raises:
@@ -184,9 +184,14 @@ def _chain(start: int, steps: list[Step]) -> str:
     return str(start) + "".join(f"{step.sign}{step.n}" for step in steps)
 
 
+def percentile(text: str) -> int:
+    """A hash of a text, 0 to 99: what puts it into a split."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 100
+
+
 def _split(chain: str) -> str:
-    digest = hashlib.blake2b(chain.encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") % 100
+    place = percentile(chain)
     if place < HELDOUT_PERCENT:
         return "heldout"
     return "validation" if place < HELDOUT_PERCENT + VALIDATION_PERCENT else "train"

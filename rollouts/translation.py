@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from recipes.errors import DataError
-from rollouts.stories import SPLITS, _split  # held out by the same hash, in the same share
+from rollouts.stories import HELDOUT_PERCENT, percentile  # held out by the same hash, in the same share
+
+SPLITS = ("train", "heldout")
 
 PHRASES = (3, 7)  # the fewest and the most of a sentence, all numbers equally often
 MODIFIER_COUNTS = (0.62, 0.14, 0.08, 0.08, 0.08)  # the chance that a noun has 0, 1, … modifiers, all different
@@ -71,7 +73,7 @@ def translation(seed: int, index: int, split: str) -> Translation:
             count, = rng.choices(range(len(MODIFIER_COUNTS)), MODIFIER_COUNTS)
             words += [*rng.sample(list(MODIFIERS), count), rng.choice(list(NOUNS))]
         source = " ".join(words)
-        if _split(source) == split:
+        if (percentile(source) < HELDOUT_PERCENT) == (split == "heldout"):
             break
     phrases = _phrases(source)
     target = " ".join(word for *modifiers, noun in phrases

@@ -44,6 +44,8 @@ class VllmEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(rollout.cpu_kv_cache_gib)))
         logging.getLogger("vllm").setLevel(logging.ERROR)  # it remarks on Triton while it is imported
         try:
+            if on_cpu:
+                interpret_small_functions()
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ConfigError(f"rollout.engine=vllm, but vllm does not import here ({error}); "
@@ -118,6 +120,17 @@ class VllmEngine:
         """Shut the engine down and free its memory."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+def interpret_small_functions() -> None:
+    """Keep vLLM from compiling its small helpers on a CPU, in which a first call would run a C++ compiler.
+
+    They are decorated with torch.compile while vllm is imported, whatever `enforce_eager` says; the one that every
+    request meets ranks the sampled token's log-prob.
+    """
+    from vllm.platforms import current_platform
+
+    current_platform.simple_compile_backend = "eager"
 
 
 @torch.no_grad()

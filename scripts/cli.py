@@ -2,20 +2,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
-# Waits for a process to end, then prints: `python -c PRINT_AFTER pid line`.
+# Waits, up to a minute, for the end of the process it is given (a zombie has ended), then prints a line.
 PRINT_AFTER = """
-import os, sys, time
-pid, line = int(sys.argv[1]), sys.argv[2]
-for _ in range(1200):
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        break
-    time.sleep(0.05)
-print(line, file=sys.stderr, flush=True)
+import os, select, sys
+try:
+    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 60)
+except OSError:
+    pass  # it is gone, or the system has no such handles
+print(sys.argv[2], file=sys.stderr, flush=True)
 """
 
 
@@ -46,22 +45,26 @@ def print_error(error: Exception) -> None:
     print(line, file=sys.stderr, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # In a session of its own: torchrun ends what is left of its ranks' sessions.
-        subprocess.Popen([sys.executable, "-S", "-c", PRINT_AFTER, str(os.getppid()), line], start_new_session=True)
+        subprocess.Popen([sys.executable, "-S", "-c", PRINT_AFTER, str(os.getppid()), line],
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def next_steps(config, run_dir) -> str:
+def next_steps(config, run_dir: Path) -> str:
     """What to do with a finished run: lines with commands that work as they are, from the checkout."""
     python = ".venv/bin/python" if sys.prefix.endswith("/.venv") else "python"
-    model = f"{run_dir}/checkpoints/step_{config.train.steps}/model"
-    lines = ["next", f"  open {run_dir}/report.html in a browser"]
+    run, model = str(run_dir), run_dir / "checkpoints" / f"step_{config.train.steps}" / "model"
+    lines = ["next", f"  open {shlex.quote(run)}/report.html in a browser"]
     if config.recipe == "poweropd" and config.data.path == "stories":
-        lines += ["  compare with vanilla on-policy distillation, at its own best learning rate",
-                  f"    {python} train.py recipe=opd run.dir={run_dir}-opd",
-                  f"    {python} -m scripts.report {run_dir} {run_dir}-opd",
-                  "  train your own: give your folders and file instead of these",
-                  f"    {python} train.py recipe=poweropd model.path=stories-student teacher.path=stories-teacher "
-                  "data.path=stories"]
-    if config.streaming.layout is None:
+        other = shlex.quote(f"{run}-opd")
+        lines += [
+            "  compare with vanilla on-policy distillation, at its own best learning rate",
+            f"    {python} train.py recipe=opd run.dir={other}",
+            f"    {python} -m scripts.report {shlex.quote(run)} {other}",
+            "  train your own: put your folders and file in the place of these",
+            f"    {python} train.py recipe=poweropd model.path=stories-student "
+            "teacher.path=stories-teacher data.path=stories"]
+    data = config.eval.path or config.data.path
+    if config.streaming.layout is None and data in ("stories", "translation") and model.is_dir():
         lines += ["  measure what was saved",
-                  f"    {python} -m scripts.evaluate model={model} data={config.eval.path or config.data.path} k=4"]
+                  f"    {python} -m scripts.evaluate model={shlex.quote(str(model))} data={data} k=4"]
     return "\n".join(lines)

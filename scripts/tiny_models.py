@@ -261,9 +261,11 @@ def main(arguments: list[str]) -> int:
         if options.remake is None:
             for name, entry in check(options.out).items():
                 size = sum(size for size, _ in entry["files"].values())
-                scores = entry.get("evaluation", {"avg@8": float("nan")})
-                print(f"{name:24} {size / 2**20:.2f} MiB  avg@8 {scores['avg@8']:.3f}  made {entry['made']}"
-                      f" at {entry['commit']}")
+                accuracy = "untrained"
+                if "evaluation" in entry:
+                    accuracy = f"avg@8 {entry['evaluation']['avg@8']:.3f}"
+                print(f"{name:24} {size / 2**20:.2f} MiB  {accuracy:12} made {entry['made']} at "
+                      f"{entry['commit']}")
             return 0
         for name in options.remake:
             if name not in MODELS:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 TIMEOUT = timedelta(hours=4)  # of a collective; ranks may be far apart after an evaluation of long completions
 
+
 def setup() -> torch.device:
     """Join the process group (one rank without torchrun) and return this rank's device."""
     cuda = torch.cuda.is_available()

@@ -5,8 +5,10 @@ with a lock *file*, which nobody removes when its process is killed; every later
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -33,13 +35,17 @@ def disable_unused() -> None:
 
 def check_compiler() -> None:
     """Raises ConfigError: an operator must be compiled, and there is no C++ compiler."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise ConfigError("engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ compiler "
                           f"({compiler}); install one, or take an engine without offloading")
 
 
-def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = print) -> Operator:
+def say_at_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = say_at_once) -> Operator:
     """Load an operator that is compiled on its first use, and say so where that is now.
 
     Ranks and runs take turns. A lock file of PyTorch's that no living process holds is removed.
@@ -117,5 +123,6 @@ def processes_that_hold(file: Path) -> tuple[list[int], bool]:
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
-            hidden |= process.uids().real == owner and "python" in process.name()
+            with contextlib.suppress(psutil.Error):  # it may end meanwhile
+                hidden |= process.uids().real == owner and "python" in process.name()
     return holders, hidden

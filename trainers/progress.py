@@ -44,7 +44,8 @@ class Progress:
         elif self.shown and time.monotonic() - self.said > EVERY and self.finished < self.total:
             self.said = time.monotonic()
             left = (self.said - self.started) * (self.total - self.finished) / self.finished
-            tqdm.write(f"{self.what}  {self.finished} of {self.total} {self.unit}, {clock(left)} left")
+            print(f"{self.what}  {self.finished} of {self.total} {self.unit}, {clock(left)} left", file=sys.stderr,
+                  flush=True)
 
 
 def clock(seconds: float) -> str:

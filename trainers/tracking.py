@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Sequence
@@ -47,6 +48,7 @@ class Tracker:
         """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
+            sys.stdout.flush()  # a log or a pipe, too, shows each line at once
 
     def step(self, row: dict) -> None:
         """Record one optimizer step and move the bar."""

@@ -65,7 +65,7 @@ def test_a_baseline_differs_from_poweropd_in_the_reward_and_its_learning_rate():
     ("reward.terminal_stop=maks", "did you mean 'mask'?"),
     ("rollout.top_k=0", "rollout.top_k=0 must be -1 (off) or 1 or more"),
     ("train.betas=[0.9]", "train.betas=[0.9] must be two numbers"),
-    ("eval.samples=2", "eval.samples=2 must be at least eval.k=8"),
+    ("eval.samples=2", "eval.samples=2 must be at least eval.k=4"),
     ("engine.offload_params=true", "needs engine.zero_stage=3"),
     ("no equals sign", "is not KEY=VALUE"),
 ])

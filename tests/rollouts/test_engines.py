@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.compose import compose
 from recipes.errors import SyncError
 from rollouts.fingerprint import checksum, fingerprint, sampled_columns
-from rollouts.hf_engine import HuggingFaceEngine, sample, invert_cdf
+from rollouts.hf_engine import HuggingFaceEngine, invert_cdf, sample
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Request, Sampling, sample_seed
 from rollouts.vllm_engine import VllmEngine
@@ -195,6 +195,11 @@ def test_a_weight_of_zero_is_never_drawn():
     weights[:, 700] = 1e-30
     drawn = invert_cdf(weights, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
     assert drawn.tolist() == [700, 700, 700]
+
+
+def test_a_diverged_models_draw_is_a_token_of_the_vocabulary():
+    drawn = invert_cdf(torch.full((2, 130), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64))
+    assert all(0 <= token < 130 for token in drawn.tolist())
 
 
 def test_finished_completions_are_told(engine):

@@ -70,7 +70,10 @@ def test_splits_share_no_problem():
     train = {chain(story(seed, i, "train", d)) for seed, d in ((0, 3), (1, 1)) for i in range(10000)}
     heldout = {chain(s) for seed, d in ((0, 3), (5, 1))
                for s in stories(1000, seed=seed, split="heldout", difficulty=d)}
-    assert len(train) > 9000 and len(heldout) > 1200 and not train & heldout
+    validation = {chain(s) for seed, d in ((0, 3), (5, 1))
+                  for s in stories(1000, seed=seed, split="validation", difficulty=d)}
+    assert len(train) > 9000 and len(heldout) > 1200 and len(validation) > 1200
+    assert not train & heldout and not train & validation and not validation & heldout
 
 
 def test_ten_to_twenty_percent_of_the_chains_are_held_out():

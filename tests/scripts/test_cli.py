@@ -13,11 +13,13 @@ def test_an_error_is_the_last_line_under_torchrun(run_command):
     assert lines[-1] == "error: model.path=stories-studnet: no such folder; did you mean 'stories-student'?"
 
 
-def test_the_next_steps_are_commands_that_compose():
+def test_the_next_steps_are_commands_that_compose(tmp_path):
     config = compose(["recipe=poweropd"])
-    lines = [line.strip() for line in next_steps(config, "outputs/mine").splitlines()]
+    (tmp_path / "a run" / "checkpoints" / f"step_{config.train.steps}" / "model").mkdir(parents=True)
+    lines = [line.strip() for line in next_steps(config, tmp_path / "a run").splitlines()]
     runs = [shlex.split(line)[2:] for line in lines if "train.py" in line]
     assert len(runs) == 2
     for overrides in runs:
         compose(overrides)
-    assert any(f"outputs/mine/checkpoints/step_{config.train.steps}/model" in line for line in lines)
+    measure, = (shlex.split(line) for line in lines if "scripts.evaluate" in line)
+    assert f"model={tmp_path}/a run/checkpoints/step_{config.train.steps}/model" in measure

@@ -72,12 +72,21 @@ def test_an_old_lock_of_somebody_whose_processes_cannot_be_seen_is_abandoned(fol
 
 
 def test_a_run_compiles_nothing(overrides, run_command, tmp_path, monkeypatch):
-    """A stale lock of the collectives that DeepSpeed would compile does not matter: nobody asks for them."""
+    """Nor would it find a compiler. Stale locks of what DeepSpeed would compile do not matter: nobody asks for it."""
     for name in ("deepspeed_shm_comm", "shm_comm", "cpu_adam"):
         (tmp_path / "extensions" / name).mkdir(parents=True)
         (tmp_path / "extensions" / name / "lock").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    done = run_command("train.py", *overrides(train__steps=1, rollout__engine="hf", eval__every=-1), timeout=120)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("CXX", "/bin/false")
+    done = run_command("train.py", *overrides(train__steps=1, rollout__engine="vllm"), timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not list((tmp_path / "extensions").rglob("*.so"))
-    assert not list((tmp_path / "extensions").rglob("*.cpp"))
+    built = [path for folder in ("extensions", "inductor") for path in (tmp_path / folder).rglob("*.*")]
+    assert built == []
+
+
+def test_offloading_without_a_compiler_is_one_line(overrides, run_command, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    done = run_command("train.py", *overrides(), "engine=zero2_offload", timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: engine.offload_optimizer=true compiles DeepSpeed's")

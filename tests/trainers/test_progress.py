@@ -10,7 +10,7 @@ def test_lines_with_the_time_left(monkeypatch, capsys):
         for seconds in range(1, 21):
             now[0] = float(seconds)
             shown.advance(5)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines == ["eval  step 0  30 of 100 completions, 0:14 left", "eval  step 0  60 of 100 completions, 0:08 left",
                      "eval  step 0  90 of 100 completions, 0:02 left"]
 
