@@ -8,7 +8,7 @@ requirements those that a sampler in the trainer's process needs are installed w
 the tests need.
 
 The large packages are fetched and unpacked side by side. pip's own compilation of every module, tests included, is left
-out; `precompile` then compiles the packages that a start imports, on all cores. What is there already is kept, so a
+out; `precompile` then compiles what starts import, on all cores. What is there already is kept, so a
 broken installation goes on where it stopped. With `uv` on the path, uv installs instead of pip, but for where pip was
 told of an index or a folder of wheels, which uv does not read.
 """
@@ -37,10 +37,10 @@ SERVING = {
     "anthropic", "blake3", "depyf", "ijson", "lark", "lm-format-enforcer", "mcp", "mistral-common",
     "model-hosting-container-standards", "ninja", "numba", "opencv-python-headless", "opentelemetry-exporter-otlp",
     "outlines-core", "prometheus-fastapi-instrumentator", "sentencepiece", "tiktoken", "watchfiles"}
+# It declares Triton, which is 1 GB, for kernels that need a GPU; so it is installed by itself, then what else it needs.
+ALONE = {"xgrammar": ["apache-tvm-ffi"]}
 BUILT = {"deepspeed"}  # published as source; built while the large packages unpack
-# What a start imports; the rest is compiled when it is imported first.
-STARTED = ("torch", "vllm", "transformers", "deepspeed", "openai", "wandb", "pandas", "numpy", "sympy", "networkx",
-           "hydra", "omegaconf", "antlr4", "pydantic", "accelerate", "compressed_tensors", "matplotlib")
+# Compiled only when they are imported: tests, and the models that are not the usual ones.
 SKIPPED = re.compile(r"site-packages/.*/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto)[^/]+)/")
 
 
@@ -50,12 +50,13 @@ def main(variant: str, tests: bool) -> int:
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(optional["test"] if tests else [])]
     try:
-        with progress(tests):
+        with progress(tests) as phase:
             remove_partial()
             if variant == "cpu":
                 install_for_cpu(wanted, optional, tests)
             else:
                 install(*wanted, *optional["gpu"])
+            phase.append("compiling what a start imports")
             precompile()
     except subprocess.CalledProcessError:
         return 1
@@ -74,7 +75,12 @@ def install_for_cpu(wanted: list[str], optional: dict, tests: bool) -> None:
             call.result()
     left_out = {"torch", *BROKEN} if tests else {"torch", *BROKEN, *SERVING}
     for requirement in importlib.metadata.requires(name(sampler[0])):
-        if "extra ==" not in requirement and name(requirement) not in left_out:
+        if "extra ==" in requirement or name(requirement) in left_out:
+            continue
+        if name(requirement) in ALONE and not tests:
+            install("--no-deps", requirement)
+            wanted += ALONE[name(requirement)]
+        else:
             wanted.append(requirement)
     if tests:
         wanted += optional["cpu-test"]
@@ -118,16 +124,16 @@ def remove_partial() -> None:
 
 
 def precompile() -> None:
-    """Compile the packages that a start imports, on all cores."""
-    for package in STARTED:
-        if (SITE / package).is_dir():
-            compileall.compile_dir(SITE / package, quiet=2, workers=os.cpu_count(), rx=SKIPPED)
+    """Compile what starts import, on all cores. Python would do it at the first start, on one, and in some containers
+    (PYTHONDONTWRITEBYTECODE) at every start."""
+    compileall.compile_dir(SITE, quiet=2, workers=os.cpu_count(), rx=SKIPPED)
 
 
 @contextlib.contextmanager
 def progress(tests: bool):
     """Say every few seconds how far the installation is: on file descriptor 3, which setup.sh leaves on the terminal."""
-    expected = 200 if tests else 150  # distributions, about
+    expected = 180 if tests else 150  # distributions, about
+    phase: list[str] = []  # what comes after the packages
     try:
         terminal = os.fdopen(os.dup(3), "w")
     except OSError:
@@ -138,11 +144,12 @@ def progress(tests: bool):
     def say() -> None:
         while not finished.wait(5):
             there = sum(1 for _ in SITE.glob("*.dist-info/INSTALLER"))
-            print(f"  {there} of about {expected} packages, {time.monotonic() - started:.0f} s", file=terminal, flush=True)
+            what = phase[-1] if phase else f"{there} of about {expected} packages"
+            print(f"  {what}, {time.monotonic() - started:.0f} s", file=terminal, flush=True)
 
     threading.Thread(target=say, daemon=True).start()
     try:
-        yield
+        yield phase
     finally:
         finished.set()
 
