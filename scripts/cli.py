@@ -27,10 +27,13 @@ def quiet_libraries() -> None:
 
 def quiet_torch() -> None:
     """The same for what can only be told when torch is loaded."""
+    import logging
+
     import torch
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it remarks that there is no Triton
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns it guessed
-    from transformers.utils import logging
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.disable_progress_bar()
 
 
 def print_error(error: Exception) -> None:
