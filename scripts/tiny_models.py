@@ -81,10 +81,10 @@ MODELS = {
 }
 
 
-def make(name: str, spec: TinyModel, out: Path) -> Path:
+def make(name: str, spec: TinyModel, out: Path, prompts: int = 400) -> Path:
     """Make a model as OUT/NAME, from its start there or among the embedded models, and note it in OUT/manifest.json.
 
-    Its weights are trained in float32 and written in bfloat16.
+    Its weights are trained in float32 and written in bfloat16; it is evaluated on so many held-out prompts.
 
     Raises:
         ModelError: training or evaluating it failed.
@@ -102,7 +102,7 @@ def make(name: str, spec: TinyModel, out: Path) -> Path:
             train(work, spec)
             made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model"
         store(made, out / name)
-    note(name, spec, out)
+    note(name, spec, out, prompts)
     return out / name
 
 
@@ -147,7 +147,7 @@ def store(source: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
-def note(name: str, spec: TinyModel, out: Path) -> None:
+def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
     """Evaluate OUT/NAME, and write its entry of OUT/manifest.json."""
     import torch
     import transformers
@@ -160,7 +160,7 @@ def note(name: str, spec: TinyModel, out: Path) -> None:
                    f"transformers {transformers.__version__}",
         "spec": asdict(spec)}
     if spec.evaluation:
-        arguments = [f"model={out / name}", "k=8", "engine=hf", *spec.evaluation]
+        arguments = [f"model={out / name}", "k=8", "engine=hf", f"size={prompts}", *spec.evaluation]
         if spec.recipe == "streaming_sft":
             arguments[2] = "engine=streaming"
         scores = json.loads(command(["-m", "scripts.evaluate", *arguments], "could not be evaluated"))
@@ -271,10 +271,10 @@ def main(arguments: list[str]) -> int:
             if name not in MODELS:
                 raise ModelError(f"there is no model '{name}'{nearest(name, MODELS)}")
         for name in options.remake or MODELS:
-            spec = replace(MODELS[name], vocab_size=options.vocab_size)
+            spec, prompts = replace(MODELS[name], vocab_size=options.vocab_size), 400
             if options.steps is not None:
-                spec = replace(spec, steps=min(spec.steps, options.steps))
-            print(make(name, spec, options.out))
+                spec, prompts = replace(spec, steps=min(spec.steps, options.steps)), 40
+            print(make(name, spec, options.out, prompts))
         return 0
     except OnstreamError as error:
         print(f"error: {error}", file=sys.stderr)
