@@ -6,7 +6,7 @@ Columns that are not named are looked for in a fixed order, once per file:
   of which a final one of the assistant is no part;
 - answer: `reward_model.ground_truth`, `answer`, `final_answer`, `ground_truth`, `solution`;
 - solution, the target of supervised training: that final assistant turn, else the worked text that the answer
-  was taken from, else `solution`, `output`, `response`, `completion`.
+  was taken from, else `solution`, `output`, `response`, `completion`, `chosen`; text, or one turn of the assistant.
 
 An answer column may hold a worked text: `… #### 42` (GSM8K) gives the answer 42 and the solution before it,
 and a `\\boxed{…}` the content of the last box. A list of answers is joined with commas. A text to write that is
@@ -32,6 +32,7 @@ import numpy as np
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
+from rollouts.conversations import chat_turn, target_text, unify
 from rollouts.frames import as_frames
 from rollouts.stories import stories, story
 from rollouts.streaming_data import is_segmented, segmented
@@ -39,7 +40,7 @@ from rollouts.translation import translation
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution")
-SOLUTION_COLUMNS = ("solution", "output", "response", "completion")
+SOLUTION_COLUMNS = ("solution", "output", "response", "completion", "chosen")
 VALIDATION = frozenset(("validation", "valid", "val", "dev"))  # of line-aligned text, one split
 SPLIT_WORDS = {"train", "test", "heldout", "eval", *VALIDATION}
 NOT_DATA = {"dataset_info.json", "dataset_infos.json"}  # beside the files of a downloaded dataset
@@ -310,6 +311,7 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
 
     if not rows:
         return
+    rows = [(place, unify(row, f"{source} {place}")) for place, row in rows]
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
 
     def first_of(names: Iterable[str]) -> str | None:
@@ -335,7 +337,7 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
         frames = as_frames(_cell(row, prompt), source) if prompt_column else None
         messages, target = _chat("frames" if frames is not None else _cell(row, prompt), f"{source} {place}", prompt)
         answer, worked = _answer(_cell(row, answers), is_text=answers == "solution" and answer_column is None)
-        solution = target or worked or _text(_cell(row, solutions))
+        solution = target or worked or _text(target_text(_cell(row, solutions), f"{source} {place}", solutions))
         if answer is None:
             answer = _answer(solution, is_text=True)[0]
         if target_column is not None:
@@ -358,11 +360,9 @@ def _chat(value: Any, where: str, column: str) -> tuple[list[Message], str | Non
     if value is None:
         raise DataError(f"{where}: no '{column}'; give every row a prompt, or drop the row")
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get(part), str)
-            for turn in turns for part in ("role", "content")):
+    if not isinstance(turns, list):
         raise DataError(f"{where}: '{column}' is neither text nor a list of turns with role and content text")
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    turns = [chat_turn(turn, where, column) for turn in turns]
     target = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
     if not turns or not turns[-1]["content"].strip():
         raise DataError(f"{where}: '{column}' is empty; give every row a prompt, or drop the row")

@@ -17,6 +17,7 @@ import torch
 
 from recipes.errors import ConfigError, DataError
 from recipes.registry import Registry
+from rollouts.protocol import token_count
 
 HEADS = Registry("proactive.head")
 
@@ -192,7 +193,7 @@ class Recorder(Head):
 
 def word_starts(tokenizer) -> np.ndarray:
     """[V] bool: the tokens that begin a word, i.e. with a space, and the special ones."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(range(token_count(tokenizer)))
     special = set(tokenizer.all_special_ids)
-    return np.array([index in special or token.startswith(("\u0120", "\u2581", " "))
+    return np.array([index in special or (token or "").startswith(("\u0120", "\u2581", " "))
                      for index, token in enumerate(tokens)])

@@ -130,6 +130,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
         token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k and top-p
         (at temperature 0: at temperature 1).
     """
+    logits = logits[:, :sampling.vocab]
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)
         return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]

@@ -41,6 +41,20 @@ class Protocol:
         return self.sep, self.eoq, self.eos, self.eot, self.eor, self.eoa, self.skip
 
 
+def token_count(tokenizer) -> int:
+    """One more than a tokenizer's largest id. Its `len` is less where ids are left out below that one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def drop_unused_sampling(model) -> None:
+    """Clear the sampling settings of a generation config that is greedy: they do nothing, and transformers, which loads
+    such a config, refuses to save it."""
+    config = model.generation_config
+    if config is not None and not config.do_sample:
+        for name in ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+
+
 def missing(tokenizer) -> list[str]:
     """The protocol tokens that a tokenizer does not have as single tokens."""
     vocabulary = tokenizer.get_vocab()
@@ -75,9 +89,10 @@ def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype="auto")
+    drop_unused_sampling(model)
     ids = sorted(tokenizer.convert_tokens_to_ids(new))
-    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model.get_input_embeddings().weight.shape[0] < token_count(tokenizer):
+        model.resize_token_embeddings(token_count(tokenizer), mean_resizing=False)
     with torch.no_grad():  # a tied head is written twice, the same
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             for tensor in (part.weight, getattr(part, "bias", None)):

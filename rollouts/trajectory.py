@@ -62,6 +62,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     stop_ids: tuple[int, ...] = ()
+    vocab: int | None = None  # only ids below it are drawn: rows of the head past it are padding; None: all
     # Streaming: a thought ends on one of `thought_stops`, or is closed with `close_id` as its last of so many tokens.
     # The limits above are the deep segment's.
     thought_stops: tuple[int, ...] = ()

@@ -73,6 +73,7 @@ class VllmEngine:
             self.llm = LLM(**options)
         except Exception as error:
             raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
+        self.vocab: int | None = None  # what sampling was last limited to
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False,
                  on_finished: Callable[[int], None] | None = None) -> list[Trajectory]:
@@ -82,6 +83,9 @@ class VllmEngine:
         finished since it was last."""
         if not continues:  # what is cached must not depend on what was drawn before a resume
             self.llm.reset_prefix_cache()
+        if sampling.vocab != self.vocab:
+            self.llm.collective_rpc(lambda worker: _limit_vocabulary(worker.model_runner.model, sampling.vocab))
+            self.vocab = sampling.vocab
         params = [self.sampling_params(
             max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, seed=r.seed, logprobs=0,
@@ -131,6 +135,15 @@ def interpret_small_functions() -> None:
     from vllm.platforms import current_platform
 
     current_platform.simple_compile_backend = "eager"
+
+
+def _limit_vocabulary(model: torch.nn.Module, vocab: int | None) -> None:
+    """Cut the logits to the ids below `vocab`, where vLLM cuts off what it padded the head with itself."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor):
+            module.org_vocab_size = min(vocab or module.vocab_size, module.vocab_size)
 
 
 @torch.no_grad()

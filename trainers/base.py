@@ -1,6 +1,7 @@
 """What a method is: a small class that says which sequences to draw and how to weight their tokens."""
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
@@ -64,11 +65,15 @@ class Trainer:
         prompts, scored by the verifier where there are answers, then exchanged. Those of a prompt are adjacent."""
         rollout = self.config.rollout
         prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
-        requests = make_requests(distributed.share(prompts), rollout.samples_per_prompt,
-                                 lambda index, sample: sample_seed(self.config.seed, step, index, sample))
+        samples = rollout.samples_per_prompt
+        # A prompt that comes twice in a step goes on counting: its second samples have noise of their own.
+        firsts = [occurrence * samples for occurrence in occurrences([p.index for p in prompts])]
+        requests = [request for prompt, first in distributed.share(list(zip(prompts, firsts)))
+                    for request in make_requests([prompt], samples, lambda index, sample: sample_seed(
+                        self.config.seed, step, index, first + sample))]
         sampling = make_sampling(self.config, self.parts.tokenizer, self.parts.stop_ids, top_p=rollout.top_p,
                                  max_new_tokens=max_new_tokens(rollout, step), temperature=rollout.temperature,
-                                 top_k=rollout.top_k)
+                                 top_k=rollout.top_k, vocab=self.parts.vocab)
         drawn = self.parts.rollout.generate(requests, sampling)
         by_index = {p.index: p for p in prompts}
         for trajectory in drawn:
@@ -91,6 +96,16 @@ class Trainer:
     def loss(self) -> Loss:
         """The primitives that this method uses."""
         raise TypeError(f"{type(self).__name__} does not define loss()")
+
+
+def occurrences(items: Sequence[int]) -> list[int]:
+    """How often each item has come before, as [0, 0, 1] for [7, 5, 7]."""
+    seen: Counter[int] = Counter()
+    before = []
+    for item in items:
+        before.append(seen[item])
+        seen[item] += 1
+    return before
 
 
 def max_new_tokens(rollout: DictConfig, step: int) -> int:

@@ -15,6 +15,7 @@ from recipes.registry import nearest
 from recipes.schema import MASKED_LAYOUTS
 from rollouts.frames import embed, load_encoder
 from rollouts.layout import Layout, check_layouts
+from rollouts.protocol import drop_unused_sampling
 from trainers import attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -118,6 +119,7 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    drop_unused_sampling(model)
     policy = Policy(model.to(device), load_encoder(encoder, device) if encoder else None)
     if layout in MASKED_LAYOUTS:
         policy.check_layouts()
@@ -128,7 +130,7 @@ def check_model(key: str, path: str):
     """The tokenizer and config of a model, before any weight is read.
 
     Returns:
-        (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the generation config.
+        (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the model's two configs.
 
     Raises:
         ModelError: no such folder or hub model; the message names `key`.
@@ -149,8 +151,10 @@ def check_model(key: str, path: str):
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{key}={path}: its tokenizer has no end token (eos_token)")
     ends = [tokenizer.eos_token_id]
+    configs = [config]
     with contextlib.suppress(OSError):
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        configs.append(GenerationConfig.from_pretrained(folder))
+    for listed in (getattr(one, "eos_token_id", None) for one in configs):
         ends += listed if isinstance(listed, list) else [listed] if listed is not None else []
     tokenizer.stop_ids = tuple(dict.fromkeys(ends))
     return tokenizer, config

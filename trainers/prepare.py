@@ -12,7 +12,7 @@ import kernels
 from recipes.errors import ConfigError, DataError
 from rewards.math import VERIFIERS
 from rollouts.data import Prompt, PromptSampler, configured_examples
-from rollouts.protocol import add_tokens
+from rollouts.protocol import add_tokens, token_count
 from trainers import checkpoint
 from trainers.base import TRAINERS
 import trainers.hrpo, trainers.onpolicy_sft, trainers.opd  # noqa: F401,E401  register
@@ -67,7 +67,7 @@ def prepare(config: DictConfig) -> Prepared:
     tokenizer, model = check_model("model.path", config.model.path)
     stop_ids, teacher_stop = dict.fromkeys(tokenizer.stop_ids), None
     new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
-    vocab = len(tokenizer) if new_tokens else min(model.vocab_size, len(tokenizer))
+    vocab = token_count(tokenizer) if new_tokens else min(model.vocab_size, token_count(tokenizer))
     if new_tokens:
         notes.append(f"model  gets {len(new_tokens)} tokens it lacks: {' '.join(new_tokens)}")
     if method.distills:

@@ -30,7 +30,7 @@ from rollouts.heads import check_heads
 from rollouts.layout import from_visible
 from rollouts.parallel import target_words
 from rollouts.trajectory import Trajectory, sample_seed
-from trainers.base import TRAINERS, Trainer
+from trainers.base import TRAINERS, Trainer, occurrences
 from trainers.losses import Loss
 from trainers.schedules import draw_schedule
 
@@ -54,10 +54,12 @@ class ProactiveLLM(Trainer):
         check_heads(options)
 
     def draw(self, step: int) -> list[Trajectory]:
-        return [self.read(self.parts.prompts[index], step) for index in self.parts.sampler.indices(step)]
+        indices = self.parts.sampler.indices(step)
+        return [self.read(self.parts.prompts[index], step, occurrence)
+                for index, occurrence in zip(indices, occurrences(indices))]
 
-    def read(self, prompt: Prompt, step: int) -> Trajectory:
-        """The example with its views, and the weights of their tokens."""
+    def read(self, prompt: Prompt, step: int, occurrence: int = 0) -> Trajectory:
+        """The example with its views, and the weights of their tokens. `occurrence`: how often the step had it before."""
         options, solution = self.config.proactive, prompt.example.solution
         words = target_words(solution, self.parts.tokenizer)
         opening = [token for part in prompt.opening for token in part]
@@ -65,7 +67,7 @@ class ProactiveLLM(Trainer):
         ends = np.cumsum([len(segment) for segment in prompt.segments])
         units, lengths = len(ends) - 1, [len(word) for word in words]
 
-        rng = np.random.default_rng(sample_seed(self.config.seed, step, prompt.index, 0, "schedule"))
+        rng = np.random.default_rng(sample_seed(self.config.seed, step, prompt.index, occurrence, "schedule"))
         streams = options.schedules if options.stream_weight or options.kl_weight else 0
         batch = bool(options.batch_weight or options.kl_weight)
         schedules = [np.full(len(words), units)] * batch + [

@@ -10,7 +10,7 @@ from rollouts.data import Prompt
 from rollouts.heads import word_starts
 from rollouts.hf_engine import ENGINES
 from rollouts.interleaved import InterleavedEngine
-from rollouts.protocol import Protocol
+from rollouts.protocol import Protocol, token_count
 from rollouts.trajectory import Request, Sampling
 
 
@@ -30,7 +30,9 @@ def make_requests(prompts: Sequence[Prompt], samples: int, seed: Callable[[int, 
 
 def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Sampling:
     """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts on <EOT> or <skip>,
-    and the deep segment also on <EOA>; a simultaneous one is still without a head."""
+    and the deep segment also on <EOA>; a simultaneous one is still without a head. Ids are those that the tokenizer
+    has, or those below `vocab`."""
+    options.setdefault("vocab", token_count(tokenizer))
     if config.streaming.layout is None:
         return Sampling(stop_ids=tuple(stop_ids), **options)
     if config.streaming.layout == "scheduled":

@@ -1,6 +1,7 @@
 """What people see of a run: lines and a progress bar, metrics.jsonl, completions.jsonl, W&B."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -35,8 +36,8 @@ class Tracker:
         OmegaConf.save(config, run_dir / "config.yaml")
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_through(run_dir / name, start if start else -1)
-        self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1)
+        self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1, encoding="utf-8")
         self.table: list[list] = []
         self.wandb = _start_wandb(config, run_dir)
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
@@ -142,15 +143,13 @@ def keep_through(path: Path, step: int) -> None:
     """Drop the records of a .jsonl that are later than `step`, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            break
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    # Lines end in a line feed alone: texts may hold U+2028 and others that str.splitlines takes for ends.
+    with path.open(encoding="utf-8", newline="\n") as lines, temporary.open("w", encoding="utf-8") as kept:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError):
+                if json.loads(line)["step"] <= step:
+                    kept.write(line.removesuffix("\n") + "\n")
     temporary.replace(path)
 
 

@@ -162,3 +162,14 @@ def test_evaluate_prints_json_last(finished, run_command):
     scores = json.loads(done.stdout.splitlines()[-1])
     assert {"avg@2", "pass@2", "length_mean", "truncated_frac"} <= scores.keys()
     assert scores["prompts"] == 6 and scores["samples"] == 4 and 0 <= scores["avg@2"] <= scores["pass@2"] <= 1
+
+
+def test_a_prompt_that_comes_eight_times_in_a_step_has_eight_samples(tiny_models, run_command, tmp_path):
+    """They had one noise, and so one completion, among them."""
+    data, run = tmp_path / "one.jsonl", tmp_path / "run"
+    data.write_text('{"prompt": "Mia has 34 shells.", "answer": "34"}\n')
+    done = run_command("train.py", *base(tiny_models, run), f"data.path={data}", "rollout.engine=hf", "train.steps=1",
+                       "eval.every=-1", "log.wandb=disabled", "log.completions=8", "checkpoint.every=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len({tuple(row["tokens"]) for row in rows}) == len(rows) == 8
