@@ -69,7 +69,7 @@ MODELS = {
     "stories-teacher": TinyModel(
         end="<|im_end|>", steps=2500, seed=2, start="stories-student", schedule="linear"),
     "stories-verbose": TinyModel(
-        end="<|endoftext|>", steps=800, seed=3, verbose=True, difficulty=2,
+        end="<|endoftext|>", steps=1200, seed=3, verbose=True, difficulty=2,
         evaluation=("data=stories", "data.difficulty=2", "max_new_tokens=160")),
     "stories-streaming": TinyModel(
         end="<|im_end|>", steps=500, seed=4, start="stories-student", lr=4e-3,
