@@ -32,7 +32,8 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
     """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts on <EOT> or <skip>,
     and the deep segment also on <EOA>; a simultaneous one is still without a head. Ids are those that the tokenizer
     has, or those below `vocab`."""
-    options.setdefault("vocab", token_count(tokenizer))
+    if "vocab" not in options:
+        options["vocab"] = token_count(tokenizer)
     if config.streaming.layout is None:
         return Sampling(stop_ids=tuple(stop_ids), **options)
     if config.streaming.layout == "scheduled":
