@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "models"
-MANIFEST = FOLDER / "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def names() -> list[str]:
@@ -17,9 +17,9 @@ def names() -> list[str]:
     return sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
 
 
-def manifest() -> dict:
-    """What is known of each embedded model: how it was made, its checksums, its accuracy."""
-    return json.loads(MANIFEST.read_text())
+def manifest(folder: Path = FOLDER) -> dict:
+    """What is known of each model of a folder: how it was made, its checksums, its accuracy."""
+    return json.loads((folder / MANIFEST).read_text())
 
 
 def model_folder(path: str) -> str:

@@ -14,40 +14,31 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt"
 LOST = ("tool_calls", "tool_call_id", "function_call")
 
 
-def unify(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row whose ShareGPT conversation is in `messages`, and whose Alpaca input is in `instruction`.
-
-    Raises:
-        DataError: it has tools, or a conversation of another form.
-    """
+def refuse_tools(row: dict[str, Any], where: str) -> None:
+    """Raises DataError: the row has tools."""
     if row.get("tools"):
         raise DataError(f"{where}: it has 'tools', which training does not render; drop the column or the row")
-    if isinstance(row.get("conversations"), list) and "messages" not in row:
-        row = {**row, "messages": [sharegpt_turn(turn, where) for turn in row["conversations"]]}
-        del row["conversations"]
-    given = row.get("input")
-    if isinstance(row.get("instruction"), str) and isinstance(given, str) and given.strip():
-        row = {**row, "instruction": f"{row['instruction'].rstrip()}\n\n{given}"}
-    return row
 
 
-def sharegpt_turn(turn: Any, where: str) -> dict[str, str]:
-    """A turn {from, value} as one with a role and content."""
-    if isinstance(turn, dict) and "role" in turn:
-        return turn
-    speaker = turn.get("from") if isinstance(turn, dict) else None
-    if speaker not in SHAREGPT_ROLES:
-        raise DataError(f"{where}: a turn of 'conversations' is from {speaker!r}, not one of "
-                        f"{', '.join(SHAREGPT_ROLES)}; rename it, or drop the row")
-    return {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
+def instruction_text(row: dict[str, Any]) -> str | None:
+    """Alpaca's `instruction`, with the `input` it is about where there is one."""
+    instruction, given = row.get("instruction"), row.get("input")
+    if isinstance(instruction, str) and isinstance(given, str) and given.strip():
+        return f"{instruction.rstrip()}\n\n{given}"
+    return instruction
 
 
 def chat_turn(turn: Any, where: str, column: str) -> dict[str, str]:
-    """A turn as role and content text.
+    """A turn as role and content text; ShareGPT's have `from` and `value`.
 
     Raises:
         DataError: it is no such turn, or has more than text.
     """
+    if isinstance(turn, dict) and "from" in turn and "role" not in turn:
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise DataError(f"{where}: a turn of '{column}' is from {turn['from']!r}, not one of "
+                            f"{', '.join(SHAREGPT_ROLES)}; rename it, or drop the row")
+        turn = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
     if isinstance(turn, dict):
         for name in LOST:
             if turn.get(name):

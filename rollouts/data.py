@@ -2,7 +2,8 @@
 
 Columns that are not named are looked for in a fixed order, once per file:
 
-- prompt: `prompt`, `messages`, `question`, `problem`, `instruction`, `input`; text, or a list of chat turns,
+- prompt: `prompt`, `messages`, `conversations`, `question`, `problem`, `instruction` (with the `input` that it is
+  about), `input`; text, or a list of chat turns,
   of which a final one of the assistant is no part;
 - answer: `reward_model.ground_truth`, `answer`, `final_answer`, `ground_truth`, `solution`;
 - solution, the target of supervised training: that final assistant turn, else the worked text that the answer
@@ -32,13 +33,13 @@ import numpy as np
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
-from rollouts.conversations import chat_turn, target_text, unify
+from rollouts.conversations import chat_turn, instruction_text, refuse_tools, target_text
 from rollouts.frames import as_frames
 from rollouts.stories import stories, story
 from rollouts.streaming_data import is_segmented, segmented
 from rollouts.translation import translation
 
-PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input")
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "question", "problem", "instruction", "input")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution")
 SOLUTION_COLUMNS = ("solution", "output", "response", "completion", "chosen")
 VALIDATION = frozenset(("validation", "valid", "val", "dev"))  # of line-aligned text, one split
@@ -311,7 +312,6 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
 
     if not rows:
         return
-    rows = [(place, unify(row, f"{source} {place}")) for place, row in rows]
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
 
     def first_of(names: Iterable[str]) -> str | None:
@@ -335,7 +335,9 @@ def _examples(source: str, rows: list[tuple[str, Row]], prompt_column: str | Non
     solutions = first_of(SOLUTION_COLUMNS)
     for index, (place, row) in enumerate(rows, first_index):
         frames = as_frames(_cell(row, prompt), source) if prompt_column else None
-        messages, target = _chat("frames" if frames is not None else _cell(row, prompt), f"{source} {place}", prompt)
+        refuse_tools(row, f"{source} {place}")
+        asked = instruction_text(row) if prompt == "instruction" and not prompt_column else _cell(row, prompt)
+        messages, target = _chat("frames" if frames is not None else asked, f"{source} {place}", prompt)
         answer, worked = _answer(_cell(row, answers), is_text=answers == "solution" and answer_column is None)
         solution = target or worked or _text(target_text(_cell(row, solutions), f"{source} {place}", solutions))
         if answer is None:

@@ -136,14 +136,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
         return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak).exp_()
-    total = weights.sum(-1, dtype=torch.float64)
-    if sampling.top_k > 0 or sampling.top_p < 1:
-        weights = truncate(weights.double() / total[:, None], sampling)
-    chosen = invert_cdf(weights, uniforms)
-    logprobs = (logits.gather(-1, chosen[:, None]) - peak)[:, 0] - total.log()
-    return chosen, logprobs.float()
+    probs = logits.softmax(-1)
+    truncated = sampling.top_k > 0 or sampling.top_p < 1
+    chosen = invert_cdf(truncate(probs.double(), sampling) if truncated else probs, uniforms)
+    return chosen, probs.gather(-1, chosen[:, None])[:, 0].log()
 
 
 def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -163,7 +159,7 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The index at which the cumulative sum of each row passes its uniform share of the total.
 
     In two levels, first among the sums of blocks, then within one: the cumulative sum of a large vocabulary is never
-    made. Sums are in float64.
+    made. A block is summed in the weights' dtype, everything else in float64.
 
     Args:
         weights: [B, V], not negative, any positive scale; one of zero is never chosen.
@@ -173,9 +169,10 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         [B] int64.
     """
     count, width = weights.shape
-    padded = -(-width // BLOCK) * BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, padded - width)).view(count, -1, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
+    if width % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, BLOCK - width % BLOCK))
+    blocks = weights.view(count, -1, BLOCK)
+    sums = blocks.sum(-1).double()
     target = uniforms * sums.sum(-1)
     block, before = passed(sums, target)
     inside = blocks[torch.arange(count, device=weights.device), block].double()

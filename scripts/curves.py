@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 
 QUANTILES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0)
 FIGURES = ("bleu", "chrf", "f1", "exact", "al", "laal", "rco", "ail")
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(write(config, out)))
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

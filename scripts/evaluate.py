@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 
 SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
          "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(({"mode": mode} if mode else {}) | run(config)))
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

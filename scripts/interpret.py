@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 
 SHORT = {"model": "model.path", "data": "data.path", "head": "proactive.head", "setting": "proactive.setting",
          "quantile": "proactive.quantile", "dtype": "model.dtype"}
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
             print(text, flush=True)
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 
 END = "<|endoftext|>"
 SIZES = {"vocab": 8000, "hidden": 256, "layers": 4, "heads": 4}  # and their defaults
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         print(make(arguments))
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from scripts.cli import print_error
+
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status; a mistake of the user's ends in one line on stderr."""
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(f"{out}/text  {out}/speech")
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

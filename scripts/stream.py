@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Iterable, Iterator
 
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 
 SHORT = {"model": "model.path", "temperature": "eval.temperature", "top_p": "eval.top_p", "dtype": "model.dtype",
          "max_new_tokens": "rollout.max_new_tokens", "max_thought_tokens": "streaming.max_thought_tokens",
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         watch(config, *read_text(file, question), 60 / float(pace) if float(pace) else 0.0)
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -33,7 +33,7 @@ from pathlib import Path
 from recipes import embedded
 from recipes.errors import ModelError, OnstreamError
 from recipes.registry import nearest
-from scripts.cli import quiet_libraries
+from scripts.cli import print_error, quiet_libraries
 from scripts.new_model import learn_tokenizer, qwen3, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,9 +160,8 @@ def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
                    f"transformers {transformers.__version__}",
         "spec": asdict(spec)}
     if spec.evaluation:
-        arguments = [f"model={out / name}", "k=8", "engine=hf", f"size={prompts}", *spec.evaluation]
-        if spec.recipe == "streaming_sft":
-            arguments[2] = "engine=streaming"
+        engine = "streaming" if spec.recipe == "streaming_sft" else "hf"
+        arguments = [f"model={out / name}", "k=8", f"engine={engine}", f"size={prompts}", *spec.evaluation]
         scores = json.loads(command(["-m", "scripts.evaluate", *arguments], "could not be evaluated"))
         entry["evaluation"] = {
             "command": " ".join(["python -m scripts.evaluate", f"model={name}", *arguments[1:]]),
@@ -170,8 +169,8 @@ def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
             "length_mean": round(scores["length_mean"], 2)}
     entry["files"] = {
         file.name: [file.stat().st_size, checksum(file)] for file in sorted((out / name).iterdir())}
-    path = out / embedded.MANIFEST.name
-    entries = json.loads(path.read_text()) if path.exists() else {}
+    path = out / embedded.MANIFEST
+    entries = embedded.manifest(out) if path.exists() else {}
     path.write_text(json.dumps(entries | {name: entry}, indent=1, sort_keys=True) + "\n")
 
 
@@ -192,8 +191,7 @@ def check(folder: Path) -> dict:
     Raises:
         ModelError: a file is missing, changed, or not in the manifest; the message names it.
     """
-    path = folder / embedded.MANIFEST.name
-    entries = json.loads(path.read_text())
+    path, entries = folder / embedded.MANIFEST, embedded.manifest(folder)
     there = {file.relative_to(folder) for file in folder.glob("*/*")}
     for name, entry in entries.items():
         for file, (size, digest) in entry["files"].items():
@@ -277,7 +275,7 @@ def main(arguments: list[str]) -> int:
             print(make(name, spec, options.out, prompts))
         return 0
     except OnstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

@@ -58,8 +58,9 @@ def equal_runs(lengths: list[int], masks: list[torch.Tensor | None]) -> list[tup
     """
     runs: list[tuple[int, int, torch.Tensor | None]] = []
     for length, mask in zip(lengths, masks):
-        if runs and mask is None and runs[-1][1:] == (length, None):
-            runs[-1] = (runs[-1][0] + 1, length, None)
+        count, last, last_mask = runs[-1] if runs else (0, None, None)
+        if length == last and mask is None and last_mask is None:
+            runs[-1] = (count + 1, length, None)
         else:
             runs.append((1, length, mask))
     return runs

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Sequence
 
 import torch
@@ -66,11 +67,11 @@ class Trainer:
         rollout = self.config.rollout
         prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
         samples = rollout.samples_per_prompt
-        # A prompt that comes twice in a step goes on counting: its second samples have noise of their own.
-        firsts = [occurrence * samples for occurrence in occurrences([p.index for p in prompts])]
-        requests = [request for prompt, first in distributed.share(list(zip(prompts, firsts)))
-                    for request in make_requests([prompt], samples, lambda index, sample: sample_seed(
-                        self.config.seed, step, index, first + sample))]
+        requests = []
+        for prompt, occurrence in distributed.share(list(zip(prompts, occurrences([p.index for p in prompts])))):
+            # A prompt that comes twice in a step goes on counting: its second samples have noise of their own.
+            seed = partial(self.seed, step, occurrence * samples)
+            requests += make_requests([prompt], samples, seed)
         sampling = make_sampling(self.config, self.parts.tokenizer, self.parts.stop_ids, top_p=rollout.top_p,
                                  max_new_tokens=max_new_tokens(rollout, step), temperature=rollout.temperature,
                                  top_k=rollout.top_k, vocab=self.parts.vocab)
@@ -79,6 +80,10 @@ class Trainer:
         for trajectory in drawn:
             describe(trajectory, by_index[trajectory.prompt_index], self.parts.tokenizer, self.parts.verifier)
         return [t for part in distributed.gather(drawn) for t in part]
+
+    def seed(self, step: int, first: int, index: int, sample: int) -> int:
+        """The seed of sample `first + sample` of prompt `index`."""
+        return sample_seed(self.config.seed, step, index, first + sample)
 
     def keeps(self, trajectory: Trajectory) -> bool:
         """Whether the update learns from it. Every rank asks for every trajectory and must get the same answer."""

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,11 +42,7 @@ def check_compiler() -> None:
                           f"({compiler}); install one, or take an engine without offloading")
 
 
-def say_at_once(text: str) -> None:
-    print(text, flush=True)
-
-
-def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = say_at_once) -> Operator:
+def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = partial(print, flush=True)) -> Operator:
     """Load an operator that is compiled on its first use, and say so where that is now.
 
     Ranks and runs take turns. A lock file of PyTorch's that no living process holds is removed.

@@ -38,6 +38,13 @@ def test_an_instruction_with_an_input(tmp_path):
     assert without.messages[0]["content"] == "Say hello."
 
 
+def test_a_column_that_is_named_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "Say hello.", "input": "x", "conversations": ASKED + ANSWERED}) + "\n")
+    assert load_examples(str(path), prompt_column="instruction")[0].messages[0]["content"] == "Say hello."
+    assert load_examples(str(path), prompt_column="conversations")[0].messages == ASKED
+
+
 @pytest.mark.parametrize("row, said", [
     ({"messages": ASKED + ANSWERED, "tools": [{"name": "add"}]}, "it has 'tools'"),
     ({"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "'tool_calls'"),
