@@ -184,14 +184,14 @@ def _chain(start: int, steps: list[Step]) -> str:
     return str(start) + "".join(f"{step.sign}{step.n}" for step in steps)
 
 
-def percentile(text: str) -> int:
+def hash_percent(text: str) -> int:
     """A hash of a text, 0 to 99: what puts it into a split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 100
 
 
 def _split(chain: str) -> str:
-    place = percentile(chain)
+    place = hash_percent(chain)
     if place < HELDOUT_PERCENT:
         return "heldout"
     return "validation" if place < HELDOUT_PERCENT + VALIDATION_PERCENT else "train"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from recipes.errors import DataError
-from rollouts.stories import HELDOUT_PERCENT, percentile  # held out by the same hash, in the same share
+from rollouts.stories import HELDOUT_PERCENT, hash_percent  # held out by the same hash, in the same share
 
 SPLITS = ("train", "heldout")
 
@@ -73,7 +73,7 @@ def translation(seed: int, index: int, split: str) -> Translation:
             count, = rng.choices(range(len(MODIFIER_COUNTS)), MODIFIER_COUNTS)
             words += [*rng.sample(list(MODIFIERS), count), rng.choice(list(NOUNS))]
         source = " ".join(words)
-        if (percentile(source) < HELDOUT_PERCENT) == (split == "heldout"):
+        if (hash_percent(source) < HELDOUT_PERCENT) == (split == "heldout"):
             break
     phrases = _phrases(source)
     target = " ".join(word for *modifiers, noun in phrases
