@@ -57,7 +57,7 @@ RUNS: dict[str, dict] = {
     "opd_forward_kl": {}, "opd_jsd": {}, "opd_reverse_kl": {}, "opd_topk": {},
     "grpo": SAMPLED, "onpolicy_sft": SAMPLED,
     "onpolicy_sft_paper": STUDENT | SAMPLED | {"rollout.engine": "vllm", "model.path": "stories-verbose", "data.difficulty": 1,
-                                               "rollout.max_new_tokens": 60},
+                                               "rollout.max_new_tokens": 60, "data.suffix": "null"},
     "sft": {},
     "streaming_sft": STREAMED | {"model.path": "stories-student"},
     "adasr": STREAMED | SAMPLED, "adasr_grpo": STREAMED | SAMPLED,
