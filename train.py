@@ -1,8 +1,9 @@
 """Entry point: compose the config, check everything, build the parts, train.
 
-    torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
-    python train.py recipe=poweropd …            the same with one rank
+torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
+python train.py recipe=poweropd …            the same with one rank
 """
+
 from __future__ import annotations
 
 import os
@@ -13,7 +14,8 @@ from scripts.cli import next_steps, print_error, quiet_libraries, quiet_torch
 
 
 def main(overrides: list[str]) -> int:
-    """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status 1."""
+    """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status
+    1."""
     from recipes.compose import compose
     from recipes.errors import OnstreamError
 
@@ -22,22 +24,29 @@ def main(overrides: list[str]) -> int:
         config = compose(overrides)
         quiet_torch()
         from trainers.prepare import prepare
+
         prepared = prepare(config)
         if config.dry_run:
             if rank == 0:
                 from omegaconf import OmegaConf
+
                 print(OmegaConf.to_yaml(config), end="")
-                print(f"# ok: {len(prepared.prompts)} prompts, sequences of up to {prepared.max_length} tokens")
+                print(
+                    f"# ok: {len(prepared.prompts)} prompts, sequences of up to {prepared.max_length} tokens"
+                )
             return 0
         from trainers.loop import Loop
+
         run_dir = Loop(config, prepared).fit()
         try:
             if config.proactive.curve and prepared.eval_prompts and config.train.steps:
                 from scripts.curves import of_run
+
                 of_run(config, run_dir)
         finally:
             if rank == 0:
                 from scripts.report import write_report
+
                 print(f"report {write_report(run_dir)}")
         if rank == 0:
             print(next_steps(config, run_dir))
@@ -55,8 +64,10 @@ if __name__ == "__main__":
     sys.stderr.flush()
     if status == 0 and "torch" in sys.modules:
         import torch.distributed as dist
+
         if dist.is_initialized():
             dist.destroy_process_group()
-        # All is written and closed. Without the libraries' own ends, of which one has aborted a finished rank.
+        # All is written and closed. Without the libraries' own ends, of which one has aborted a
+        # finished rank.
         os._exit(0)
     sys.exit(status)

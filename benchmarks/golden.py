@@ -1,14 +1,16 @@
-"""Golden curves: every recipe, run briefly, gives the numbers that it gave before. A refactor proves itself with them.
+"""Golden curves: every recipe, run briefly, gives the numbers that it gave before. A refactor
+proves itself with them.
 
     python -m benchmarks.golden record [NAME …]     run, and write tests/golden/NAME.json
     python -m benchmarks.golden check [NAME …]      run, and compare
 
-Each run takes a few steps of small batches on the embedded models, on one CPU thread with one rank and a fixed seed.
-Its file holds the rows of metrics.jsonl without times and memory, and a checksum of the final weights.
-tests/golden/machine.json names the processor and the versions that the files were recorded with. There the check
-demands equality, to the byte. On another machine float32 sums round otherwise, and a sampled token may flip, after
-which two runs go apart. So elsewhere the check compares the first evaluation and the first step, within `BOUNDS`.
-"""
+Each run takes a few steps of small batches on the embedded models, on one CPU thread with one rank
+and a fixed seed. Its file holds the rows of metrics.jsonl without times and memory, and a checksum
+of the final weights. tests/golden/machine.json names the processor and the versions that the files
+were recorded with. There the check demands equality, to the byte. On another machine float32 sums
+round otherwise, and a sampled token may flip, after which two runs go apart. So elsewhere the check
+compares the first evaluation and the first step, within `BOUNDS`."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,22 +32,56 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 COMMON = {
-    "train.steps": 3, "train.prompts_per_step": 8, "train.tokens_per_microbatch": 600, "checkpoint.every": 0,
-    "data.stories": 96, "data.max_prompt_tokens": 512, "rollout.engine": "hf", "rollout.max_new_tokens": 40,
-    "eval.size": 8, "eval.k": 2, "eval.every": 2, "log.wandb": "disabled"}
+    "train.steps": 3,
+    "train.prompts_per_step": 8,
+    "train.tokens_per_microbatch": 600,
+    "checkpoint.every": 0,
+    "data.stories": 96,
+    "data.max_prompt_tokens": 512,
+    "rollout.engine": "hf",
+    "rollout.max_new_tokens": 40,
+    "eval.size": 8,
+    "eval.k": 2,
+    "eval.every": 2,
+    "log.wandb": "disabled",
+}
 SAMPLED = {"rollout.samples_per_prompt": 4}
 STREAMED = {"rollout.engine": "streaming", "streaming.seconds_per_token": 0.01}
 TRANSLATED = {
-    "rollout.engine": "simultaneous", "eval.k": 1, "proactive.calibration_size": 12, "data.path": "translation",
-    "proactive.curve": "[batch,wait_k]"}
-STUDENT = {"model.path": "stories-student", "model.dtype": "float32", "data.path": "stories", "data.split": "train", "eval.path": "stories",
-           "eval.split": "heldout", "eval.max_new_tokens": "null", "train.lr": 1e-3}
+    "rollout.engine": "simultaneous",
+    "eval.k": 1,
+    "proactive.calibration_size": 12,
+    "data.path": "translation",
+    "proactive.curve": "[batch,wait_k]",
+}
+STUDENT = {
+    "model.path": "stories-student",
+    "model.dtype": "float32",
+    "data.path": "stories",
+    "data.split": "train",
+    "eval.path": "stories",
+    "eval.split": "heldout",
+    "eval.max_new_tokens": "null",
+    "train.lr": 1e-3,
+}
 TAUGHT = STUDENT | {"teacher.path": "stories-teacher", "teacher.dtype": "float32"}
-UNTRAINED = {"model.path": "translation-untrained", "data.prompt_column": "null", "data.target_column": "null",
-             "data.template": "plain", "eval.path": "translation", "eval.split": "heldout",
-             "proactive.calibration_path": "translation"}
-FRAMES = {"model.path": "translation-untrained", "model.encoder": "benchmarks.golden.Encoder", "data.path": "FRAMES",
-          "data.template": "plain", "eval.path": "FRAMES", "eval.split": "train"}
+UNTRAINED = {
+    "model.path": "translation-untrained",
+    "data.prompt_column": "null",
+    "data.target_column": "null",
+    "data.template": "plain",
+    "eval.path": "translation",
+    "eval.split": "heldout",
+    "proactive.calibration_path": "translation",
+}
+FRAMES = {
+    "model.path": "translation-untrained",
+    "model.encoder": "benchmarks.golden.Encoder",
+    "data.path": "FRAMES",
+    "data.template": "plain",
+    "eval.path": "FRAMES",
+    "eval.split": "train",
+}
 # Of each run: its recipe, where that is not its name, and the overrides beside `COMMON`.
 RUNS: dict[str, dict] = {
     "poweropd": {},
@@ -53,15 +89,33 @@ RUNS: dict[str, dict] = {
     "poweropd_resumed": {"recipe": "poweropd", "checkpoint.every": 2, "stop_at": 2},
     "poweropd_full": {},
     "poweropd_paper": TAUGHT,
-    "opd": {}, "opd_clip": {}, "opd_tanh": {}, "opd_zscore": {},
-    "opd_forward_kl": {}, "opd_jsd": {}, "opd_reverse_kl": {}, "opd_topk": {},
-    "grpo": SAMPLED, "onpolicy_sft": SAMPLED,
-    "onpolicy_sft_paper": STUDENT | SAMPLED | {"rollout.engine": "vllm", "model.path": "stories-verbose", "data.difficulty": 1,
-                                               "rollout.max_new_tokens": 60, "data.suffix": "null"},
+    "opd": {},
+    "opd_clip": {},
+    "opd_tanh": {},
+    "opd_zscore": {},
+    "opd_forward_kl": {},
+    "opd_jsd": {},
+    "opd_reverse_kl": {},
+    "opd_topk": {},
+    "grpo": SAMPLED,
+    "onpolicy_sft": SAMPLED,
+    "onpolicy_sft_paper": STUDENT
+    | SAMPLED
+    | {
+        "rollout.engine": "vllm",
+        "model.path": "stories-verbose",
+        "data.difficulty": 1,
+        "rollout.max_new_tokens": 60,
+        "data.suffix": "null",
+    },
     "sft": {},
     "streaming_sft": STREAMED | {"model.path": "stories-student"},
-    "adasr": STREAMED | SAMPLED, "adasr_grpo": STREAMED | SAMPLED,
-    "adasr_paper": STREAMED | SAMPLED | STUDENT | {"model.path": "stories-streaming", "rollout.engine": "vllm"},
+    "adasr": STREAMED | SAMPLED,
+    "adasr_grpo": STREAMED | SAMPLED,
+    "adasr_paper": STREAMED
+    | SAMPLED
+    | STUDENT
+    | {"model.path": "stories-streaming", "rollout.engine": "vllm"},
     "proactivellm": TRANSLATED,
     "proactivellm_paper": TRANSLATED | UNTRAINED | {"train.lr": 1e-3, "model.dtype": "float32"},
     "proactivellm_speech": TRANSLATED | FRAMES | {"train.lr": 1e-3, "model.dtype": "float32"},
@@ -72,7 +126,8 @@ BOUNDS = {"eval": 0.35, "step": 0.05}
 
 
 class Encoder:
-    """Made where a run asks for it: a causal encoder of one frame per embedding, with fixed weights."""
+    """Made where a run asks for it: a causal encoder of one frame per embedding, with fixed
+    weights."""
 
     def __new__(cls):
         import torch
@@ -94,8 +149,13 @@ class Encoder:
 def write_frames(path: Path) -> None:
     """Twenty sources of 6 to 25 frames of five numbers, with texts."""
     rng = np.random.default_rng(0)
-    rows = [{"audio": rng.normal(size=(6 + index, 5)).round(3).tolist(), "text": "rarin lalun laxan"[:5 + 6 * (index % 3)]}
-            for index in range(20)]
+    rows = [
+        {
+            "audio": rng.normal(size=(6 + index, 5)).round(3).tolist(),
+            "text": "rarin lalun laxan"[: 5 + 6 * (index % 3)],
+        }
+        for index in range(20)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -104,8 +164,14 @@ def machine() -> dict[str, str]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-                    if line.startswith("model name")), cpu)
+        cpu = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
     packages = ("torch", "transformers", "deepspeed", "numpy")
     return {"cpu": cpu} | {name: importlib.metadata.version(name) for name in packages}
 
@@ -123,7 +189,10 @@ def run(name: str, folder: Path, core: int | None) -> dict:
         overrides.append("resume=auto")
     train(overrides, name, core)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))} for row in rows]
+    kept = [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+        for row in rows
+    ]
     weights = folder / "checkpoints" / f"step_{keys['train.steps']}" / "model" / "model.safetensors"
     return {"rows": kept, "weights": checksum(weights)}
 
@@ -131,9 +200,15 @@ def run(name: str, folder: Path, core: int | None) -> dict:
 def train(overrides: list[str], name: str, core: int | None) -> None:
     """`train.py`, on one thread. Raises SystemExit: it failed."""
     command = [sys.executable, "train.py", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=pin)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=pin
+    )
     if done.returncode:
         raise SystemExit(f"{name} failed: {' '.join(command)}\n{done.stderr[-3000:]}")
 
@@ -154,7 +229,9 @@ def differences(wanted: dict, found: dict) -> list[str]:
     for row, (old, new) in enumerate(zip(wanted["rows"], found["rows"], strict=False)):
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                lines.append(f"row {row} (step {old['step']}): {key} {old.get(key)} -> {new.get(key)}")
+                lines.append(
+                    f"row {row} (step {old['step']}): {key} {old.get(key)} -> {new.get(key)}"
+                )
     if len(wanted["rows"]) != len(found["rows"]):
         lines.append(f"{len(wanted['rows'])} rows -> {len(found['rows'])}")
     if wanted["weights"] != found["weights"]:
@@ -163,7 +240,8 @@ def differences(wanted: dict, found: dict) -> list[str]:
 
 
 def out_of_bounds(wanted: dict, found: dict) -> list[str]:
-    """The metrics of the first evaluation and of step 1 that are further apart than `BOUNDS`, in words."""
+    """The metrics of the first evaluation and of step 1 that are further apart than `BOUNDS`, in
+    words."""
     lines = []
     for old, new in zip(wanted["rows"][:2], found["rows"][:2], strict=True):
         bound = BOUNDS["step" if "train/loss" in old else "eval"]
@@ -171,16 +249,22 @@ def out_of_bounds(wanted: dict, found: dict) -> list[str]:
             lines.append(f"step {old['step']}: other metrics, {sorted(old.keys() ^ new.keys())}")
         for key in old.keys() & new.keys():
             a, b = old[key], new[key]
-            if isinstance(a, (int, float)) and not math.isclose(a, b, rel_tol=bound, abs_tol=bound / 10):
+            if isinstance(a, (int, float)) and not math.isclose(
+                a, b, rel_tol=bound, abs_tol=bound / 10
+            ):
                 lines.append(f"step {old['step']}: {key} {a} -> {b}, more than {bound:.0%}")
     return lines
 
 
 def main() -> int:
     """Returns 1 where a comparison fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["record", "check"])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; `fast`: {', '.join(FAST)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; `fast`: {', '.join(FAST)}"
+    )
     arguments = parser.parse_args()
     names = list(FAST) if arguments.names == ["fast"] else arguments.names or list(RUNS)
     if unknown := set(names) - RUNS.keys():
@@ -196,7 +280,10 @@ def main() -> int:
 
     started, failed = time.monotonic(), 0
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        concurrent.futures.ThreadPoolExecutor(len(cores)) as pool,
+    ):
         free = list(cores)
 
         def one(name: str) -> dict:
@@ -215,8 +302,12 @@ def main() -> int:
             wanted = json.loads(path.read_text())
             lines = differences(wanted, found) if same else out_of_bounds(wanted, found)
             failed += bool(lines)
-            print(f"{name}: " + ("equal" if same else "within bounds") if not lines else "\n  ".join(
-                [f"{name}: DIFFERS", *lines[:12]]), flush=True)
+            print(
+                f"{name}: " + ("equal" if same else "within bounds")
+                if not lines
+                else "\n  ".join([f"{name}: DIFFERS", *lines[:12]]),
+                flush=True,
+            )
     print(f"{len(names)} runs, {failed} differ, {time.monotonic() - started:.0f} s")
     return int(failed > 0)
 

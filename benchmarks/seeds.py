@@ -1,15 +1,17 @@
-"""Methods side by side over seeds: runs each setting with each seed, then prints mean ± standard deviation.
+"""Methods side by side over seeds: runs each setting with each seed, then prints mean ± standard
+deviation.
 
     python -m benchmarks.seeds outputs/compare "on-policy SFT: recipe=onpolicy_sft" "GRPO: recipe=grpo" \
         "fixed set: recipe=onpolicy_sft rollout.fixed_steps=10" --seeds 0 1 2
 
-A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so that what drifts on
-the machine reaches all settings alike; one that is finished is not repeated, one that was broken off is resumed. The
-last line of each run is its final evaluation; "start" is the evaluation before the first step, over all runs. The
-standard deviation is that of the seeds (n - 1). Runs that end with latency-quality curves get a table of their points,
-and the means as OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step is
-the median over a run's steps but the first, peak memory that of the run's process.
-"""
+A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so
+that what drifts on the machine reaches all settings alike; one that is finished is not repeated,
+one that was broken off is resumed. The last line of each run is its final evaluation; "start" is
+the evaluation before the first step, over all runs. The standard deviation is that of the seeds (n
+- 1). Runs that end with latency-quality curves get a table of their points, and the means as
+OUT/NAME/curves.json, of which `python -m scripts.report OUT/NAME …` draws one chart. Time per step
+is the median over a run's steps but the first, peak memory that of the run's process. """
+
 from __future__ import annotations
 
 import argparse
@@ -27,8 +29,16 @@ def run(folder: Path, overrides: list[str], seed: int) -> None:
     """One run, or the rest of one. Raises SystemExit: it failed."""
     if (folder / "finished").exists():
         return
-    command = [sys.executable, "train.py", *overrides, f"seed={seed}", f"run.dir={folder}", "resume=auto",
-               "log.wandb=disabled", "log.every=10"]
+    command = [
+        sys.executable,
+        "train.py",
+        *overrides,
+        f"seed={seed}",
+        f"run.dir={folder}",
+        "resume=auto",
+        "log.wandb=disabled",
+        "log.every=10",
+    ]
     print("+", " ".join(command[1:]), flush=True)
     if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode:
         raise SystemExit(f"{folder}: the run failed; what it printed says why")
@@ -38,13 +48,21 @@ def run(folder: Path, overrides: list[str], seed: int) -> None:
 def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """A run's first and last evaluation, the last with its `s/step`, `GiB` and minutes in all."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evals = [{key.split("/", 2)[2]: value for key, value in row.items() if key.startswith("eval/")}
-             for row in rows if "time/eval" in row]
+    evals = [
+        {key.split("/", 2)[2]: value for key, value in row.items() if key.startswith("eval/")}
+        for row in rows
+        if "time/eval" in row
+    ]
     steps = [row for row in rows if "time/step" in row]
-    own = {"s/step": statistics.median(row["time/step"] for row in steps[1:] or steps),
-           "s/rollout": statistics.median(row["time/rollout"] for row in steps[1:] or steps),
-           "GiB": max(row["perf/peak_memory_gib"] for row in steps),
-           "minutes": (sum(row["time/step"] for row in steps) + sum(row.get("time/eval", 0) for row in rows)) / 60}
+    own = {
+        "s/step": statistics.median(row["time/step"] for row in steps[1:] or steps),
+        "s/rollout": statistics.median(row["time/rollout"] for row in steps[1:] or steps),
+        "GiB": max(row["perf/peak_memory_gib"] for row in steps),
+        "minutes": (
+            sum(row["time/step"] for row in steps) + sum(row.get("time/eval", 0) for row in rows)
+        )
+        / 60,
+    }
     return (evals or [{}])[0], (evals or [{}])[-1] | own
 
 
@@ -64,18 +82,24 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     columns = list(dict.fromkeys(key for runs in rows.values() for run in runs for key in run))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
-        cells = [cell(*spread([run[key] for run in runs])) if all(key in run for run in runs) else ""
-                 for key in columns]
+        cells = [
+            cell(*spread([run[key] for run in runs])) if all(key in run for run in runs) else ""
+            for key in columns
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def mean_curves(runs: list[dict]) -> dict:
-    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run has none. Policies
-    that not all have are left out. Raises SystemExit: they are of other data."""
-    head = {key: value for key, value in runs[0].items() if key not in ("model", "measured", "policies")}
+    """One of several curves.json: means, and standard deviations as `FIGURE_sd`; None where a run
+    has none. Policies that not all have are left out. Raises SystemExit: they are of other data."""
+    head = {
+        key: value for key, value in runs[0].items() if key not in ("model", "measured", "policies")
+    }
     if any(run.get(key) != runs[0].get(key) for run in runs for key in (*head, "measured")):
-        raise SystemExit("the runs' curves.json are of different data; measure them alike with scripts.curves")
+        raise SystemExit(
+            "the runs' curves.json are of different data; measure them alike with scripts.curves"
+        )
     policies = {}
     for policy, points in runs[0]["policies"].items():
         if any(len(run["policies"].get(policy, ())) != len(points) for run in runs):
@@ -95,27 +119,44 @@ def mean_curves(runs: list[dict]) -> dict:
 def curve_table(name: str, curves: dict) -> str:
     """Markdown, a line per point of what `mean_curves` gives."""
     figures = ("bleu", "chrf", "exact", "al", "laal", "rco", "ail")
-    lines = [f"| {name} | setting | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
+    lines = [
+        f"| {name} | setting | " + " | ".join(figures) + " |",
+        "|---" * (len(figures) + 2) + "|",
+    ]
     for policy, points in curves["policies"].items():
         for point in points:
-            cells = ["" if point[f] is None else cell(point[f], point.get(f"{f}_sd")) for f in figures]
-            lines.append(f"| {policy} | {point.get('quantile', point['setting']):g} | " + " | ".join(cells) + " |")
+            cells = [
+                "" if point[f] is None else cell(point[f], point.get(f"{f}_sd")) for f in figures
+            ]
+            lines.append(
+                f"| {policy} | {point.get('quantile', point['setting']):g} | "
+                + " | ".join(cells)
+                + " |"
+            )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.seeds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder of the runs")
     parser.add_argument("settings", nargs="+", metavar="NAME: OVERRIDES")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    settings = {name.strip(): overrides.split() for name, _, overrides in (s.partition(":") for s in args.settings)}
+    settings = {
+        name.strip(): overrides.split()
+        for name, _, overrides in (s.partition(":") for s in args.settings)
+    }
     for name, overrides in settings.items():
         if not overrides:
             parser.error(f"'{name}' is not NAME: OVERRIDES")
-    folders = {name: [args.out.resolve() / f"{name.replace(' ', '-')}-{seed}" for seed in args.seeds]
-               for name in settings}
+    folders = {
+        name: [args.out.resolve() / f"{name.replace(' ', '-')}-{seed}" for seed in args.seeds]
+        for name in settings
+    }
     for place, seed in enumerate(args.seeds):
         for name, overrides in settings.items():
             run(folders[name][place], overrides, seed)
@@ -124,7 +165,9 @@ def main() -> int:
     rows = {"start": starts} if starts else {}
     for name, runs in folders.items():
         if all((folder / "curves.json").exists() for folder in runs):
-            curves = mean_curves([json.loads((folder / "curves.json").read_text()) for folder in runs])
+            curves = mean_curves(
+                [json.loads((folder / "curves.json").read_text()) for folder in runs]
+            )
             mean = args.out / name.replace(" ", "-") / "curves.json"
             mean.parent.mkdir(exist_ok=True)
             mean.write_text(json.dumps(curves, indent=1))

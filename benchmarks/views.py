@@ -1,11 +1,13 @@
-"""ProactiveLLM's one forward for all views of a target against a forward per view: time and memory of a step.
+"""ProactiveLLM's one forward for all views of a target against a forward per view: time and memory
+of a step.
 
     python -m benchmarks.views [--join 1] [--sentences 48] [--hidden 128] [--layers 3] [--repeats 5] [overrides …]
 
-The same model, tokens, schedules and losses on either side; their losses are compared. A view per forward encodes the
-source once per view. `--join` makes longer sources of that many generated sentences. Memory is the peak of forward and
-backward above what is there before, gradients included (Linux, or a GPU).
-"""
+The same model, tokens, schedules and losses on either side; their losses are compared. A view per
+forward encodes the source once per view. `--join` makes longer sources of that many generated
+sentences. Memory is the peak of forward and backward above what is there before, gradients included
+(Linux, or a GPU)."""
+
 import argparse
 import functools
 import gc
@@ -35,9 +37,18 @@ def main() -> int:
     from trainers.policy import load_policy
     from trainers.proactivellm import ProactiveLLM
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("join", 1), ("sentences", 48), ("hidden", 128), ("layers", 3), ("repeats", 5)):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.views",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, default in (
+        ("join", 1),
+        ("sentences", 48),
+        ("hidden", 128),
+        ("layers", 3),
+        ("repeats", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args, overrides = parser.parse_known_args()
     quiet_libraries()
@@ -45,34 +56,58 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = compose(["recipe=proactivellm", "data.max_prompt_tokens=4096", *overrides])
     with tempfile.TemporaryDirectory() as work:
-        initialise(Path(work), TinyModel(end="<|endoftext|>", steps=0, seed=0, hidden=args.hidden, layers=args.layers,
-                                         recipe="proactivellm"))
+        initialise(
+            Path(work),
+            TinyModel(
+                end="<|endoftext|>",
+                steps=0,
+                seed=0,
+                hidden=args.hidden,
+                layers=args.layers,
+                recipe="proactivellm",
+            ),
+        )
         tokenizer = AutoTokenizer.from_pretrained(work)
         policy = load_policy(work, torch.float32, device, layout="scheduled")
     made = load_examples("translation", size=args.sentences * args.join)
     examples = []
     for index in range(args.sentences):
-        parts = made[index * args.join:(index + 1) * args.join]
-        source, target = (" ".join(texts) for texts in zip(*((p.messages[-1]["content"], p.solution) for p in parts)))
+        parts = made[index * args.join : (index + 1) * args.join]
+        source, target = (
+            " ".join(texts)
+            for texts in zip(*((p.messages[-1]["content"], p.solution) for p in parts))
+        )
         examples.append(Example(index, [{"role": "user", "content": source}], target, target))
     prompts, _ = unit_prompts(examples, tokenizer, config, "translation")
-    method = ProactiveLLM(Parts(config, device, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts, None))
+    method = ProactiveLLM(
+        Parts(config, device, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts, None)
+    )
     drawn = [method.read(prompt, 0) for prompt in prompts]
     method.annotate(drawn)
     total = float(sum(t.sampled_mask.sum() for t in drawn))
     everything = range(len(drawn))
 
     def together() -> torch.Tensor:
-        return policy(pack(drawn, everything, device), functools.partial(method.loss(), denominator=total))["loss"]
+        return policy(
+            pack(drawn, everything, device), functools.partial(method.loss(), denominator=total)
+        )["loss"]
 
     def view(trajectory, number: int):
         chosen = trajectory.layout.views == number
-        return replace(trajectory, completion_ids=np.array(trajectory.completion_ids)[chosen].tolist(),
-                       layout=Layout(trajectory.layout.source, trajectory.layout.visible[chosen]),
-                       annotations={name: values[chosen] for name, values in trajectory.annotations.items()})
+        return replace(
+            trajectory,
+            completion_ids=np.array(trajectory.completion_ids)[chosen].tolist(),
+            layout=Layout(trajectory.layout.source, trajectory.layout.visible[chosen]),
+            annotations={name: values[chosen] for name, values in trajectory.annotations.items()},
+        )
 
     def apart() -> torch.Tensor:
-        plain, kind, teacher, loss = Loss(cross_entropy=True), method.loss().self_distillation, None, 0
+        plain, kind, teacher, loss = (
+            Loss(cross_entropy=True),
+            method.loss().self_distillation,
+            None,
+            0,
+        )
         for number in range(int(drawn[0].layout.views.max()) + 1):
             batch = pack([view(t, number) for t in drawn], everything, device)
             hidden = policy.hidden(batch)
@@ -80,15 +115,26 @@ def main() -> int:
             if teacher is None:
                 teacher = hidden.detach()
             elif kind:
-                loss = loss + kernels.fused_linear_self_distillation_kl(
-                    hidden, teacher, policy.head.weight, denominator=total, mask=batch.mask,
-                    weights=batch.annotations["kl_weights"], **kind).loss
+                loss = (
+                    loss
+                    + kernels.fused_linear_self_distillation_kl(
+                        hidden,
+                        teacher,
+                        policy.head.weight,
+                        denominator=total,
+                        mask=batch.mask,
+                        weights=batch.annotations["kl_weights"],
+                        **kind,
+                    ).loss
+                )
         return loss
 
     def step(way) -> tuple[float, float]:
         gc.collect()
         policy.zero_grad(set_to_none=True)
-        before = start_watch(device.type, torch.cuda.memory_allocated() if device.type == "cuda" else 0)
+        before = start_watch(
+            device.type, torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        )
         started = time.perf_counter()
         loss = way()
         loss.backward()
@@ -105,13 +151,19 @@ def main() -> int:
         for name, way in ways.items():
             found[name].append(step(way))
     source = np.mean([t.layout.source for t in drawn])
-    print(f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, {total / len(drawn):.0f} target tokens "
-          f"in {int(drawn[0].layout.views.max()) + 1} views; medians of {args.repeats}")
+    print(
+        f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, {total / len(drawn):.0f} target tokens "
+        f"in {int(drawn[0].layout.views.max()) + 1} views; medians of {args.repeats}"
+    )
     medians = {name: np.median(rows, axis=0) for name, rows in found.items()}
     for name, (seconds, mib) in medians.items():
-        ratios = medians["one forward"] / medians["one per view"] if name == "one forward" else (1, 1)
-        print(f"{name:14} {seconds:7.3f} s  x{ratios[0]:.2f}   {mib:7.0f} MiB  x{ratios[1]:.2f}   "
-              f"loss {losses[ways[name]]:.6f}")
+        ratios = (
+            medians["one forward"] / medians["one per view"] if name == "one forward" else (1, 1)
+        )
+        print(
+            f"{name:14} {seconds:7.3f} s  x{ratios[0]:.2f}   {mib:7.0f} MiB  x{ratios[1]:.2f}   "
+            f"loss {losses[ways[name]]:.6f}"
+        )
     return 0
 
 

@@ -1,12 +1,13 @@
-"""Peak memory of a whole PowerOPD run with a large vocabulary, beside the same run with naive losses.
+"""Peak memory of a whole PowerOPD run with a large vocabulary, beside the same run with naive
+losses.
 
     python -m benchmarks.vocabulary [--vocab 151936] [--steps 3] [overrides of recipe=poweropd …]
 
-Two models with random weights and V tokens, all of them valid, are made in a temporary folder (alpha is 0.1, so that
-their small probabilities give rewards that are not all 0). Each run is a process
-of its own; its peak is the kernel's count (VmHWM) of resident memory. "none" trains nothing: it is what the run needs
-anyway, the sampler included. Naive: [T, V] float32 logits, their log-softmax, autograd.
-"""
+Two models with random weights and V tokens, all of them valid, are made in a temporary folder
+(alpha is 0.1, so that their small probabilities give rewards that are not all 0). Each run is a
+process of its own; its peak is the kernel's count (VmHWM) of resident memory. "none" trains
+nothing: it is what the run needs anyway, the sampler included. Naive: [T, V] float32 logits, their
+log-softmax, autograd."""
 
 import argparse
 import json
@@ -25,7 +26,10 @@ def make_models(folder: Path, vocab: int) -> None:
     from scripts.tiny_models import MODELS, initialise
     from transformers import AutoTokenizer
 
-    for name, spec in (("student", MODELS["stories-student"]), ("teacher", MODELS["stories-teacher"])):
+    for name, spec in (
+        ("student", MODELS["stories-student"]),
+        ("teacher", MODELS["stories-teacher"]),
+    ):
         initialise(folder / name, replace(spec, start=None, vocab_size=vocab))
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         tokenizer.add_tokens([f"<|{i}|>" for i in range(vocab - len(tokenizer))])
@@ -37,20 +41,38 @@ def use_naive_losses() -> None:
     import kernels
     import torch
 
-    def naive_logprobs(hidden, weight, ids, *, temperature=1.0, mask=None, valid_vocab_size=None, bias=None,
-                       logit_softcap=None, **_):
+    def naive_logprobs(
+        hidden,
+        weight,
+        ids,
+        *,
+        temperature=1.0,
+        mask=None,
+        valid_vocab_size=None,
+        bias=None,
+        logit_softcap=None,
+        **_,
+    ):
         logits = (hidden @ weight.t()).float()[:, :valid_vocab_size] / temperature
         lp = torch.log_softmax(logits, -1)
         entropy = -(lp.detach().exp() * lp.detach()).sum(-1)
-        return kernels.LogprobOutput(lp.gather(1, ids.clamp(min=0)[:, None])[:, 0], None, entropy,
-                                     lp.detach().amax(-1))
+        return kernels.LogprobOutput(
+            lp.gather(1, ids.clamp(min=0)[:, None])[:, 0], None, entropy, lp.detach().amax(-1)
+        )
 
-    def naive_opd(hidden, weight, ids, teacher, *, denominator, mask, alpha, normalization, reward, **options):
+    def naive_opd(
+        hidden, weight, ids, teacher, *, denominator, mask, alpha, normalization, reward, **options
+    ):
         options.pop("advantages"), options.pop("return_entropy")
         out = naive_logprobs(hidden, weight, ids, **options)
-        rewards = kernels.power_reward(teacher, out.logprobs.detach(), alpha, normalization=normalization, mask=mask)
+        rewards = kernels.power_reward(
+            teacher, out.logprobs.detach(), alpha, normalization=normalization, mask=mask
+        )
         loss = -(rewards * out.logprobs)[mask.bool()].sum() / denominator
-        return kernels.OPDOutput(loss, out.logprobs.detach(), rewards, out.entropy, out.max_logprob, {})
+        return kernels.OPDOutput(
+            loss, out.logprobs.detach(), rewards, out.entropy, out.max_logprob, {}
+        )
+
     kernels.fused_linear_logprobs, kernels.fused_linear_opd_loss = naive_logprobs, naive_opd
 
 
@@ -70,8 +92,11 @@ def child(way: str, overrides: list[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vocabulary", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vocabulary",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -84,9 +109,21 @@ def main() -> int:
         make_models(Path(work), args.vocab)
         for way in WAYS:
             steps = 0 if way == "none" else args.steps
-            command = [sys.executable, "-m", "benchmarks.vocabulary", "--way", way, f"model.path={work}/student",
-                       f"teacher.path={work}/teacher", f"run.dir={work}/{way}", f"train.steps={steps}", "eval.every=-1",
-                       "log.wandb=disabled", "reward.alpha=0.1", *overrides]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.vocabulary",
+                "--way",
+                way,
+                f"model.path={work}/student",
+                f"teacher.path={work}/teacher",
+                f"run.dir={work}/{way}",
+                f"train.steps={steps}",
+                "eval.every=-1",
+                "log.wandb=disabled",
+                "reward.alpha=0.1",
+                *overrides,
+            ]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
@@ -94,13 +131,17 @@ def main() -> int:
             peaks[way] = int(done.stdout.rsplit("PEAK_KIB", 1)[1]) / 2**20
             if steps:
                 lines = (Path(work) / way / "metrics.jsonl").read_text().splitlines()
-                rows[way] = [row for row in map(json.loads, lines) if "train/loss" in row or "loss" in row]
+                rows[way] = [
+                    row for row in map(json.loads, lines) if "train/loss" in row or "loss" in row
+                ]
             print(f"{way:6} peak {peaks[way]:.2f} GiB", flush=True)
     key = next(k for k in ("train/loss", "loss") if k in rows["ours"][0])
     difference = max(abs(a[key] - b[key]) for a, b in zip(rows["ours"], rows["naive"], strict=True))
-    print(f"V={args.vocab}: ours {peaks['ours']:.2f} GiB, naive {peaks['naive']:.2f} GiB, ratio "
-          f"{peaks['ours'] / peaks['naive']:.2f}; above the run without a step: {peaks['ours'] - peaks['none']:.2f} and "
-          f"{peaks['naive'] - peaks['none']:.2f} GiB; largest difference of a step's loss {difference:.1e}")
+    print(
+        f"V={args.vocab}: ours {peaks['ours']:.2f} GiB, naive {peaks['naive']:.2f} GiB, ratio "
+        f"{peaks['ours'] / peaks['naive']:.2f}; above the run without a step: {peaks['ours'] - peaks['none']:.2f} and "
+        f"{peaks['naive'] - peaks['none']:.2f} GiB; largest difference of a step's loss {difference:.1e}"
+    )
     return 0
 
 

@@ -37,6 +37,7 @@ with reverse KL too it has the teacher's log-probs of the sampled tokens, for th
 Peak memory is the process's largest resident set up to its last step (ru_maxrss). vLLM's contains
 its KV cache of 1 GiB.
 """
+
 import argparse
 import importlib.metadata
 import json
@@ -207,12 +208,14 @@ def train_trl(folder: Path, run: Path, args: argparse.Namespace) -> None:
             if rollout is None:
                 sys.exit("TRL did not generate between on_step_begin and on_step_end")
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            self.rows.append({
-                "time/step": step,
-                "time/rollout": rollout,
-                "time/update": step - rollout,
-                "perf/peak_memory_gib": peak,
-            })
+            self.rows.append(
+                {
+                    "time/step": step,
+                    "time/rollout": rollout,
+                    "time/update": step - rollout,
+                    "perf/peak_memory_gib": peak,
+                }
+            )
 
         def on_log(self, *_, logs, **others):
             if "loss" in logs:  # the last log is of the whole run
@@ -293,15 +296,16 @@ def start(arguments: list[str]) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit((done.stdout[-2000:] + done.stderr[-2000:]).strip())
 
 
 def summary(way: str, rounds: list[list[dict]], args: argparse.Namespace) -> dict:
     """What the table says of a way: seconds, GiB, tokens per completion, and parts in seconds."""
-    steps = [row for rows in rounds for row in rows[args.warmup:]]
+    steps = [row for rows in rounds for row in rows[args.warmup :]]
     seconds = [row["time/step"] for row in steps]
     found = {
         "way": way,
@@ -359,21 +363,23 @@ def compare(args: argparse.Namespace) -> dict:
         shared = json.loads((folder / "shared.json").read_text())
         given = [len(ids) for ids in shared["ids"]]
         starts = range(0, len(given), args.prompts)
-        expected = [sum(given[start:start + args.prompts]) for start in starts]
+        expected = [sum(given[start : start + args.prompts]) for start in starts]
         for number in range(args.rounds):
             for way in args.ways:
                 rows = measure(way, folder, folder / f"{way}-{number}", args)
                 if prompt_tokens(rows, args) != expected:
                     sys.exit(f"{way} did not take the prompts that the others took")
                 rounds[way].append(rows)
-                times = [row["time/step"] for row in rows[args.warmup:]]
+                times = [row["time/step"] for row in rows[args.warmup :]]
                 middle = statistics.median(times)
                 print(f"round {number + 1}  {WAYS[way]}: {middle:.3f} s/step", flush=True)
     summaries = [summary(way, rounds[way], args) for way in args.ways]
     print()
     print("\n".join(table(shared["vocabulary"], summaries)))
-    print(f"\n{args.prompts} prompts a step, of {statistics.fmean(given):.1f} tokens on average, "
-          "the same for all.")
+    print(
+        f"\n{args.prompts} prompts a step, of {statistics.fmean(given):.1f} tokens on average, "
+        "the same for all."
+    )
     for found in summaries:
         losses = [f"{loss:.4f}" for loss in found["losses"]]
         print(f"loss by step, {WAYS[found['way']]}: {' '.join(losses)}")
@@ -393,8 +399,11 @@ def machine() -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_trl", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vs_trl",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--vocab", type=int, nargs="+", default=[0, 151_936], help="tokens; 0: the stories' own")
     add("--steps", type=int, default=10, help="that count, per way and round")
@@ -430,8 +439,13 @@ def main() -> int:
         args.size = size
         tables.append(compare(args))
     if args.out:
-        arguments = {"steps": args.steps, "warmup": args.warmup, "prompts": args.prompts,
-                     "trl_batch": args.trl_batch, "new_tokens": NEW_TOKENS}
+        arguments = {
+            "steps": args.steps,
+            "warmup": args.warmup,
+            "prompts": args.prompts,
+            "trl_batch": args.trl_batch,
+            "new_tokens": NEW_TOKENS,
+        }
         report = {"machine": about, "arguments": arguments, "tables": tables}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0

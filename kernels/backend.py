@@ -1,4 +1,5 @@
-"""Which implementation answers on which device. The torch one is the specification and the CPU path."""
+"""Which implementation answers on which device. The torch one is the specification and the CPU
+path."""
 
 import functools
 import importlib.util
@@ -11,7 +12,8 @@ _selected = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Select the implementation for every later call: `auto` (the fastest one the device has), `triton`, `torch`.
+    """Select the implementation for every later call: `auto` (the fastest one the device has),
+    `triton`, `torch`.
 
     Raises ValueError for another name.
     """
@@ -27,7 +29,8 @@ def _installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1 before the first import)."""
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1 before the
+    first import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,10 +46,14 @@ def active_backend(device: torch.device | str) -> str:
     if _selected == "auto":
         return "triton" if device.type == "cuda" and _installed() else "torch"
     if not runs:
-        raise ValueError(f"backend triton needs an NVIDIA GPU (or TRITON_INTERPRET=1, a slow check), got "
-                         f"{device.type}; take auto or torch")
+        raise ValueError(
+            f"backend triton needs an NVIDIA GPU (or TRITON_INTERPRET=1, a slow check), got "
+            f"{device.type}; take auto or torch"
+        )
     if not _installed():
-        raise ValueError("backend triton needs the package triton, which is not installed; take auto or torch")
+        raise ValueError(
+            "backend triton needs the package triton, which is not installed; take auto or torch"
+        )
     return "triton"
 
 

@@ -1,4 +1,5 @@
-"""Argument checks of the public functions: one line naming the argument, what it got and what it expects."""
+"""Argument checks of the public functions: one line naming the argument, what it got and what it
+expects."""
 
 import math
 
@@ -13,15 +14,22 @@ _KINDS = {
 
 
 class Shapes:
-    """Checks one call's tensors against each other: a letter has one size, and all share a device."""
+    """Checks one call's tensors against each other: a letter has one size, and all share a
+    device."""
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.owner: dict[str, str] = {}
         self.device: torch.device | None = None
 
-    def check(self, name: str, value: Tensor | None, dims: str, kind: str = "float",
-              optional: bool = False) -> None:
+    def check(
+        self,
+        name: str,
+        value: Tensor | None,
+        dims: str,
+        kind: str = "float",
+        optional: bool = False,
+    ) -> None:
         """`dims`: one letter per dimension, e.g. "TH"; a letter's first use fixes its size."""
         if value is None and optional:
             return
@@ -34,23 +42,30 @@ class Shapes:
             raise ValueError(f"{name} must be {wanted}, got shape {list(value.shape)}")
         for letter, size in zip(dims, value.shape):
             if self.sizes.setdefault(letter, size) != size:
-                raise ValueError(f"{name} must be {wanted} with {letter}={self.sizes[letter]} as in "
-                                 f"{self.owner[letter]}, got shape {list(value.shape)}")
+                raise ValueError(
+                    f"{name} must be {wanted} with {letter}={self.sizes[letter]} as in "
+                    f"{self.owner[letter]}, got shape {list(value.shape)}"
+                )
             self.owner.setdefault(letter, name)
         if self.device is None:
             self.device = value.device
         elif value.device != self.device:
-            raise ValueError(f"{name} must be on {self.device} like the first tensor, got {value.device}")
+            raise ValueError(
+                f"{name} must be on {self.device} like the first tensor, got {value.device}"
+            )
 
     def ids(self, name: str, value: Tensor, dims: str, rows: Tensor, vocab: int) -> None:
         """int64 ids, each within [0, vocab) at the given rows; other rows may hold anything."""
         self.check(name, value, dims, "int64")
-        # On a GPU this waits for the device, some tens of microseconds; a graph being captured cannot wait.
+        # On a GPU this waits for the device, some tens of microseconds; a graph being captured
+        # cannot wait.
         if value.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
             live = value.index_select(0, rows)
             if live.numel() and not (0 <= live.min() and live.max() < vocab):
-                raise IndexError(f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked "
-                                 f"row, got {live.min().item()}..{live.max().item()}")
+                raise IndexError(
+                    f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked "
+                    f"row, got {live.min().item()}..{live.max().item()}"
+                )
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -58,8 +73,15 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, strict: bool = True,
-                 optional: bool = False) -> None:
+def check_number(
+    name: str,
+    value: object,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    strict: bool = True,
+    optional: bool = False,
+) -> None:
     """A finite number above `low` (or equal to it where not `strict`) and at most `high`."""
     if value is None and optional:
         return
@@ -72,16 +94,21 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
 
 
 def check_denominator(value: object) -> None:
-    """A positive number or 0-dim tensor (the tensor's value is read on the CPU only, to avoid a stall)."""
+    """A positive number or 0-dim tensor (the tensor's value is read on the CPU only, to avoid a
+    stall)."""
     check_scale("denominator", value)
     if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value > 0:
-        raise ValueError(f"denominator must be above 0 (give an empty window 1), got {float(value)}")
+        raise ValueError(
+            f"denominator must be above 0 (give an empty window 1), got {float(value)}"
+        )
 
 
 def check_scale(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.ndim:
-            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+            raise ValueError(
+                f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}"
+            )
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
 
@@ -97,8 +124,10 @@ def check_vocab(valid_vocab_size: int | None, *sizes: int) -> int:
     """The number of columns that take part; required where the given vocabularies differ."""
     if valid_vocab_size is None:
         if min(sizes) != max(sizes):
-            raise ValueError("valid_vocab_size must be given where the vocabularies differ, got None with "
-                             f"V={sizes[0]} and V={sizes[1]}")
+            raise ValueError(
+                "valid_vocab_size must be given where the vocabularies differ, got None with "
+                f"V={sizes[0]} and V={sizes[1]}"
+            )
         return sizes[0]
     check_count("valid_vocab_size", valid_vocab_size, min(sizes))
     return valid_vocab_size

@@ -8,10 +8,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
-from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_scale, check_vocab
+from kernels.checks import (
+    Shapes,
+    check_choice,
+    check_denominator,
+    check_number,
+    check_scale,
+    check_vocab,
+)
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
-from kernels.rows import RowStats, Softmax, acc_dtype, gradient_buffer, load_logits, row_blocks, unit_stride
+from kernels.rows import (
+    RowStats,
+    Softmax,
+    acc_dtype,
+    gradient_buffer,
+    load_logits,
+    row_blocks,
+    unit_stride,
+)
 from kernels.stream import active_rows, spread
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "power")
@@ -20,8 +35,8 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "power")
 class DivergenceOutput(NamedTuple):
     """loss: differentiable scalar; the rest is detached: [T] tensors in nats, 0 at masked rows.
 
-    divergence: unweighted; logprobs: the student's, of token_ids (None without them); entropy: the student's.
-    """
+    divergence: unweighted; logprobs: the student's, of token_ids (None without them); entropy: the
+    student's."""
 
     loss: Tensor
     divergence: Tensor
@@ -30,12 +45,14 @@ class DivergenceOutput(NamedTuple):
 
 
 def bregman_terms(lq: Tensor, lp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and derivatives by lq and lp.
+    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and derivatives by lq
+    and lp.
 
-    lq, lp: log-masses. alpha = 0 is the limit sum q log(q/p) - q + p, the KL divergence. Every term is >= 0,
-    also in rounding: with r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1), which loses its digits where
-    p is near q, so there the common factor q max(p,q)^a is taken out and both differences are made by expm1.
-    """
+    lq, lp: log-masses. alpha = 0 is the limit sum q log(q/p) - q + p, the KL divergence. Every term
+        is >= 0,
+    also in rounding: with r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1), which loses its
+    digits where p is near q, so there the common factor q max(p,q)^a is taken out and both
+    differences are made by expm1."""
     q, p = lq.exp(), lp.exp()
     d = lp - lq
     gone = q == 0  # d is then inf or NaN, or may as well be
@@ -56,7 +73,8 @@ def bregman_terms(lq: Tensor, lp: Tensor, alpha: float) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence of a student from a teacher, as terms over outcomes whose log-masses are given."""
+    """A divergence of a student from a teacher, as terms over outcomes whose log-masses are
+    given."""
 
     name: str
     alpha: float = 1.0
@@ -72,6 +90,7 @@ class Divergence:
     def for_triton(self):
         """The same as a `triton_divergence.Rule`."""
         from kernels import triton_divergence
+
         return triton_divergence.make_rule(self.name, self.alpha, self.normalization, self.beta)
 
     def terms(self, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,14 +115,19 @@ class Divergence:
 
 
 class _Divergence(torch.autograd.Function):
-    """From two logits tensors; the backward makes the terms again instead of keeping [T, V] of them."""
+    """From two logits tensors; the backward makes the terms again instead of keeping [T, V] of
+    them."""
 
     @staticmethod
-    def forward(ctx, student, teacher, rows, ids, factors, divergence, temperature, vocab, entropy, inplace):
+    def forward(
+        ctx, student, teacher, rows, ids, factors, divergence, temperature, vocab, entropy, inplace
+    ):
         n, T = len(rows), len(student)
         columns = None if ids is None else ids.index_select(0, rows)[:, None]
-        stats = (RowStats(n, factors.dtype, student.device, columns, entropy),
-                 RowStats(n, factors.dtype, student.device))
+        stats = (
+            RowStats(n, factors.dtype, student.device, columns, entropy),
+            RowStats(n, factors.dtype, student.device),
+        )
         for one, logits in zip(stats, (student, teacher)):
             one.fold_logits(logits, rows, vocab, temperature)
         final = stats[0].final()
@@ -112,15 +136,26 @@ class _Divergence(torch.autograd.Function):
         values, slopes = torch.zeros_like(factors), torch.zeros_like(factors)
         if use_triton(student):
             from kernels import triton_divergence
-            triton_divergence.add_sums(*_sides(student, teacher, *ctx.args), divergence.for_triton(), values, slopes, None,
-                                       columns=vocab, rows=rows, temper=1 / temperature)
+
+            triton_divergence.add_sums(
+                *_sides(student, teacher, *ctx.args),
+                divergence.for_triton(),
+                values,
+                slopes,
+                None,
+                columns=vocab,
+                rows=rows,
+                temper=1 / temperature,
+            )
         else:
             for at, some in row_blocks(rows, vocab):
                 _, terms, by_student = _block_terms(student, teacher, at, some, *ctx.args)
                 values[at], slopes[at] = terms.sum(1), by_student.sum(1)
         ctx.save_for_backward(student, teacher, rows, factors, slopes)
-        outputs = [spread(x, rows, T) for x in
-                   (values, None if ids is None else final.logprobs[:, 0], final.entropy)]
+        outputs = [
+            spread(x, rows, T)
+            for x in (values, None if ids is None else final.logprobs[:, 0], final.entropy)
+        ]
         ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
         return weighted_sum(values, factors), *outputs
 
@@ -133,9 +168,18 @@ class _Divergence(torch.autograd.Function):
         factors = factors * (upstream / temperature)
         if use_triton(student):
             from kernels import triton_divergence
+
             out = unit_stride(grad)
-            triton_divergence.grad(*_sides(student, teacher, *ctx.args), ctx.args[0].for_triton(), slopes, factors, out,
-                                   columns=vocab, rows=rows, temper=1 / temperature)
+            triton_divergence.grad(
+                *_sides(student, teacher, *ctx.args),
+                ctx.args[0].for_triton(),
+                slopes,
+                factors,
+                out,
+                columns=vocab,
+                rows=rows,
+                temper=1 / temperature,
+            )
             return grad.copy_(out) if out.data_ptr() != grad.data_ptr() else grad, *[None] * 9
         for at, some in row_blocks(rows, vocab):
             ls, _, by_student = _block_terms(student, teacher, at, some, *ctx.args)
@@ -144,55 +188,84 @@ class _Divergence(torch.autograd.Function):
         return grad, *[None] * 9
 
 
-def _sides(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, vocab: int,
-           finals: tuple[Softmax, Softmax]) -> tuple:
+def _sides(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    vocab: int,
+    finals: tuple[Softmax, Softmax],
+) -> tuple:
     """Both models' logits and row statistics for the Triton kernels."""
     from kernels import triton_divergence
-    return tuple(triton_divergence.Side(unit_stride(logits), final.shift, final.log_l)
-                 for logits, final in zip((student, teacher), finals))
+
+    return tuple(
+        triton_divergence.Side(unit_stride(logits), final.shift, final.log_l)
+        for logits, final in zip((student, teacher), finals)
+    )
 
 
-def _block_terms(student: Tensor, teacher: Tensor, at: slice, some: Tensor, divergence: Divergence,
-                 temperature: float, vocab: int, finals: tuple[Softmax, Softmax]) -> tuple[Tensor, ...]:
-    """(student log-probs, terms, derivative of the terms by them) of some rows of two logits tensors."""
-    ls, lt = (final.log_probs(load_logits(logits, some, vocab, temperature, final.l.dtype), at)
-              for logits, final in zip((student, teacher), finals))
+def _block_terms(
+    student: Tensor,
+    teacher: Tensor,
+    at: slice,
+    some: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    vocab: int,
+    finals: tuple[Softmax, Softmax],
+) -> tuple[Tensor, ...]:
+    """(student log-probs, terms, derivative of the terms by them) of some rows of two logits
+    tensors."""
+    ls, lt = (
+        final.log_probs(load_logits(logits, some, vocab, temperature, final.l.dtype), at)
+        for logits, final in zip((student, teacher), finals)
+    )
     terms, by_student, _ = divergence.terms(ls, lt)
     return ls, terms, by_student
 
 
-def distillation_divergence(student_logits: Tensor, teacher_logits: Tensor, *, denominator: float | Tensor,
-                            divergence: str = "reverse_kl", alpha: float = 1.0,
-                            normalization: str = "box_cox", beta: float = 0.5, temperature: float = 1.0,
-                            mask: Tensor | None = None,
-                            weights: Tensor | None = None, token_ids: Tensor | None = None,
-                            loss_scale: float | Tensor = 1.0, valid_vocab_size: int | None = None,
-                            return_entropy: bool = False, inplace_backward: bool = False) -> DivergenceOutput:
+def distillation_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    denominator: float | Tensor,
+    divergence: str = "reverse_kl",
+    alpha: float = 1.0,
+    normalization: str = "box_cox",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> DivergenceOutput:
     """Exact full-vocabulary divergence of the student from the teacher, from logits.
 
-    loss = loss_scale / denominator * sum_t weights_t D_t over unmasked tokens. With q the student's and p the
-    teacher's distribution at softmax(logits / temperature), D is
-      reverse_kl  KL(q || p)
-      forward_kl  KL(p || q)
-      jsd         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; beta 0 is the
+    loss = loss_scale / denominator * sum_t weights_t D_t over unmasked tokens. With q the student's
+    and p the teacher's distribution at softmax(logits / temperature), D is
+      reverse_kl  KL(q || p) forward_kl  KL(p || q) jsd         beta KL(p || m) + (1 - beta) KL(q ||
+      m) with m = beta p + (1 - beta) q; beta 0 is the
                   forward and beta 1 the reverse KL, as in TRL's GKD (arXiv 2306.13649)
-      power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox" (alpha 0:
+      power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox"
+      (alpha 0:
                   reverse KL), alpha B with "none": the exact full-vocabulary PowerOPD loss (arXiv
                   2606.17199), since grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)]
-    All are summed from terms that are >= 0 one by one. Where the student gives mass to a token that the
-    teacher excludes (-inf), the reverse KL is inf, as it should be.
+    All are summed from terms that are >= 0 one by one. Where the student gives mass to a token that
+    the teacher excludes (-inf), the reverse KL is inf, as it should be.
 
     student_logits [T, V] floating, differentiable; teacher_logits [T, V'] floating, constant;
-    valid_vocab_size: the columns that take part, needed where V != V'; mask [T] bool or uint8 (masked: loss
-    and gradient exactly 0, may hold NaN); weights [T] floating; token_ids [T] int64: whose student log-probs
-    to return; denominator (above 0), loss_scale: numbers or 0-dim tensors; inplace_backward: as in
-    `selective_logprobs`.
-    Returns DivergenceOutput(loss, divergence [T], logprobs [T] or None, entropy [T] or None), float32
-    (float64 for float64 inputs), nats.
+    valid_vocab_size: the columns that take part, needed where V != V'; mask [T] bool or uint8
+    (masked: loss and gradient exactly 0, may hold NaN); weights [T] floating; token_ids [T] int64:
+    whose student log-probs to return; denominator (above 0), loss_scale: numbers or 0-dim tensors;
+    inplace_backward: as in `selective_logprobs`. Returns DivergenceOutput(loss, divergence [T],
+    logprobs [T] or None, entropy [T] or None), float32 (float64 for float64 inputs), nats.
 
-    Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (an id outside the valid
-    vocabulary).
-    """
+    Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (an id outside the
+    valid vocabulary)."""
     shapes = Shapes()
     shapes.check("student_logits", student_logits, "TV")
     shapes.check("teacher_logits", teacher_logits, "Tv")
@@ -200,15 +273,38 @@ def distillation_divergence(student_logits: Tensor, teacher_logits: Tensor, *, d
     check_number("temperature", temperature)
     vocab = check_vocab(valid_vocab_size, student_logits.shape[1], teacher_logits.shape[1])
     rule = Divergence(divergence, alpha, normalization, beta)
-    rows = check_loss(shapes, len(student_logits), mask, weights, token_ids, vocab, denominator, loss_scale)
-    factors = loss_factors(rows, weights, denominator, loss_scale, acc_dtype(student_logits, teacher_logits))
-    return DivergenceOutput(*_Divergence.apply(
-        student_logits, teacher_logits.detach(), rows, token_ids, factors, rule, temperature, vocab,
-        return_entropy, inplace_backward))
+    rows = check_loss(
+        shapes, len(student_logits), mask, weights, token_ids, vocab, denominator, loss_scale
+    )
+    factors = loss_factors(
+        rows, weights, denominator, loss_scale, acc_dtype(student_logits, teacher_logits)
+    )
+    return DivergenceOutput(
+        *_Divergence.apply(
+            student_logits,
+            teacher_logits.detach(),
+            rows,
+            token_ids,
+            factors,
+            rule,
+            temperature,
+            vocab,
+            return_entropy,
+            inplace_backward,
+        )
+    )
 
 
-def check_loss(shapes: Shapes, T: int, mask: Tensor | None, weights: Tensor | None, token_ids: Tensor | None,
-               vocab: int, denominator: float | Tensor, loss_scale: float | Tensor) -> Tensor:
+def check_loss(
+    shapes: Shapes,
+    T: int,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    token_ids: Tensor | None,
+    vocab: int,
+    denominator: float | Tensor,
+    loss_scale: float | Tensor,
+) -> Tensor:
     """Check what every divergence takes; returns the active rows."""
     shapes.check("weights", weights, "T", optional=True)
     check_denominator(denominator)

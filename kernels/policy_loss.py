@@ -1,4 +1,5 @@
-"""The policy-gradient loss of sampled tokens: one definition, for log-probs and for the fused LM head."""
+"""The policy-gradient loss of sampled tokens: one definition, for log-probs and for the fused LM
+head."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class PGOutput(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and active bounds."""
+    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and active
+    bounds."""
 
     loss: Tensor
     slope: Tensor
@@ -55,17 +57,27 @@ class PolicyObjective:
         if self.is_cap != math.inf:
             check_number("is_cap", self.is_cap, optional=True)
         if self.dual_clip is not None and self.name != "ppo_clip":
-            raise ValueError(f"dual_clip belongs to objective='ppo_clip', got objective={self.name!r}")
+            raise ValueError(
+                f"dual_clip belongs to objective='ppo_clip', got objective={self.name!r}"
+            )
 
     def check_inputs(self, rollout_logprobs: Tensor | None) -> None:
         if (rollout_logprobs is None) != (self.is_cap is None):
             given = "no" if rollout_logprobs is None else "a tensor of"
-            raise ValueError("rollout_logprobs and is_cap must be given together (is_cap=math.inf: no cap), "
-                             f"got {given} rollout_logprobs and is_cap={self.is_cap}")
+            raise ValueError(
+                "rollout_logprobs and is_cap must be given together (is_cap=math.inf: no cap), "
+                f"got {given} rollout_logprobs and is_cap={self.is_cap}"
+            )
 
-    def terms(self, logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
-              rollout_logprobs: Tensor | None) -> TokenTerms:
-        """All inputs [n], detached; without old log-probs the policy is its own old one (ratio 1)."""
+    def terms(
+        self,
+        logprobs: Tensor,
+        advantages: Tensor,
+        old_logprobs: Tensor | None,
+        rollout_logprobs: Tensor | None,
+    ) -> TokenTerms:
+        """All inputs [n], detached; without old log-probs the policy is its own old one (ratio
+        1)."""
         off = torch.zeros_like(logprobs, dtype=torch.bool)
         log_ratio, low, high, capped = torch.zeros_like(logprobs), off, off, off
         if old_logprobs is not None:
@@ -104,12 +116,18 @@ class PolicyObjective:
 
 
 def weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
-    """sum(values * factors) in a fixed order and in float64: the same for the same tokens, run after run."""
+    """sum(values * factors) in a fixed order and in float64: the same for the same tokens, run
+    after run."""
     return (values.double() * factors.double()).sum().to(values.dtype)
 
 
-def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tensor,
-                 loss_scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+def loss_factors(
+    rows: Tensor,
+    weights: Tensor | None,
+    denominator: float | Tensor,
+    loss_scale: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """weight * loss_scale / denominator of the given rows, [n]."""
     factors = torch.ones(len(rows), dtype=dtype, device=rows.device)
     if weights is not None:
@@ -118,7 +136,8 @@ def loss_factors(rows: Tensor, weights: Tensor | None, denominator: float | Tens
 
 
 class TokenLoss(NamedTuple):
-    """rewards [T] (None without one); slope [T]: d loss / d logprob; loss: scalar; stats: detached scalars."""
+    """rewards [T] (None without one); slope [T]: d loss / d logprob; loss: scalar; stats: detached
+    scalars."""
 
     rewards: Tensor | None
     slope: Tensor
@@ -129,20 +148,42 @@ class TokenLoss(NamedTuple):
 _STATS = ("ratio_mean", "approx_kl", "clip_frac_low", "clip_frac_high", "is_cap_frac")
 
 
-def token_loss(rule: PolicyObjective, logprobs: Tensor, factors: Tensor, advantages: Tensor | None,
-               old_logprobs: Tensor | None, rollout_logprobs: Tensor | None, mask: Tensor | None = None,
-               reward: TokenReward | None = None, teacher_logprobs: Tensor | None = None) -> TokenLoss:
-    """sum_t factors_t objective_t with the advantage reward + advantages, and its derivatives; all tensors [T].
+def token_loss(
+    rule: PolicyObjective,
+    logprobs: Tensor,
+    factors: Tensor,
+    advantages: Tensor | None,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    mask: Tensor | None = None,
+    reward: TokenReward | None = None,
+    teacher_logprobs: Tensor | None = None,
+) -> TokenLoss:
+    """sum_t factors_t objective_t with the advantage reward + advantages, and its derivatives; all
+    tensors [T].
 
     The stats are means over the unmasked tokens (0 if there are none); masked tokens may hold NaN.
     """
     dtype = acc_dtype(logprobs)
     if use_triton(logprobs):
         from kernels import triton_tokens
+
         out = triton_tokens.tokens(
-            logprobs, dtype, teacher=teacher_logprobs, advantages=advantages, factors=factors, old=old_logprobs,
-            rollout=rollout_logprobs, mask=mask, objective=rule.name, clip_low=rule.clip_low, clip_high=rule.clip_high,
-            dual_clip=rule.dual_clip, is_cap=rule.is_cap, **({} if reward is None else reward.for_triton()))
+            logprobs,
+            dtype,
+            teacher=teacher_logprobs,
+            advantages=advantages,
+            factors=factors,
+            old=old_logprobs,
+            rollout=rollout_logprobs,
+            mask=mask,
+            objective=rule.name,
+            clip_low=rule.clip_low,
+            clip_high=rule.clip_high,
+            dual_clip=rule.dual_clip,
+            is_cap=rule.is_cap,
+            **({} if reward is None else reward.for_triton()),
+        )
         means = (out.sums[1:6] / out.sums[6].clamp_min(1)).to(dtype)
         return TokenLoss(out.rewards, out.slope, out.sums[0].to(dtype), dict(zip(_STATS, means)))
 
@@ -153,16 +194,21 @@ def token_loss(rule: PolicyObjective, logprobs: Tensor, factors: Tensor, advanta
             return None
         x = x.detach().to(dtype)
         return x if live is None else torch.where(live, x, 0)
+
     logprobs, factors, total = clean(logprobs), clean(factors), clean(advantages)
     rewards = None if reward is None else clean(reward.terms(clean(teacher_logprobs), logprobs))
     if rewards is not None:
         total = rewards if total is None else rewards + total
     terms = rule.terms(logprobs, total, clean(old_logprobs), clean(rollout_logprobs))
     n = max(len(logprobs), 1) if live is None else live.sum().clamp_min(1)
-    k3 = torch.expm1(terms.log_ratio) - terms.log_ratio  # Schulman's low-variance estimate of KL(old || new)
+    # Schulman's low-variance estimate of KL(old || new)
+    k3 = torch.expm1(terms.log_ratio) - terms.log_ratio
     ratio = terms.log_ratio.exp()
     per_token = (ratio, k3, terms.clipped_low, terms.clipped_high, terms.capped)
-    stats = {name: (x if live is None else x * live).sum().to(dtype) / n for name, x in zip(_STATS, per_token)}
+    stats = {
+        name: (x if live is None else x * live).sum().to(dtype) / n
+        for name, x in zip(_STATS, per_token)
+    }
     return TokenLoss(rewards, terms.slope * factors, weighted_sum(terms.loss, factors), stats)
 
 
@@ -188,31 +234,45 @@ class _TokenLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None
 
 
-def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, *, denominator: float | Tensor,
-                         mask: Tensor | None = None, weights: Tensor | None = None,
-                         old_logprobs: Tensor | None = None, rollout_logprobs: Tensor | None = None,
-                         objective: str = "reinforce", clip_low: float = 0.2, clip_high: float = 0.2,
-                         dual_clip: float | None = None, is_cap: float | None = None,
-                         seq_ids: Tensor | None = None, aggregation: str = "token_mean") -> PGOutput:
+def policy_gradient_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    objective: str = "reinforce",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    is_cap: float | None = None,
+    seq_ids: Tensor | None = None,
+    aggregation: str = "token_mean",
+) -> PGOutput:
     """Policy-gradient loss from per-token log-probs.
 
-    With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is
-      reinforce  -A logprob
-      ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347); where A < 0 at
+    With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is reinforce
+      -A logprob ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv
+      1707.06347); where A < 0 at
                  most -dual_clip A (arXiv 1912.09729)
-      cispo      -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob (arXiv 2506.13585)
-    times weights, and times the truncated importance weight min(exp(trainer - rollout_logprobs), is_cap)
-    where rollout_logprobs are given (trainer: old_logprobs, else logprobs). Without old_logprobs the ratio is
+      cispo      -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob (arXiv
+      2506.13585)
+    times weights, and times the truncated importance weight min(exp(trainer - rollout_logprobs),
+    is_cap) where rollout_logprobs are given (trainer: old_logprobs, else logprobs). Without
+    old_logprobs the ratio is
     1. The sum is divided by `denominator`, which the caller counts over the whole optimizer step:
-      token_mean           the sum over tokens (denominator: tokens)
-      seq_mean_token_mean  the sum over sequences of the mean over their unmasked tokens in this call, so a
+      token_mean           the sum over tokens (denominator: tokens) seq_mean_token_mean  the sum
+      over sequences of the mean over their unmasked tokens in this call, so a
                            sequence must not be split over calls (denominator: sequences)
       seq_mean_token_sum   the sum over tokens (denominator: sequences)
 
-    logprobs [T] floating, nats, differentiable; advantages, weights, old_logprobs, rollout_logprobs [T]
-    floating, taken as constants; mask [T] bool or uint8 (masked tokens: loss and gradient exactly 0, may hold
-    NaN); seq_ids [T] int64 >= 0, needed by seq_mean_token_mean; denominator: number or 0-dim tensor, above 0.
-    Returns PGOutput(loss, stats{ratio_mean, clip_frac_low, clip_frac_high, approx_kl, is_cap_frac}).
+    logprobs [T] floating, nats, differentiable; advantages, weights, old_logprobs, rollout_logprobs
+    [T] floating, taken as constants; mask [T] bool or uint8 (masked tokens: loss and gradient
+    exactly 0, may hold NaN); seq_ids [T] int64 >= 0, needed by seq_mean_token_mean; denominator:
+    number or 0-dim tensor, above 0. Returns PGOutput(loss, stats{ratio_mean, clip_frac_low,
+    clip_frac_high, approx_kl, is_cap_frac}).
 
     Raises TypeError or ValueError: shapes, dtypes, choices and bounds.
     """
@@ -231,9 +291,20 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, *, denominator: f
     if aggregation == "seq_mean_token_mean" and seq_ids is None:
         raise ValueError("seq_ids must be given with aggregation='seq_mean_token_mean', got None")
 
-    factors = torch.ones_like(logprobs, dtype=acc_dtype(logprobs)) if weights is None else weights.detach()
+    factors = (
+        torch.ones_like(logprobs, dtype=acc_dtype(logprobs))
+        if weights is None
+        else weights.detach()
+    )
     if aggregation == "seq_mean_token_mean":
         factors = factors * _sequence_weights(seq_ids, mask)
-    out = token_loss(rule, logprobs, factors.to(acc_dtype(logprobs)) / denominator, advantages, old_logprobs,
-                     rollout_logprobs, mask)
+    out = token_loss(
+        rule,
+        logprobs,
+        factors.to(acc_dtype(logprobs)) / denominator,
+        advantages,
+        old_logprobs,
+        rollout_logprobs,
+        mask,
+    )
     return PGOutput(_TokenLoss.apply(logprobs, out.loss, out.slope), out.stats)

@@ -19,10 +19,11 @@ def box_cox_gap(distance: Tensor, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenReward:
-    """A reward of (teacher_logprobs, student_logprobs) and its parameters; `terms` is the mathematics.
+    """A reward of (teacher_logprobs, student_logprobs) and its parameters; `terms` is the
+    mathematics.
 
-    Raises TypeError or ValueError: a parameter out of its range, or one that belongs to another reward.
-    """
+    Raises TypeError or ValueError: a parameter out of its range, or one that belongs to another
+    reward."""
 
     name: str
     alpha: float = 1.0
@@ -37,7 +38,9 @@ class TokenReward:
         check_number("clip", self.clip, optional=True)
         check_number("tanh_scale", self.tanh_scale, optional=True)
         if self.clip is not None and self.tanh_scale is not None:
-            raise ValueError(f"clip and tanh_scale exclude each other, got {self.clip} and {self.tanh_scale}")
+            raise ValueError(
+                f"clip and tanh_scale exclude each other, got {self.clip} and {self.tanh_scale}"
+            )
 
     def terms(self, lp: Tensor, lq: Tensor) -> Tensor:
         """lp, lq [n] in one dtype."""
@@ -45,7 +48,11 @@ class TokenReward:
         # two models that agree on an impossible token: 0
         d = (lp - lq).masked_fill((lp == -torch.inf) & (lq == -torch.inf), 0)
         if self.name == "power" and self.alpha != 0:
-            reward = d.sign() * torch.exp(self.alpha * torch.maximum(lp, lq)) * box_cox_gap(d.abs(), self.alpha)
+            reward = (
+                d.sign()
+                * torch.exp(self.alpha * torch.maximum(lp, lq))
+                * box_cox_gap(d.abs(), self.alpha)
+            )
             return reward * self.alpha if self.normalization == "none" else reward
         if self.clip is not None:
             return d.clamp(-self.clip, self.clip)
@@ -58,17 +65,25 @@ class TokenReward:
             return {"reward": "power", "alpha": self.alpha, "scale": scale}
         if self.clip is not None:
             return {"reward": "clip", "bound": self.clip}
-        return {"reward": "log_ratio"} if self.tanh_scale is None else {"reward": "tanh", "bound": self.tanh_scale}
+        return (
+            {"reward": "log_ratio"}
+            if self.tanh_scale is None
+            else {"reward": "tanh", "bound": self.tanh_scale}
+        )
 
 
 def check_power(alpha: float, normalization: str) -> None:
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_number("alpha", alpha, strict=False)
     if alpha == 0 and normalization == "none":
-        raise ValueError("alpha must be above 0 with normalization='none' (p^0 - q^0 is 0 everywhere), got 0")
+        raise ValueError(
+            "alpha must be above 0 with normalization='none' (p^0 - q^0 is 0 everywhere), got 0"
+        )
 
 
-def _rewards(rule: TokenReward, teacher_logprobs: Tensor, student_logprobs: Tensor, mask: Tensor | None) -> Tensor:
+def _rewards(
+    rule: TokenReward, teacher_logprobs: Tensor, student_logprobs: Tensor, mask: Tensor | None
+) -> Tensor:
     shapes = Shapes()
     shapes.check("teacher_logprobs", teacher_logprobs, "T")
     shapes.check("student_logprobs", student_logprobs, "T")
@@ -76,39 +91,62 @@ def _rewards(rule: TokenReward, teacher_logprobs: Tensor, student_logprobs: Tens
     dtype = acc_dtype(teacher_logprobs, student_logprobs)
     if use_triton(student_logprobs):
         from kernels import triton_tokens
-        return triton_tokens.tokens(student_logprobs, dtype, teacher=teacher_logprobs, mask=mask,
-                                    **rule.for_triton()).rewards
+
+        return triton_tokens.tokens(
+            student_logprobs, dtype, teacher=teacher_logprobs, mask=mask, **rule.for_triton()
+        ).rewards
     reward = rule.terms(teacher_logprobs.to(dtype), student_logprobs.to(dtype))
     return reward if mask is None else reward.masked_fill(mask == 0, 0)
 
 
 @torch.no_grad()
-def power_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: float, *,
-                 normalization: str = "box_cox", mask: Tensor | None = None) -> Tensor:
-    """The PowerOPD reward p^alpha - q^alpha of the sampled tokens (arXiv 2606.17199 eq. 4), without gradient.
+def power_reward(
+    teacher_logprobs: Tensor,
+    student_logprobs: Tensor,
+    alpha: float,
+    *,
+    normalization: str = "box_cox",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The PowerOPD reward p^alpha - q^alpha of the sampled tokens (arXiv 2606.17199 eq. 4), without
+    gradient.
 
-    normalization="none" is the paper's form, within [-1, 1]. "box_cox" keeps the Box-Cox factor 1/alpha that
-    the paper absorbs into the learning rate: within [-1/alpha, 1/alpha], and alpha -> 0 is the log-ratio
-    (alpha == 0 is accepted and is that limit, which is unbounded).
+    normalization="none" is the paper's form, within [-1, 1]. "box_cox" keeps the Box-Cox factor
+    1/alpha that the paper absorbs into the learning rate: within [-1/alpha, 1/alpha], and alpha ->
+    0 is the log-ratio (alpha == 0 is accepted and is that limit, which is unbounded).
 
-    teacher_logprobs, student_logprobs: [T] floating, nats, clamped to at most 0; -inf allowed (both: 0).
-    mask: [T] bool or uint8; masked tokens get 0 and may hold anything.
-    Returns [T] float32 (float64 where an input is), positive iff the teacher likes the token more. The
-    computation is anchored at the larger probability: it never flips the sign and underflows to 0.
+    teacher_logprobs, student_logprobs: [T] floating, nats, clamped to at most 0; -inf allowed
+        (both: 0).
+    mask: [T] bool or uint8; masked tokens get 0 and may hold anything. Returns [T] float32 (float64
+    where an input is), positive iff the teacher likes the token more. The computation is anchored
+    at the larger probability: it never flips the sign and underflows to 0.
 
-    Raises TypeError or ValueError: shapes, dtypes, negative or non-finite alpha, alpha == 0 with "none".
-    """
-    return _rewards(TokenReward("power", alpha, normalization), teacher_logprobs, student_logprobs, mask)
+    Raises TypeError or ValueError: shapes, dtypes, negative or non-finite alpha, alpha == 0 with
+    "none"."""
+    return _rewards(
+        TokenReward("power", alpha, normalization), teacher_logprobs, student_logprobs, mask
+    )
 
 
 @torch.no_grad()
-def log_ratio_reward(teacher_logprobs: Tensor, student_logprobs: Tensor, *, clip: float | None = None,
-                     tanh_scale: float | None = None, mask: Tensor | None = None) -> Tensor:
-    """The plain on-policy distillation reward log p - log q of the sampled tokens, without gradient.
+def log_ratio_reward(
+    teacher_logprobs: Tensor,
+    student_logprobs: Tensor,
+    *,
+    clip: float | None = None,
+    tanh_scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The plain on-policy distillation reward log p - log q of the sampled tokens, without
+    gradient.
 
-    clip=c bounds it to [-c, c]; tanh_scale=s gives tanh((log p - log q) / s), within [-1, 1] (both as in the
-    baselines of arXiv 2606.17199). Arguments, result and errors as in `power_reward`; clip and tanh_scale
-    exclude each other. Without a bound the reward of a token that the teacher excludes is -inf.
-    """
-    return _rewards(TokenReward("log_ratio", clip=clip, tanh_scale=tanh_scale), teacher_logprobs, student_logprobs,
-                    mask)
+    clip=c bounds it to [-c, c]; tanh_scale=s gives tanh((log p - log q) / s), within [-1, 1] (both
+    as in the baselines of arXiv 2606.17199). Arguments, result and errors as in `power_reward`;
+    clip and tanh_scale exclude each other. Without a bound the reward of a token that the teacher
+    excludes is -inf."""
+    return _rewards(
+        TokenReward("log_ratio", clip=clip, tanh_scale=tanh_scale),
+        teacher_logprobs,
+        student_logprobs,
+        mask,
+    )

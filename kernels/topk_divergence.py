@@ -1,4 +1,5 @@
-"""Divergences on a support of K tokens per position: what a teacher that sends top-k log-probs allows."""
+"""Divergences on a support of K tokens per position: what a teacher that sends top-k log-probs
+allows."""
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class _SupportLogits(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, rows, ids, dtype):
         out = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
         for at, h, w in _gathered(hidden, weight, rows, ids, dtype):
-            torch.bmm(w, h[:, :, None], out=out[at].unsqueeze(2))  # out=: not rounded under autocast
+            # out=: not rounded under autocast
+            torch.bmm(w, h[:, :, None], out=out[at].unsqueeze(2))
         ctx.save_for_backward(hidden, weight, bias, rows, ids)
         return out if bias is None else out.add_(bias[ids])
 
@@ -38,10 +40,22 @@ class _SupportLogits(torch.autograd.Function):
             if dx is not None:
                 dx.index_copy_(0, rows[at], (w * grad[at, :, None]).sum(1).to(dx.dtype))
             if dw is not None:
-                dw.index_add_(0, ids[at].flatten(), (grad[at, :, None] * h[:, None, :]).flatten(0, 1))
-        db = grad.new_zeros(bias.shape).index_add_(0, ids.flatten(), grad.flatten()) if needs[2] else None
-        return (dx, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype),
-                None, None, None)
+                dw.index_add_(
+                    0, ids[at].flatten(), (grad[at, :, None] * h[:, None, :]).flatten(0, 1)
+                )
+        db = (
+            grad.new_zeros(bias.shape).index_add_(0, ids.flatten(), grad.flatten())
+            if needs[2]
+            else None
+        )
+        return (
+            dx,
+            None if dw is None else dw.to(weight.dtype),
+            None if db is None else db.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _gathered(hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, dtype: torch.dtype):
@@ -69,7 +83,8 @@ class _SupportDivergence(torch.autograd.Function):
 
 
 def tail_logprob(logprobs: Tensor) -> Tensor:
-    """log(1 - sum of the K probabilities), [n]; never below log eps, since the sum is only known to that."""
+    """log(1 - sum of the K probabilities), [n]; never below log eps, since the sum is only known to
+    that."""
     return torch.log1p(-logprobs.exp().sum(1).clamp_max(1 - torch.finfo(logprobs.dtype).eps))
 
 
@@ -83,51 +98,94 @@ def given_log_masses(logprobs: Tensor, tail: str, given_tail: Tensor | None = No
     return torch.cat([logprobs, rest[:, None]], 1)
 
 
-def model_log_masses(hidden: Tensor, weight: Tensor, ids: Tensor, tail: str, dtype: torch.dtype,
-                     rows: Tensor, *, bias: Tensor | None, temperature: float, logit_softcap: float | None,
-                     valid_vocab_size: int, mask: Tensor | None) -> Tensor:
+def model_log_masses(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    tail: str,
+    dtype: torch.dtype,
+    rows: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    valid_vocab_size: int,
+    mask: Tensor | None,
+) -> Tensor:
     """Those of a model at the support ids [n, K] of the active rows, differentiable."""
     if tail == "renormalize":  # the full softmax cancels, so K logits per row are enough
         z = _SupportLogits.apply(hidden, weight, bias, rows, ids, dtype)
         if logit_softcap is not None:
             z = logit_softcap * torch.tanh(z / logit_softcap)
         return given_log_masses(z / temperature, tail)
-    logprobs = fused_linear_logprobs(hidden, weight, spread(ids, rows, len(hidden)), bias=bias,
-                                     temperature=temperature, logit_softcap=logit_softcap,
-                                     valid_vocab_size=valid_vocab_size, mask=mask).logprobs
+    logprobs = fused_linear_logprobs(
+        hidden,
+        weight,
+        spread(ids, rows, len(hidden)),
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        valid_vocab_size=valid_vocab_size,
+        mask=mask,
+    ).logprobs
     return given_log_masses(logprobs.index_select(0, rows).to(dtype), tail)
 
 
-def support_divergence(ls: Tensor, lt: Tensor, divergence: Divergence, factors: Tensor, rows: Tensor,
-                       T: int) -> DivergenceOutput:
+def support_divergence(
+    ls: Tensor, lt: Tensor, divergence: Divergence, factors: Tensor, rows: Tensor, T: int
+) -> DivergenceOutput:
     values = _SupportDivergence.apply(ls, lt, divergence)
-    return DivergenceOutput(weighted_sum(values, factors), spread(values.detach(), rows, T), None, None)
+    return DivergenceOutput(
+        weighted_sum(values, factors), spread(values.detach(), rows, T), None, None
+    )
 
 
 def topk_distillation_divergence(
-        student_hidden: Tensor, student_weight: Tensor, support_ids: Tensor, teacher_logprobs: Tensor, *,
-        denominator: float | Tensor, divergence: str = "reverse_kl", alpha: float = 1.0,
-        normalization: str = "box_cox", beta: float = 0.5, tail: str = "bucket",
-        teacher_tail_logprob: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0,
-        logit_softcap: float | None = None, valid_vocab_size: int | None = None, mask: Tensor | None = None,
-        weights: Tensor | None = None, loss_scale: float | Tensor = 1.0) -> DivergenceOutput:
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    support_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    denominator: float | Tensor,
+    divergence: str = "reverse_kl",
+    alpha: float = 1.0,
+    normalization: str = "box_cox",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    teacher_tail_logprob: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    valid_vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+) -> DivergenceOutput:
     """Divergence of the student from a teacher that is known on K tokens per position.
 
-    tail="bucket": all other tokens are one more outcome; the teacher's log-mass of it is teacher_tail_logprob
-    [T], by default log(1 - sum of the K). For the KLs and the JSD it is a lower bound of the full divergence.
-    tail="renormalize": both distributions are renormalised on the support; only K logits per row are made,
-    no full LM-head GEMM.
-    tail="ignore": the support's terms alone, each >= 0 (for a KL: a log(a/b) - a + b), so that matching the
-    teacher on the support is optimal and the mass outside is free.
+    tail="bucket": all other tokens are one more outcome; the teacher's log-mass of it is
+    teacher_tail_logprob [T], by default log(1 - sum of the K). For the KLs and the JSD it is a
+    lower bound of the full divergence. tail="renormalize": both distributions are renormalised on
+    the support; only K logits per row are made, no full LM-head GEMM. tail="ignore": the support's
+    terms alone, each >= 0 (for a KL: a log(a/b) - a + b), so that matching the teacher on the
+    support is optimal and the mass outside is free.
 
-    student_hidden [T, H], student_weight [V, H], bias [V]: floating, differentiable; support_ids [T, K]
-    int64, distinct within a row; teacher_logprobs [T, K] floating, nats, constant, at the same temperature.
-    For the divergences, the other arguments and the errors see `distillation_divergence`.
-    Returns DivergenceOutput(loss, divergence [T], None, None). No [T, V] tensor is made.
-    """
+    student_hidden [T, H], student_weight [V, H], bias [V]: floating, differentiable; support_ids
+    [T, K] int64, distinct within a row; teacher_logprobs [T, K] floating, nats, constant, at the
+    same temperature. For the divergences, the other arguments and the errors see
+    `distillation_divergence`. Returns DivergenceOutput(loss, divergence [T], None, None). No [T, V]
+    tensor is made."""
     shapes = Shapes()
-    check_head(shapes, student_hidden, student_weight, bias, temperature, logit_softcap, mask,
-               names=("student_hidden", "student_weight", "bias", "logit_softcap"))
+    check_head(
+        shapes,
+        student_hidden,
+        student_weight,
+        bias,
+        temperature,
+        logit_softcap,
+        mask,
+        names=("student_hidden", "student_weight", "bias", "logit_softcap"),
+    )
     shapes.check("teacher_logprobs", teacher_logprobs, "TK")
     shapes.check("teacher_tail_logprob", teacher_tail_logprob, "T", optional=True)
     check_choice("tail", tail, TAILS)
@@ -135,15 +193,32 @@ def topk_distillation_divergence(
         raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
     rule = Divergence(divergence, alpha, normalization, beta)
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0])
-    rows = check_loss(shapes, len(student_hidden), mask, weights, None, vocab, denominator, loss_scale)
+    rows = check_loss(
+        shapes, len(student_hidden), mask, weights, None, vocab, denominator, loss_scale
+    )
     shapes.ids("support_ids", support_ids, "TK", rows, vocab)
 
     dtype = acc_dtype(student_hidden, student_weight, teacher_logprobs)
     ids = support_ids.index_select(0, rows)
-    ls = model_log_masses(student_hidden, student_weight, ids, tail, dtype, rows, bias=bias, mask=mask,
-                          temperature=temperature, logit_softcap=logit_softcap, valid_vocab_size=vocab)
+    ls = model_log_masses(
+        student_hidden,
+        student_weight,
+        ids,
+        tail,
+        dtype,
+        rows,
+        bias=bias,
+        mask=mask,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        valid_vocab_size=vocab,
+    )
     with torch.no_grad():
-        rest = None if teacher_tail_logprob is None else teacher_tail_logprob.index_select(0, rows).to(dtype)
+        rest = (
+            None
+            if teacher_tail_logprob is None
+            else teacher_tail_logprob.index_select(0, rows).to(dtype)
+        )
         lt = given_log_masses(teacher_logprobs.index_select(0, rows).to(dtype), tail, rest)
     factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
     return support_divergence(ls, lt, rule, factors, rows, len(student_hidden))

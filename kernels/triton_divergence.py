@@ -1,8 +1,9 @@
-"""Triton kernels for full-vocabulary divergences: the sums of a block of columns, and the gradient by its logits.
+"""Triton kernels for full-vocabulary divergences: the sums of a block of columns, and the gradient
+by its logits.
 
-One program per row; the specification is kernels/divergence.py. No term is kept between the two: the gradient
-makes them again from the logits, which costs less than writing and reading [n, N] of them.
-"""
+One program per row; the specification is kernels/divergence.py. No term is kept between the two:
+the gradient makes them again from the logits, which costs less than writing and reading [n, N] of
+them."""
 
 from typing import NamedTuple
 
@@ -47,10 +48,30 @@ def _log_probs(z_ptr, columns, inside, shift, log_l, temper):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _sums_kernel(s_ptr, s_stride, t_ptr, t_stride, rows_ptr, N, temper: tl.float64, s_shift_ptr, s_log_l_ptr,
-                 t_shift_ptr, t_log_l_ptr, alpha: tl.float64, scale: tl.float64, beta: tl.float64,
-                 values_ptr, by_s_ptr, by_t_ptr, KIND: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_T: tl.constexpr,
-                 ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _sums_kernel(
+    s_ptr,
+    s_stride,
+    t_ptr,
+    t_stride,
+    rows_ptr,
+    N,
+    temper: tl.float64,
+    s_shift_ptr,
+    s_log_l_ptr,
+    t_shift_ptr,
+    t_log_l_ptr,
+    alpha: tl.float64,
+    scale: tl.float64,
+    beta: tl.float64,
+    values_ptr,
+    by_s_ptr,
+    by_t_ptr,
+    KIND: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_T: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0)
     s_ptr = logit_row(s_ptr, s_stride, rows_ptr, i, HAS_ROWS)
     t_ptr = logit_row(t_ptr, t_stride, rows_ptr, i, HAS_ROWS)
@@ -83,9 +104,18 @@ def _sums_kernel(s_ptr, s_stride, t_ptr, t_stride, rows_ptr, N, temper: tl.float
         tl.store(by_t_ptr + i, of_t)
 
 
-def add_sums(student: Side, teacher: Side, rule: Rule, values: Tensor, by_student: Tensor,
-             by_teacher: Tensor | None, *, columns: int | None = None, rows: Tensor | None = None,
-             temper: float = 1.0) -> None:
+def add_sums(
+    student: Side,
+    teacher: Side,
+    rule: Rule,
+    values: Tensor,
+    by_student: Tensor,
+    by_teacher: Tensor | None,
+    *,
+    columns: int | None = None,
+    rows: Tensor | None = None,
+    temper: float = 1.0,
+) -> None:
     """Add a block's terms and their derivatives by the log-probs to the row sums [n], in place.
 
     `columns`, `rows` as in triton_rows.fold; temper multiplies both models' logits.
@@ -93,17 +123,58 @@ def add_sums(student: Side, teacher: Side, rule: Rule, values: Tensor, by_studen
     n, N = len(values), student.z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _sums_kernel[(n,)](student.z, student.z.stride(0), teacher.z, teacher.z.stride(0), rows, N, temper, student.shift,
-                       student.log_l, teacher.shift, teacher.log_l, rule.alpha, rule.scale, rule.beta, values,
-                       by_student, by_teacher, KIND=rule.kind, HAS_ROWS=rows is not None,
-                       HAS_T=by_teacher is not None, ACC=accumulator(values), **block_of(N, 2048))
+    _sums_kernel[(n,)](
+        student.z,
+        student.z.stride(0),
+        teacher.z,
+        teacher.z.stride(0),
+        rows,
+        N,
+        temper,
+        student.shift,
+        student.log_l,
+        teacher.shift,
+        teacher.log_l,
+        rule.alpha,
+        rule.scale,
+        rule.beta,
+        values,
+        by_student,
+        by_teacher,
+        KIND=rule.kind,
+        HAS_ROWS=rows is not None,
+        HAS_T=by_teacher is not None,
+        ACC=accumulator(values),
+        **block_of(N, 2048),
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
-def _grad_kernel(s_ptr, s_stride, t_ptr, t_stride, out_ptr, out_stride, rows_ptr, N, temper: tl.float64, s_shift_ptr,
-                 s_log_l_ptr, t_shift_ptr, t_log_l_ptr, alpha: tl.float64, scale: tl.float64, beta: tl.float64,
-                 sums_ptr, factors_ptr, KIND: tl.constexpr, HAS_ROWS: tl.constexpr, OF_TEACHER: tl.constexpr,
-                 ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _grad_kernel(
+    s_ptr,
+    s_stride,
+    t_ptr,
+    t_stride,
+    out_ptr,
+    out_stride,
+    rows_ptr,
+    N,
+    temper: tl.float64,
+    s_shift_ptr,
+    s_log_l_ptr,
+    t_shift_ptr,
+    t_log_l_ptr,
+    alpha: tl.float64,
+    scale: tl.float64,
+    beta: tl.float64,
+    sums_ptr,
+    factors_ptr,
+    KIND: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    OF_TEACHER: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0)
     s_ptr = logit_row(s_ptr, s_stride, rows_ptr, i, HAS_ROWS)
     t_ptr = logit_row(t_ptr, t_stride, rows_ptr, i, HAS_ROWS)
@@ -131,17 +202,49 @@ def _grad_kernel(s_ptr, s_stride, t_ptr, t_stride, out_ptr, out_stride, rows_ptr
         tl.store(out_ptr + columns, (dz * factor).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def grad(student: Side, teacher: Side, rule: Rule, sums: Tensor, factors: Tensor, out: Tensor, *,
-         of_teacher: bool = False, columns: int | None = None, rows: Tensor | None = None,
-         temper: float = 1.0) -> None:
-    """Write factors [n] * the gradient by the student's (or the teacher's) tempered logits to `out`.
+def grad(
+    student: Side,
+    teacher: Side,
+    rule: Rule,
+    sums: Tensor,
+    factors: Tensor,
+    out: Tensor,
+    *,
+    of_teacher: bool = False,
+    columns: int | None = None,
+    rows: Tensor | None = None,
+    temper: float = 1.0,
+) -> None:
+    """Write factors [n] * the gradient by the student's (or the teacher's) tempered logits to
+    `out`.
 
-    sums [n]: of the derivatives by that side's log-probs, over the whole vocabulary; out may be that side's z.
-    """
+    sums [n]: of the derivatives by that side's log-probs, over the whole vocabulary; out may be
+    that side's z."""
     n, N = len(factors), student.z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _grad_kernel[(n,)](student.z, student.z.stride(0), teacher.z, teacher.z.stride(0), out, out.stride(0), rows, N,
-                       temper, student.shift, student.log_l, teacher.shift, teacher.log_l, rule.alpha, rule.scale,
-                       rule.beta, sums, factors, KIND=rule.kind, HAS_ROWS=rows is not None, OF_TEACHER=of_teacher,
-                       ACC=accumulator(factors), **block_of(N, 2048))
+    _grad_kernel[(n,)](
+        student.z,
+        student.z.stride(0),
+        teacher.z,
+        teacher.z.stride(0),
+        out,
+        out.stride(0),
+        rows,
+        N,
+        temper,
+        student.shift,
+        student.log_l,
+        teacher.shift,
+        teacher.log_l,
+        rule.alpha,
+        rule.scale,
+        rule.beta,
+        sums,
+        factors,
+        KIND=rule.kind,
+        HAS_ROWS=rows is not None,
+        OF_TEACHER=of_teacher,
+        ACC=accumulator(factors),
+        **block_of(N, 2048),
+    )

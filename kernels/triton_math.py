@@ -1,5 +1,6 @@
-"""Device functions shared by the Triton kernels: accurate elementary functions, token rewards, policy-gradient
-and divergence terms. Each mirrors the torch function that its comment names, which is its specification.
+"""Device functions shared by the Triton kernels: accurate elementary functions, token rewards,
+policy-gradient and divergence terms. Each mirrors the torch function that its comment names, which
+is its specification.
 
 Everything is computed in the dtype of the arguments, float32 or (for tests) float64.
 """
@@ -45,7 +46,8 @@ def box_cox_gap(distance, alpha):
 
 @triton.jit
 def token_reward(lp, lq, alpha, scale, bound, KIND: tl.constexpr):
-    """kernels.rewards: `power_reward` * scale, or `log_ratio_reward` (alpha = 0, or KIND from log_ratio on)."""
+    """kernels.rewards: `power_reward` * scale, or `log_ratio_reward` (alpha = 0, or KIND from
+    log_ratio on)."""
     lp = tl.minimum(lp, 0.0)  # a rounded log-prob may be slightly above 0
     lq = tl.minimum(lq, 0.0)
     both_gone = (lp == float("-inf")) & (lq == float("-inf"))
@@ -61,8 +63,20 @@ def token_reward(lp, lq, alpha, scale, bound, KIND: tl.constexpr):
 
 
 @triton.jit
-def policy_terms(logprob, advantage, old, rollout, clip_low, clip_high, dual_clip, is_cap, KIND: tl.constexpr,
-                 HAS_OLD: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DUAL: tl.constexpr):
+def policy_terms(
+    logprob,
+    advantage,
+    old,
+    rollout,
+    clip_low,
+    clip_high,
+    dual_clip,
+    is_cap,
+    KIND: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    DUAL: tl.constexpr,
+):
     """kernels.policy_loss.PolicyObjective.terms."""
     zero = logprob * 0.0
     log_ratio = zero
@@ -135,7 +149,8 @@ def bregman_terms(lq, lp, alpha, POWER: tl.constexpr):
 
 @triton.jit
 def divergence_terms(ls, lt, alpha, scale, beta, KIND: tl.constexpr):
-    """kernels.divergence.Divergence.terms: (terms, derivatives by ls, by lt); scale is for KIND power."""
+    """kernels.divergence.Divergence.terms: (terms, derivatives by ls, by lt); scale is for KIND
+    power."""
     if KIND == 1:
         value, by_t, by_s = bregman_terms(lt, ls, alpha, False)
     elif KIND == 2:

@@ -1,8 +1,9 @@
-"""The Triton kernel from log-probs to token rewards and policy-gradient terms: one launch, elementwise, with sums.
+"""The Triton kernel from log-probs to token rewards and policy-gradient terms: one launch,
+elementwise, with sums.
 
-The specification is kernels/rewards.py and kernels/policy_loss.py. Sums are made per program and then over the
-programs, in float64 and in a fixed order: the same tokens give the same loss, run after run.
-"""
+The specification is kernels/rewards.py and kernels/policy_loss.py. Sums are made per program and
+then over the programs, in float64 and in a fixed order: the same tokens give the same loss, run
+after run."""
 
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ _SUMS = 7
 
 
 class TokenOutput(NamedTuple):
-    """rewards, slope (factors included) [n], 0 where masked; sums [7] float64: see `_tokens_kernel`."""
+    """rewards, slope (factors included) [n], 0 where masked; sums [7] float64: see
+    `_tokens_kernel`."""
 
     rewards: Tensor | None
     slope: Tensor | None
@@ -27,12 +29,36 @@ class TokenOutput(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _tokens_kernel(n, logprobs_ptr, teacher_ptr, advantages_ptr, factors_ptr, old_ptr, rollout_ptr, mask_ptr,
-                   alpha: tl.float64, scale: tl.float64, bound: tl.float64, clip_low: tl.float64, clip_high: tl.float64,
-                   dual_clip: tl.float64, is_cap: tl.float64, rewards_ptr, slope_ptr, sums_ptr,
-                   REWARD: tl.constexpr, OBJECTIVE: tl.constexpr, HAS_ADVANTAGES: tl.constexpr,
-                   HAS_FACTORS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_MASK: tl.constexpr,
-                   DUAL: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _tokens_kernel(
+    n,
+    logprobs_ptr,
+    teacher_ptr,
+    advantages_ptr,
+    factors_ptr,
+    old_ptr,
+    rollout_ptr,
+    mask_ptr,
+    alpha: tl.float64,
+    scale: tl.float64,
+    bound: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    is_cap: tl.float64,
+    rewards_ptr,
+    slope_ptr,
+    sums_ptr,
+    REWARD: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    HAS_ADVANTAGES: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DUAL: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = t < n
     if HAS_MASK:
@@ -41,8 +67,14 @@ def _tokens_kernel(n, logprobs_ptr, teacher_ptr, advantages_ptr, factors_ptr, ol
     advantage = logprob * 0.0
     if REWARD != 0:
         teacher = tl.load(teacher_ptr + t, mask=live, other=0.0).to(ACC)
-        reward = token_reward(teacher, logprob, tl.full((), alpha, ACC), tl.full((), scale, ACC),
-                              tl.full((), bound, ACC), REWARD)
+        reward = token_reward(
+            teacher,
+            logprob,
+            tl.full((), alpha, ACC),
+            tl.full((), scale, ACC),
+            tl.full((), bound, ACC),
+            REWARD,
+        )
         tl.store(rewards_ptr + t, tl.where(live, reward, 0.0), mask=t < n)
         advantage = reward
     if OBJECTIVE != 0:
@@ -58,11 +90,24 @@ def _tokens_kernel(n, logprobs_ptr, teacher_ptr, advantages_ptr, factors_ptr, ol
         if HAS_ROLLOUT:
             rollout = tl.load(rollout_ptr + t, mask=live, other=0.0).to(ACC)
         loss, slope, log_ratio, low, high, capped = policy_terms(
-            logprob, advantage, old, rollout, tl.full((), clip_low, ACC), tl.full((), clip_high, ACC),
-            tl.full((), dual_clip, ACC), tl.full((), is_cap, ACC), OBJECTIVE, HAS_OLD, HAS_ROLLOUT, DUAL)
+            logprob,
+            advantage,
+            old,
+            rollout,
+            tl.full((), clip_low, ACC),
+            tl.full((), clip_high, ACC),
+            tl.full((), dual_clip, ACC),
+            tl.full((), is_cap, ACC),
+            OBJECTIVE,
+            HAS_OLD,
+            HAS_ROLLOUT,
+            DUAL,
+        )
         tl.store(slope_ptr + t, tl.where(live, slope * factor, 0.0), mask=t < n)
         sums_ptr += tl.program_id(0) * 7
-        tl.store(sums_ptr, tl.sum(tl.where(live, loss.to(tl.float64) * factor.to(tl.float64), 0.0), 0))
+        tl.store(
+            sums_ptr, tl.sum(tl.where(live, loss.to(tl.float64) * factor.to(tl.float64), 0.0), 0)
+        )
         tl.store(sums_ptr + 1, tl.sum(tl.where(live, tl.exp(log_ratio), 0.0).to(tl.float64), 0))
         k3 = tl.where(live, tl.exp(log_ratio) - 1.0 - log_ratio, 0.0)
         tl.store(sums_ptr + 2, tl.sum(k3.to(tl.float64), 0))
@@ -72,14 +117,31 @@ def _tokens_kernel(n, logprobs_ptr, teacher_ptr, advantages_ptr, factors_ptr, ol
         tl.store(sums_ptr + 6, tl.sum(live.to(tl.float64), 0))
 
 
-def tokens(logprobs: Tensor, dtype: torch.dtype, *, teacher: Tensor | None = None, reward: str | None = None,
-           alpha: float = 0.0, scale: float = 1.0, bound: float = 1.0, advantages: Tensor | None = None,
-           factors: Tensor | None = None, old: Tensor | None = None, rollout: Tensor | None = None,
-           mask: Tensor | None = None, objective: str | None = None, clip_low: float = 0.0, clip_high: float = 0.0,
-           dual_clip: float | None = None, is_cap: float | None = None) -> TokenOutput:
-    """The reward, the policy-gradient terms, or both, of n tokens; all tensors [n], results in `dtype`.
+def tokens(
+    logprobs: Tensor,
+    dtype: torch.dtype,
+    *,
+    teacher: Tensor | None = None,
+    reward: str | None = None,
+    alpha: float = 0.0,
+    scale: float = 1.0,
+    bound: float = 1.0,
+    advantages: Tensor | None = None,
+    factors: Tensor | None = None,
+    old: Tensor | None = None,
+    rollout: Tensor | None = None,
+    mask: Tensor | None = None,
+    objective: str | None = None,
+    clip_low: float = 0.0,
+    clip_high: float = 0.0,
+    dual_clip: float | None = None,
+    is_cap: float | None = None,
+) -> TokenOutput:
+    """The reward, the policy-gradient terms, or both, of n tokens; all tensors [n], results in
+    `dtype`.
 
-    reward: a key of triton_math.REWARDS with its alpha, factor and bound; objective: one of OBJECTIVES;
+    reward: a key of triton_math.REWARDS with its alpha, factor and bound; objective: one of
+        OBJECTIVES;
     mask: bool or uint8, masked tokens give 0 and may hold anything.
     """
     n = len(logprobs)
@@ -87,16 +149,41 @@ def tokens(logprobs: Tensor, dtype: torch.dtype, *, teacher: Tensor | None = Non
 
     def new(wanted: object) -> Tensor | None:
         return None if wanted is None else torch.empty(n, dtype=dtype, device=logprobs.device)
+
     rewards, slope = new(reward), new(objective)
-    sums = None if objective is None else torch.empty(programs, _SUMS, dtype=torch.float64, device=logprobs.device)
-    given = [None if x is None else x.detach().contiguous()
-             for x in (logprobs, teacher, advantages, factors, old, rollout, mask)]
+    sums = (
+        None
+        if objective is None
+        else torch.empty(programs, _SUMS, dtype=torch.float64, device=logprobs.device)
+    )
+    given = [
+        None if x is None else x.detach().contiguous()
+        for x in (logprobs, teacher, advantages, factors, old, rollout, mask)
+    ]
     if n:
         _tokens_kernel[(programs,)](
-            n, *given, alpha, scale, bound, clip_low, clip_high, 0.0 if dual_clip is None else dual_clip,
-            float("inf") if is_cap is None else is_cap, rewards, slope, sums, REWARD=REWARDS[reward],
-            OBJECTIVE=OBJECTIVES[objective], HAS_ADVANTAGES=advantages is not None, HAS_FACTORS=factors is not None,
-            HAS_OLD=old is not None, HAS_ROLLOUT=rollout is not None, HAS_MASK=mask is not None,
-            DUAL=dual_clip is not None, BLOCK=_BLOCK, num_warps=4,
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+            n,
+            *given,
+            alpha,
+            scale,
+            bound,
+            clip_low,
+            clip_high,
+            0.0 if dual_clip is None else dual_clip,
+            float("inf") if is_cap is None else is_cap,
+            rewards,
+            slope,
+            sums,
+            REWARD=REWARDS[reward],
+            OBJECTIVE=OBJECTIVES[objective],
+            HAS_ADVANTAGES=advantages is not None,
+            HAS_FACTORS=factors is not None,
+            HAS_OLD=old is not None,
+            HAS_ROLLOUT=rollout is not None,
+            HAS_MASK=mask is not None,
+            DUAL=dual_clip is not None,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        )
     return TokenOutput(rewards, slope, None if sums is None else sums.sum(0))

@@ -1,1 +1,2 @@
-"""Configuration: the Hydra tree, its typed schema, the component registry and the user-facing errors."""
+"""Configuration: the Hydra tree, its typed schema, the component registry and the user-facing
+errors."""

@@ -1,8 +1,9 @@
-"""Models that come with the project: `model.path=stories-student` names a folder of `recipes/models`.
+"""Models that come with the project: `model.path=stories-student` names a folder of
+`recipes/models`.
 
-They are Qwen3 decoders of 0.65M parameters. `recipes/models/README.md` says what each is for, `manifest.json` how it
-was made; `python -m scripts.tiny_models --remake` makes them again.
-"""
+They are Qwen3 decoders of 0.65M parameters. `recipes/models/README.md` says what each is for,
+`manifest.json` how it was made; `python -m scripts.tiny_models --remake` makes them again."""
+
 from __future__ import annotations
 
 import json
@@ -25,9 +26,9 @@ def manifest(folder: Path = FOLDER) -> dict:
 def model_folder(path: str) -> str:
     """A model's path as transformers and vLLM take it.
 
-    The name of an embedded model becomes its folder, and `~` the home directory. A hub name stays as it is. A folder of
-    one's own that has the name of an embedded model is written `./stories-student`.
-    """
+    The name of an embedded model becomes its folder, and `~` the home directory. A hub name stays
+    as it is. A folder of one's own that has the name of an embedded model is written
+    `./stories-student`."""
     if path in names():
         return str(FOLDER / path)
     return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -1,8 +1,10 @@
-"""The exceptions a user is meant to read: each message is one line that says what, where and what to do."""
+"""The exceptions a user is meant to read: each message is one line that says what, where and what
+to do."""
 
 
 class OnstreamError(Exception):
-    """Base of every error that `train.py` and the scripts print as one line, without a traceback."""
+    """Base of every error that `train.py` and the scripts print as one line, without a
+    traceback."""
 
 
 class ConfigError(OnstreamError):
@@ -14,7 +16,8 @@ class DataError(OnstreamError):
 
 
 class ModelError(OnstreamError):
-    """A model folder cannot be used: missing, unreadable, or of another vocabulary; the message names it."""
+    """A model folder cannot be used: missing, unreadable, or of another vocabulary; the message
+    names it."""
 
 
 class SyncError(OnstreamError):

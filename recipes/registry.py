@@ -1,4 +1,6 @@
-"""Looks a component up by the name a recipe gives it: a registered name, or a dotted path into any module."""
+"""Looks a component up by the name a recipe gives it: a registered name, or a dotted path into any
+module."""
+
 from __future__ import annotations
 
 import difflib
@@ -28,9 +30,11 @@ class Registry(dict):
 
     def register(self, name: str):
         """Decorator: file the class or function under `name`."""
+
         def file(component):
             self[name] = component
             return component
+
         return file
 
     def resolve(self, name: str) -> Any:

@@ -1,1 +1,2 @@
-"""Rewards: per token (teacher against student) and per completion (verifiers), and the scores made of them."""
+"""Rewards: per token (teacher against student) and per completion (verifiers), and the scores made
+of them."""

@@ -1,10 +1,11 @@
-"""Is a completion's final answer correct? The last boxed answer, compared by the math-verify library.
+"""Is a completion's final answer correct? The last boxed answer, compared by the math-verify
+library.
 
-The library runs in a process of its own. Its own time limit is a signal: that works in the main thread
-only, takes over the process's alarm, and cannot interrupt Python's C code, which `9^{9^{9^9}}` keeps busy
-for hours. A process that the kernel ends is safe from any thread. Plain integers and equal strings never
-get there.
-"""
+The library runs in a process of its own. Its own time limit is a signal: that works in the main
+thread only, takes over the process's alarm, and cannot interrupt Python's C code, which
+`9^{9^{9^9}}` keeps busy for hours. A process that the kernel ends is safe from any thread. Plain
+integers and equal strings never get there."""
+
 from __future__ import annotations
 
 import json
@@ -37,9 +38,9 @@ VERIFIERS = Registry("reward.verifier")
 def grade(completion: str, answer: str) -> float:
     """1.0 if the completion's final answer equals `answer`, else 0.0.
 
-    Equality is math-verify's: 0.5 is 1/2, `1,000` is 1000, `x=5` is 5, `46\\text{ shells}` is 46. Dollar
-    signs, a final full stop and a final percent sign are dropped from both sides first. No text makes it
-    raise.
+    Equality is math-verify's: 0.5 is 1/2, `1,000` is 1000, `x=5` is 5, `46\\text{ shells}` is 46.
+    Dollar signs, a final full stop and a final percent sign are dropped from both sides first. No
+    text makes it raise.
 
     Raises:
         OnstreamError: math-verify is not installed.
@@ -51,9 +52,9 @@ def grade(completion: str, answer: str) -> float:
 def extract_answer(completion: str) -> str | None:
     """The completion's final answer as text.
 
-    It is the content of the last closed box. Where there is no box at all, it is what math-verify finds in
-    the last 400 characters. A box that was opened but never closed is a completion cut short: None, as where
-    nothing was found.
+    It is the content of the last closed box. Where there is no box at all, it is what math-verify
+    finds in the last 400 characters. A box that was opened but never closed is a completion cut
+    short: None, as where nothing was found.
 
     Raises:
         OnstreamError: math-verify is not installed.
@@ -68,7 +69,8 @@ def extract_answer(completion: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    """The stripped content of the last closed `\\boxed{…}`, also `\\fbox` and `\\box`; None without one."""
+    """The stripped content of the last closed `\\boxed{…}`, also `\\fbox` and `\\box`; None without
+    one."""
     open_braces: list[int | None] = []  # for a box, where its content starts
     last = None
     for token in _BRACES.finditer(text):
@@ -112,10 +114,11 @@ class _Process:
     def ask(self, *question: str) -> Any:
         """The answer, or None where the process failed or died on it."""
         with self.lock:
-            # Put back after a whole exchange only: an interrupt in between must not leave an answer behind
-            # for the next question.
+            # Put back after a whole exchange only: an interrupt in between must not leave an answer
+            # behind for the next question.
             process, self.running = self.running, None
-            # poll() also says that it is gone in a forked child, which must not share its parent's pipes.
+            # poll() also says that it is gone in a forked child, which must not share its parent's
+            # pipes.
             if process is None or process.poll() is not None:
                 process = self._start()
             try:
@@ -134,12 +137,18 @@ class _Process:
     @staticmethod
     def _start() -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.math", str(TIMEOUT)], cwd=Path(__file__).resolve().parents[1],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            [sys.executable, "-m", "rewards.math", str(TIMEOUT)],
+            cwd=Path(__file__).resolve().parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if process.stdout.readline() != "ready\n":
             reason = process.communicate()[1].strip().rpartition("\n")[2]
-            raise OnstreamError(f"reward.verifier=math cannot start math-verify: {reason}; "
-                                "run scripts/setup.sh")
+            raise OnstreamError(
+                f"reward.verifier=math cannot start math-verify: {reason}; run scripts/setup.sh"
+            )
         return process
 
 
@@ -155,10 +164,14 @@ def _serve(timeout: float) -> None:
     from math_verify import parse, verify
 
     def find(tail: str) -> str | None:
-        return next((found for found in parse(tail, parsing_timeout=None) if isinstance(found, str)), None)
+        return next(
+            (found for found in parse(tail, parsing_timeout=None) if isinstance(found, str)), None
+        )
 
     def equal(prediction: str, answer: str) -> bool:
-        prediction, answer = (parse(f"${text}$", parsing_timeout=None) for text in (prediction, answer))
+        prediction, answer = (
+            parse(f"${text}$", parsing_timeout=None) for text in (prediction, answer)
+        )
         return verify(answer, prediction, timeout_seconds=None)
 
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -166,14 +179,16 @@ def _serve(timeout: float) -> None:
     logging.disable(logging.CRITICAL)
     with contextlib.suppress(ValueError):  # macOS refuses
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process, even inside C code
+    # the default action ends the process, even inside C code
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         kind, *texts = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
             answer = {"find": find, "equal": equal}[kind](*texts)
-        except Exception:  # whatever a garbled answer does to the parser, it is not the right answer
+        # whatever a garbled answer does to the parser, it is not the right answer
+        except Exception:
             answer = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,5 @@
 """Avg@k and Pass@k from the correctness of n completions per prompt."""
+
 from __future__ import annotations
 
 from typing import Sequence
@@ -23,8 +24,8 @@ def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     """The chance that at least one of k completions is correct, averaged over prompts, in [0, 1].
 
-    Unbiased from n >= k completions of which c are correct: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021,
-    arXiv 2107.03374), computed as a product, since the binomials overflow.
+    Unbiased from n >= k completions of which c are correct: 1 - C(n-c, k) / C(n, k) (Chen et al.
+    2021, arXiv 2107.03374), computed as a product, since the binomials overflow.
 
     Args:
         correct: one row per prompt, one entry per completion; rows may differ in length.

@@ -1,1 +1,2 @@
-"""Where sequences come from: prompt data, trajectories, rollout engines, teachers and the weight sync."""
+"""Where sequences come from: prompt data, trajectories, rollout engines, teachers and the weight
+sync."""

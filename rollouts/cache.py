@@ -1,4 +1,5 @@
 """A key-value cache that appends in place, for decoding with transformers."""
+
 from __future__ import annotations
 
 import torch
@@ -9,9 +10,12 @@ SPARE = 16  # tokens that a full buffer grows by, besides a quarter of its lengt
 
 
 def growing_cache(model_config) -> DynamicCache:
-    """transformers' DynamicCache, whose unbounded layers append in place; windowed ones stay as they are."""
+    """transformers' DynamicCache, whose unbounded layers append in place; windowed ones stay as
+    they are."""
     cache = DynamicCache(config=model_config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
@@ -25,8 +29,9 @@ class GrowingLayer(DynamicLayer):
         super().lazy_initialization(key_states, value_states)
         self.buffers = [key_states[..., :0, :], value_states[..., :0, :]]
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args,
-               **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the keys and values of new tokens; returns all there are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -1,4 +1,6 @@
-"""A checksum of a tensor's bits that is cheap, exact, and computable on both sides of a weight sync."""
+"""A checksum of a tensor's bits that is cheap, exact, and computable on both sides of a weight
+sync."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,11 +11,11 @@ COLUMNS = 64
 
 
 def sampled_columns(name: str, width: int, salt: int) -> torch.Tensor:
-    """Which input columns of a matrix are compared: all up to 64, else a seeded choice that moves with `salt`.
+    """Which input columns of a matrix are compared: all up to 64, else a seeded choice that moves
+    with `salt`.
 
-    A GEMM engine may hold a matrix in a packed layout that can be read only by multiplying with it; some
-    columns of every row keep that cheap, and over the steps every column has its turn.
-    """
+    A GEMM engine may hold a matrix in a packed layout that can be read only by multiplying with it;
+    some columns of every row keep that cheap, and over the steps every column has its turn."""
     if width <= COLUMNS:
         return torch.arange(width)
     digest = hashlib.blake2b(f"{name}/{salt}".encode(), digest_size=8).digest()
@@ -25,17 +27,21 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """A position-weighted sum of the tensor's bits, modulo 2^64: equal for equal bits, in any shape."""
+    """A position-weighted sum of the tensor's bits, modulo 2^64: equal for equal bits, in any
+    shape."""
     flat = tensor.detach().contiguous().reshape(-1)
-    flat = flat + 0  # -0.0 becomes 0.0: a packed matrix read back by multiplication cannot keep the sign of zero
+    # -0.0 becomes 0.0: a packed matrix read back by multiplication cannot keep the sign of zero
+    flat = flat + 0
     bits = flat.view(_BITS[flat.element_size()]).to(torch.int64)
     weight = torch.arange(1, bits.numel() + 1, dtype=torch.int64, device=bits.device)
-    weight = weight * -7046029254386353131 + 1442695040888963407  # a linear congruential step, wrapping
+    # a linear congruential step, wrapping
+    weight = weight * -7046029254386353131 + 1442695040888963407
     return int((bits * (weight | 1)).sum())
 
 
 def fingerprint(tensor: torch.Tensor, name: str, salt: int) -> int:
-    """The fingerprint of parameter `name`: a vector whole, a matrix [out, in] by its sampled input columns."""
+    """The fingerprint of parameter `name`: a vector whole, a matrix [out, in] by its sampled input
+    columns."""
     if tensor.dim() == 2:
         tensor = tensor[:, sampled_columns(name, tensor.shape[1], salt).to(tensor.device)]
     return checksum(tensor)

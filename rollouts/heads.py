@@ -1,12 +1,15 @@
-"""Decision heads: whether to write what a model proposes, or to read on first (ProactiveLLM, arXiv 2606.00523).
+"""Decision heads: whether to write what a model proposes, or to read on first (ProactiveLLM, arXiv
+2606.00523).
 
-A head needs no training and changes nothing in the model. After each unit that is read the model proposes its next
-token; the head says of each row whether it is written (methods.md, 5). At the end of the input all is written, whatever
-the head says. Entropy and attention heads write where their score is at most a threshold, which is best a quantile of
-the scores that a calibration set has with the whole input read: "as sure as it mostly is when it knows all".
+A head needs no training and changes nothing in the model. After each unit that is read the model
+proposes its next token; the head says of each row whether it is written (methods.md, 5). At the end
+of the input all is written, whatever the head says. Entropy and attention heads write where their
+score is at most a threshold, which is best a quantile of the scores that a calibration set has with
+the whole input read: "as sure as it mostly is when it knows all".
 
-A head of your own is a class with `writes`, registered here, or named by its dotted path in `proactive.head`.
-"""
+A head of your own is a class with `writes`, registered here, or named by its dotted path in
+`proactive.head`."""
+
 from __future__ import annotations
 
 import math
@@ -30,8 +33,10 @@ class State:
     read: torch.Tensor  # [B] units read, 1 or more
     written: torch.Tensor  # [B] words written in full, before the one that the proposal is of
     finished: torch.Tensor  # [B] bool: the input is over
-    asked: torch.Tensor  # [B] bool: the head's word counts, unless the input is over; not inside words (`whole_words`)
-    attention: torch.Tensor | None = None  # [layers, B, heads, units] of the row that proposes, on each unit's tokens
+    # [B] bool: the head's word counts, unless the input is over; not inside words (`whole_words`)
+    asked: torch.Tensor
+    # [layers, B, heads, units] of the row that proposes, on each unit's tokens
+    attention: torch.Tensor | None = None
 
 
 class Head:
@@ -47,8 +52,10 @@ class Head:
     needs_attention = False  # of the proposing row; costs the fast attention kernels
     calibrated = False  # has `score`, and a setting that can be a quantile of it
     needs_setting = True
-    adaptive = True  # held between `proactive.min_lag`, `max_lag` and `max_reads`; else a policy of its own
-    sweep: tuple[float, ...] = ()  # settings of a latency-quality curve; of a calibrated head these are quantiles
+    # held between `proactive.min_lag`, `max_lag` and `max_reads`; else a policy of its own
+    adaptive = True
+    # settings of a latency-quality curve; of a calibrated head these are quantiles
+    sweep: tuple[float, ...] = ()
     low, high, what = -math.inf, math.inf, "any number"
 
     def __init__(self, setting: float):
@@ -79,11 +86,11 @@ class Entropy(Head):
 
 @HEADS.register("attention")
 class Attention(Head):
-    """1 less the attention that falls on the unit which has most of it, averaged over layers and heads [choice].
+    """1 less the attention that falls on the unit which has most of it, averaged over layers and
+    heads [choice].
 
-    Attention is not normalised over what has been read: where a model misses what it needs, it attends to the frame
-    and to its own words instead.
-    """
+    Attention is not normalised over what has been read: where a model misses what it needs, it
+    attends to the frame and to its own words instead."""
 
     needs_attention = calibrated = True
     low, high, what = 0.0, 1.0, "between 0 and 1"
@@ -94,11 +101,12 @@ class Attention(Head):
 
 @HEADS.register("edatt")
 class NewestAttention(Head):
-    """The part of the attention to the source that falls on the newest unit, averaged over layers and heads.
+    """The part of the attention to the source that falls on the newest unit, averaged over layers
+    and heads.
 
-    A word that leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units for its frames, and
-    the last one only, are our choices). A quantile with all read would say nothing, so its setting is given.
-    """
+    A word that leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units
+    for its frames, and the last one only, are our choices). A quantile with all read would say
+    nothing, so its setting is given."""
 
     needs_attention = True
     low, high, what = 0.0, 1.0, "between 0 and 1"
@@ -150,12 +158,14 @@ def check_heads(options) -> None:
     Args:
         options: the config's section `proactive`.
 
-    Raises:
-        ConfigError: the head is not known, its setting is missing or out of range, there is nothing to sweep, or no
+    Raises: ConfigError: the head is not known, its setting is missing or out of range, there is
+        nothing to sweep, or no
             lag is between the least and the largest.
     """
     if options.max_lag is not None and options.max_lag < options.min_lag:
-        raise ConfigError(f"proactive.max_lag={options.max_lag} must be at least proactive.min_lag={options.min_lag}")
+        raise ConfigError(
+            f"proactive.max_lag={options.max_lag} must be at least proactive.min_lag={options.min_lag}"
+        )
     kind = HEADS.resolve(options.head)
     if options.setting is not None:
         kind(options.setting)
@@ -164,11 +174,14 @@ def check_heads(options) -> None:
     for name in options.curve:
         kind = HEADS.resolve(name)
         if not (kind.calibrated or kind.sweep):
-            raise ConfigError(f"proactive.curve={name}: its class has neither a score nor a sweep; give one")
+            raise ConfigError(
+                f"proactive.curve={name}: its class has neither a score nor a sweep; give one"
+            )
 
 
 class Recorder(Head):
-    """Reads all and keeps the scores that a head gives where it would be asked, with the whole input read."""
+    """Reads all and keeps the scores that a head gives where it would be asked, with the whole
+    input read."""
 
     adaptive = False
 
@@ -186,8 +199,10 @@ class Recorder(Head):
             DataError: there are none.
         """
         if not self.scores:
-            raise DataError("proactive.calibration_path: nothing to calibrate the decision head on; give data with "
-                            "rows, or set proactive.setting")
+            raise DataError(
+                "proactive.calibration_path: nothing to calibrate the decision head on; give data with "
+                "rows, or set proactive.setting"
+            )
         return float(torch.tensor(self.scores, dtype=torch.float64).quantile(share))
 
 
@@ -195,5 +210,9 @@ def word_starts(tokenizer) -> np.ndarray:
     """[V] bool: the tokens that begin a word, i.e. with a space, and the special ones."""
     tokens = tokenizer.convert_ids_to_tokens(range(token_count(tokenizer)))
     special = set(tokenizer.all_special_ids)
-    return np.array([index in special or (token or "").startswith(("\u0120", "\u2581", " "))
-                     for index, token in enumerate(tokens)])
+    return np.array(
+        [
+            index in special or (token or "").startswith(("\u0120", "\u2581", " "))
+            for index, token in enumerate(tokens)
+        ]
+    )

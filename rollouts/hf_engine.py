@@ -1,8 +1,9 @@
-"""A rollout engine on Hugging Face models: batched decoding with a KV cache, one random stream per completion.
+"""A rollout engine on Hugging Face models: batched decoding with a KV cache, one random stream per
+completion.
 
-It needs nothing but transformers, so it carries a full run where vLLM is not installed. It keeps a copy of
-the weights of its own, in the same place as the trainer's.
-"""
+It needs nothing but transformers, so it carries a full run where vLLM is not installed. It keeps a
+copy of the weights of its own, in the same place as the trainer's."""
+
 from __future__ import annotations
 
 from typing import Callable, Iterable, Sequence
@@ -23,9 +24,9 @@ BLOCK = 128  # tokens of the vocabulary whose weights are summed before one of t
 class HuggingFaceEngine:
     """Samples completions with `transformers`.
 
-    Each completion draws its uniforms from a generator of its own and inverts the CDF, so that its noise does
-    not depend on what it is batched with; the logits may, in the last bits, as the shape of the batch changes.
-    """
+    Each completion draws its uniforms from a generator of its own and inverts the CDF, so that its
+    noise does not depend on what it is batched with; the logits may, in the last bits, as the shape
+    of the batch changes."""
 
     def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **_):
         from transformers import AutoModelForCausalLM
@@ -33,20 +34,27 @@ class HuggingFaceEngine:
         self.device, self.batch_size = device, config.rollout.batch_size
         model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype)
         self.model = model.to(device).eval().requires_grad_(False)
-        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head has its name too
+        # a tied head has its name too
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling, continues: bool = False,
-                 on_finished: Callable[[int], None] | None = None) -> list[Trajectory]:
-        """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not truncated.
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        continues: bool = False,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[Trajectory]:
+        """One trajectory per request, in their order; log-probs are at `sampling.temperature`, not
+        truncated.
 
-        `continues` says that the prompts go on from the call before: for engines that cache prefixes, this does not.
-        `on_finished` is told, again and again, how many more completions are finished.
-        """
+        `continues` says that the prompts go on from the call before: for engines that cache
+        prefixes, this does not. `on_finished` is told, again and again, how many more completions
+        are finished."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Trajectory] = {}
         for start in range(0, len(order), self.batch_size):
-            rows = order[start:start + self.batch_size]
+            rows = order[start : start + self.batch_size]
             for row, trajectory in zip(rows, self._batch([requests[i] for i in rows], sampling)):
                 done[row] = trajectory
             if on_finished is not None:
@@ -60,14 +68,22 @@ class HuggingFaceEngine:
         count = len(requests)
         ids = torch.zeros(count, width, dtype=torch.long)
         attention = torch.zeros(count, width + sampling.max_new_tokens, dtype=torch.long)
-        for row, request in enumerate(requests):  # left padding: every row's next token is in the last column
-            ids[row, width - len(request.prompt_ids):] = torch.tensor(request.prompt_ids)
-            attention[row, width - len(request.prompt_ids):] = 1
+        # left padding: every row's next token is in the last column
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention[row, width - len(request.prompt_ids) :] = 1
         attention = attention.to(self.device)
         position = (attention[:, :width].cumsum(-1) - 1).clamp(min=0)
-        uniforms = torch.stack([
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(r.seed), dtype=torch.float64)
-            for r in requests]).to(self.device)
+        uniforms = torch.stack(
+            [
+                torch.rand(
+                    sampling.max_new_tokens,
+                    generator=torch.Generator().manual_seed(r.seed),
+                    dtype=torch.float64,
+                )
+                for r in requests
+            ]
+        ).to(self.device)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
 
         cache = growing_cache(self.model.config)
@@ -76,12 +92,23 @@ class HuggingFaceEngine:
         finish = ["length"] * count
         ids = ids.to(self.device)
         for step in range(sampling.max_new_tokens):
-            logits = self.model(input_ids=ids, attention_mask=attention[:, :width + step], position_ids=position,
-                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            logits = (
+                self.model(
+                    input_ids=ids,
+                    attention_mask=attention[:, : width + step],
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                .logits[:, -1]
+                .float()
+            )
             chosen, chosen_logprobs = sample(logits, uniforms[live, step], sampling)
             ended = torch.isin(chosen, stops)
-            for row, token, logprob, stop in zip(live.tolist(), chosen.tolist(), chosen_logprobs.tolist(),
-                                                 ended.tolist()):
+            for row, token, logprob, stop in zip(
+                live.tolist(), chosen.tolist(), chosen_logprobs.tolist(), ended.tolist()
+            ):
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
                 if stop:
@@ -91,11 +118,25 @@ class HuggingFaceEngine:
             keep = (~ended).nonzero().flatten()
             if len(keep) < len(live):  # finished rows leave the batch
                 cache.batch_select_indices(keep)
-                live, chosen, attention, position = live[keep], chosen[keep], attention[keep], position[keep]
+                live, chosen, attention, position = (
+                    live[keep],
+                    chosen[keep],
+                    attention[keep],
+                    position[keep],
+                )
             ids, position = chosen[:, None], position[:, -1:] + 1
             attention[:, width + step] = 1
-        return [Trajectory(r.prompt_index, r.sample_index, list(r.prompt_ids), tokens[i], finish[i],
-                           np.asarray(logprobs[i], dtype=np.float32)) for i, r in enumerate(requests)]
+        return [
+            Trajectory(
+                r.prompt_index,
+                r.sample_index,
+                list(r.prompt_ids),
+                tokens[i],
+                finish[i],
+                np.asarray(logprobs[i], dtype=np.float32),
+            )
+            for i, r in enumerate(requests)
+        ]
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -105,8 +146,12 @@ class HuggingFaceEngine:
 
     def fingerprints(self, names: Sequence[str], salt: int) -> dict[str, int | None]:
         """The fingerprint of each named tensor as the engine holds it; None where it holds none."""
-        return {name: fingerprint(self.parameters[name], name, salt) if name in self.parameters else None
-                for name in names}
+        return {
+            name: fingerprint(self.parameters[name], name, salt)
+            if name in self.parameters
+            else None
+            for name in names
+        }
 
     def sleep(self) -> None:
         """Nothing to free: the weights are the engine's only memory between calls."""
@@ -119,18 +164,19 @@ class HuggingFaceEngine:
         self.model = self.parameters = None
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverting the CDF.
 
     Args:
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
 
-    Returns:
-        token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k and top-p
-        (at temperature 0: at temperature 1).
+    Returns: token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k
+        and top-p (at temperature 0: at temperature 1).
     """
-    logits = logits[:, :sampling.vocab]
+    logits = logits[:, : sampling.vocab]
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)
         return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
@@ -143,11 +189,12 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
 
 
 def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities [B, V] with zeros outside the `top_k` largest, and outside the `top_p` nucleus of those."""
+    """Probabilities [B, V] with zeros outside the `top_k` largest, and outside the `top_p` nucleus
+    of those."""
     ranked, index = torch.sort(probs, dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if sampling.top_k > 0:
-        keep[:, sampling.top_k:] = False
+        keep[:, sampling.top_k :] = False
     if sampling.top_p < 1:  # of what top-k left, the smallest set whose mass reaches top_p
         left = ranked * keep
         before = left.cumsum(-1) - left
@@ -158,8 +205,8 @@ def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The index at which the cumulative sum of each row passes its uniform share of the total.
 
-    In two levels, first among the sums of blocks, then within one: the cumulative sum of a large vocabulary is never
-    made. A block is summed in the weights' dtype, everything else in float64.
+    In two levels, first among the sums of blocks, then within one: the cumulative sum of a large
+    vocabulary is never made. A block is summed in the weights' dtype, everything else in float64.
 
     Args:
         weights: [B, V], not negative, any positive scale; one of zero is never chosen.
@@ -177,11 +224,13 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     block, before = passed(sums, target)
     inside = blocks[torch.arange(count, device=weights.device), block].double()
     place, _ = passed(inside, (target - before).clamp(min=0))
-    return (block * BLOCK + place).clamp(max=width - 1)  # where weights are NaN, as in a run that diverged, any token
+    # where weights are NaN, as in a run that diverged, any token
+    return (block * BLOCK + place).clamp(max=width - 1)
 
 
 def passed(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the cumulative sum of float64 weights [B, N] passes `target` [B], and the sum before that place."""
+    """Where the cumulative sum of float64 weights [B, N] passes `target` [B], and the sum before
+    that place."""
     cdf = weights.cumsum(-1)
     place = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
     # Rounding can put the target at the total: take the last place that has any weight.

@@ -1,9 +1,11 @@
-"""The special tokens that mark what a streaming reasoner reads and writes, and adding them to a model without them.
+"""The special tokens that mark what a streaming reasoner reads and writes, and adding them to a
+model without them.
 
-The source is read as `instruction <SEP>`, `question <EOQ>`, then `sentence <EOS>` again and again; the target repeats
-the first two marks, writes `thought <EOT>` or a lone `<skip>` per sentence, then `deep reasoning <EOR> answer <EOA>`.
-That is the format of StreamingThinker (arXiv 2510.17238; methods.md, 3); `<skip>` is AdaSR's (arXiv 2606.14694).
-"""
+The source is read as `instruction <SEP>`, `question <EOQ>`, then `sentence <EOS>` again and again;
+the target repeats the first two marks, writes `thought <EOT>` or a lone `<skip>` per sentence, then
+`deep reasoning <EOR> answer <EOA>`. That is the format of StreamingThinker (arXiv 2510.17238;
+methods.md, 3); `<skip>` is AdaSR's (arXiv 2606.14694)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,8 +34,10 @@ class Protocol:
     def of(cls, tokenizer) -> Protocol:
         """Raises ModelError: the tokenizer lacks one of the tokens."""
         if lacking := missing(tokenizer):
-            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no token {lacking[0]}, which streaming "
-                             "needs; run recipe=streaming_sft first, which adds it")
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has no token {lacking[0]}, which streaming "
+                "needs; run recipe=streaming_sft first, which adds it"
+            )
         return cls(*tokenizer.convert_tokens_to_ids(list(TOKENS)))
 
     @property
@@ -42,16 +46,26 @@ class Protocol:
 
 
 def token_count(tokenizer) -> int:
-    """One more than a tokenizer's largest id. Its `len` is less where ids are left out below that one."""
+    """One more than a tokenizer's largest id. Its `len` is less where ids are left out below that
+    one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def drop_unused_sampling(model) -> None:
-    """Clear the sampling settings of a generation config that is greedy: they do nothing, and transformers, which loads
-    such a config, refuses to save it."""
+    """Clear the sampling settings of a generation config that is greedy: they do nothing, and
+    transformers, which loads such a config, refuses to save it."""
     config = model.generation_config
     if config is not None and not config.do_sample:
-        for name in ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "top_h",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+        ):
             setattr(config, name, None)
 
 
@@ -64,15 +78,17 @@ def missing(tokenizer) -> list[str]:
 def add_tokens(tokenizer) -> list[str]:
     """Give a tokenizer the protocol tokens that it lacks, as special tokens; returns them."""
     new = missing(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": new}, replace_extra_special_tokens=False
+    )
     return new
 
 
 def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
     """Write a copy of a model whose embedding has a row for each of the new tokens.
 
-    The rows become the mean of those that the old tokens have, in the embedding and in an untied head. A vocabulary
-    with room (padding rows, as Qwen3's has) keeps its size.
+    The rows become the mean of those that the old tokens have, in the embedding and in an untied
+    head. A vocabulary with room (padding rows, as Qwen3's has) keeps its size.
 
     Args:
         path: a model folder or hub name.
@@ -97,7 +113,7 @@ def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             for tensor in (part.weight, getattr(part, "bias", None)):
                 if tensor is not None:
-                    tensor[ids] = tensor[:ids[0]].float().mean(0).to(tensor.dtype)
+                    tensor[ids] = tensor[: ids[0]].float().mean(0).to(tensor.dtype)
     work = folder.with_name(f"{folder.name}.part")
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)

@@ -4,11 +4,12 @@
     python train.py recipe=proactivellm_speech model.path=DIR/text \
         model.encoder=rollouts.qwen2_audio.load:DIR/speech data.path=FILE
 
-Frames are log-mel, 100 per second, as transformers' WhisperFeatureExtractor makes them (it scales them by the loudest
-of the whole recording: for a strictly causal input scale them by a constant). Two frames of zeros before them let the
-convolutions, which look a frame ahead each, see only what has been heard, and a mask does the same for attention; all
-else is as in the original. It was not trained so: the paper's causal Whisper is, and is loaded the same way.
-"""
+Frames are log-mel, 100 per second, as transformers' WhisperFeatureExtractor makes them (it scales
+them by the loudest of the whole recording: for a strictly causal input scale them by a constant).
+Two frames of zeros before them let the convolutions, which look a frame ahead each, see only what
+has been heard, and a mask does the same for attention; all else is as in the original. It was not
+trained so: the paper's causal Whisper is, and is loaded the same way. """
+
 from __future__ import annotations
 
 import math
@@ -39,10 +40,14 @@ class SpeechEncoder(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """[F, D] -> [ceil(F / 4), H]."""
         tower, count = self.tower, math.ceil(len(frames) / self.stride)
-        mel = pad(frames.T[None].to(tower.conv1.weight.dtype), (2, self.stride * count - len(frames)))
-        hidden = gelu(tower.conv2(gelu(tower.conv1(mel))))[..., :2 * count].transpose(1, 2)
-        hidden = hidden + tower.embed_positions.weight[:2 * count]
-        mask = hidden.new_full((2 * count, 2 * count), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+        mel = pad(
+            frames.T[None].to(tower.conv1.weight.dtype), (2, self.stride * count - len(frames))
+        )
+        hidden = gelu(tower.conv2(gelu(tower.conv1(mel))))[..., : 2 * count].transpose(1, 2)
+        hidden = hidden + tower.embed_positions.weight[: 2 * count]
+        mask = hidden.new_full((2 * count, 2 * count), torch.finfo(hidden.dtype).min).triu(1)[
+            None, None
+        ]
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         pooled = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
@@ -56,7 +61,9 @@ def load(folder: str) -> SpeechEncoder:
 
     place = Path(folder).expanduser()
     if not (place / "model.safetensors").is_file():
-        raise ModelError(f"{place} holds no speech encoder; write one with python -m scripts.split_qwen2_audio")
+        raise ModelError(
+            f"{place} holds no speech encoder; write one with python -m scripts.split_qwen2_audio"
+        )
     encoder = build(Qwen2AudioConfig.from_pretrained(place))
     encoder.load_state_dict(load_file(place / "model.safetensors"))
     return encoder
@@ -64,6 +71,11 @@ def load(folder: str) -> SpeechEncoder:
 
 def build(config) -> SpeechEncoder:
     """One with random weights, for a Qwen2AudioConfig."""
-    from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder, Qwen2AudioMultiModalProjector
+    from transformers.models.qwen2_audio.modeling_qwen2_audio import (
+        Qwen2AudioEncoder,
+        Qwen2AudioMultiModalProjector,
+    )
 
-    return SpeechEncoder(Qwen2AudioEncoder(config.audio_config), Qwen2AudioMultiModalProjector(config)).eval()
+    return SpeechEncoder(
+        Qwen2AudioEncoder(config.audio_config), Qwen2AudioMultiModalProjector(config)
+    ).eval()

@@ -1,4 +1,6 @@
-"""The record that every method shares: one prompt, one completion, and what is known of its tokens."""
+"""The record that every method shares: one prompt, one completion, and what is known of its
+tokens."""
+
 from __future__ import annotations
 
 import hashlib
@@ -31,11 +33,16 @@ class Trajectory:
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Streaming (rollouts/layout.py).
     layout: Layout | None = None  # None: plain causal, natural positions
-    sampled: np.ndarray | None = None  # bool; False: forced protocol tokens, and interleaved source. None: all are
-    slots: np.ndarray | None = None  # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
-    frames: np.ndarray | None = None  # [F, D], of a source with FRAME in `prompt_ids` (rollouts/frames.py)
-    reads: np.ndarray | None = None  # int; simultaneous: source units read when it was written, 0 for the opening
-    # Annotations: what a trainer says about the tokens, for the loss primitives (trainers/losses.py).
+    # bool; False: forced protocol tokens, and interleaved source. None: all are
+    sampled: np.ndarray | None = None
+    # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
+    slots: np.ndarray | None = None
+    # [F, D], of a source with FRAME in `prompt_ids` (rollouts/frames.py)
+    frames: np.ndarray | None = None
+    # int; simultaneous: source units read when it was written, 0 for the opening
+    reads: np.ndarray | None = None
+    # Annotations: what a trainer says about the tokens, for the loss primitives
+    # (trainers/losses.py).
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -50,26 +57,32 @@ class Trajectory:
     @property
     def sampled_mask(self) -> np.ndarray:
         """[T] bool, a copy: the completion tokens that the policy chose."""
-        return np.ones(len(self.completion_ids), dtype=bool) if self.sampled is None else self.sampled.copy()
+        return (
+            np.ones(len(self.completion_ids), dtype=bool)
+            if self.sampled is None
+            else self.sampled.copy()
+        )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 truncate nothing."""
+    """How completions are drawn. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 truncate
+    nothing."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     stop_ids: tuple[int, ...] = ()
-    vocab: int | None = None  # only ids below it are drawn: rows of the head past it are padding; None: all
-    # Streaming: a thought ends on one of `thought_stops`, or is closed with `close_id` as its last of so many tokens.
-    # The limits above are the deep segment's.
+    # only ids below it are drawn: rows of the head past it are padding; None: all
+    vocab: int | None = None
+    # Streaming: a thought ends on one of `thought_stops`, or is closed with `close_id` as its last
+    # of so many tokens. The limits above are the deep segment's.
     thought_stops: tuple[int, ...] = ()
     max_thought_tokens: int = 0
     close_id: int | None = None
-    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those only, the most
-    # units read in a row, and the least and most read beyond the words written.
+    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those
+    # only, the most units read in a row, and the least and most read beyond the words written.
     head: Head | None = None
     word_starts: np.ndarray | None = None
     whole_words: bool = True
@@ -86,8 +99,9 @@ class Request:
     sample_index: int
     prompt_ids: tuple[int, ...]
     seed: int
-    # Streaming: the source in segments, of which `prompt_ids` is the concatenation, and the forced target segments
-    # before the first thought. Segments beyond those of the opening are sentences, with a thought each.
+    # Streaming: the source in segments, of which `prompt_ids` is the concatenation, and the forced
+    # target segments before the first thought. Segments beyond those of the opening are sentences,
+    # with a thought each.
     segments: tuple[tuple[int, ...], ...] = ()
     opening: tuple[tuple[int, ...], ...] = ()
     frames: np.ndarray | None = None  # [F, D], of a source with FRAME in `prompt_ids`
@@ -98,7 +112,9 @@ class Request:
         return max(len(self.segments) - len(self.opening), 0)
 
 
-def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int, purpose: str = "train") -> int:
+def sample_seed(
+    run_seed: int, step: int, prompt_index: int, sample_index: int, purpose: str = "train"
+) -> int:
     """The seed of one completion, 63 bits: the same whatever rank or batch draws it."""
     text = f"{run_seed}/{purpose}/{step}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,4 +1,5 @@
 """What the commands share: quiet libraries, and errors that are the last line on the screen."""
+
 from __future__ import annotations
 
 import os
@@ -7,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Waits, up to a minute, for the end of the process it is given (a zombie has ended), then prints a line.
+# Waits, up to a minute, for the end of the process it is given (a zombie has ended), then prints a
+# line.
 PRINT_AFTER = """
 import os, select, sys
 try:
@@ -19,9 +21,14 @@ print(sys.argv[2], file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and start-up remarks out of the output. To be called before they load."""
-    for name, value in {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
-                        "TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+    """Keep the libraries' progress bars and start-up remarks out of the output. To be called before
+    they load."""
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }.items():
         os.environ.setdefault(name, value)
 
 
@@ -30,9 +37,13 @@ def quiet_torch() -> None:
     import logging
 
     import torch
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it remarks that there is no Triton
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns it guessed
+
+    # it remarks that there is no Triton
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    # else it warns it guessed
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
 
 
@@ -48,12 +59,17 @@ def print_error(error: Exception) -> None:
     print(line, file=sys.stderr, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # In a session of its own: torchrun ends what is left of its ranks' sessions.
-        subprocess.Popen([sys.executable, "-S", "-c", PRINT_AFTER, str(os.getppid()), line],
-                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", PRINT_AFTER, str(os.getppid()), line],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 def next_steps(config, run_dir: Path) -> str:
-    """What to do with a finished run: lines with commands that work as they are, from the checkout."""
+    """What to do with a finished run: lines with commands that work as they are, from the
+    checkout."""
     python = ".venv/bin/python" if sys.prefix.endswith("/.venv") else "python"
     run, model = str(run_dir), run_dir / "checkpoints" / f"step_{config.train.steps}" / "model"
     lines = ["next", f"  open {shlex.quote(run)}/report.html in a browser"]
@@ -65,9 +81,12 @@ def next_steps(config, run_dir: Path) -> str:
             f"    {python} -m scripts.report {shlex.quote(run)} {other}",
             "  train your own: put your folders and file in the place of these",
             f"    {python} train.py recipe=poweropd model.path=stories-student "
-            "teacher.path=stories-teacher data.path=stories"]
+            "teacher.path=stories-teacher data.path=stories",
+        ]
     data = config.eval.path or config.data.path
     if config.streaming.layout is None and data in ("stories", "translation") and model.is_dir():
-        lines += ["  measure what was saved",
-                  f"    {python} -m scripts.evaluate model={shlex.quote(str(model))} data={data} k=4"]
+        lines += [
+            "  measure what was saved",
+            f"    {python} -m scripts.evaluate model={shlex.quote(str(model))} data={data} k=4",
+        ]
     return "\n".join(lines)

@@ -2,12 +2,13 @@
 
     python -m scripts.curves model=DIR data=NAME_OR_FILE [heads=batch,wait_k,entropy] [out=FILE] [KEY=VALUE …]
 
-Keys are those of `scripts.evaluate`. wait_k, ratio and edatt are swept over fixed values, entropy and attention over
-quantiles of their scores on the calibration set (`proactive.calibration_path`; else `data`, of split `data.split`). The
-figures go to `out` (default: curves.json in the run that the model is a checkpoint of, else here), from which a run's
-report draws them, and to stdout as JSON; curves of the same model and data that are there stay. Training ends with the
-same, for the heads in `proactive.curve`.
-"""
+Keys are those of `scripts.evaluate`. wait_k, ratio and edatt are swept over fixed values, entropy
+and attention over quantiles of their scores on the calibration set (`proactive.calibration_path`;
+else `data`, of split `data.split`). The figures go to `out` (default: curves.json in the run that
+the model is a checkpoint of, else here), from which a run's report draws them, and to stdout as
+JSON; curves of the same model and data that are there stay. Training ends with the same, for the
+heads in `proactive.curve`."""
+
 from __future__ import annotations
 
 import json
@@ -28,9 +29,15 @@ def main(arguments: list[str]) -> int:
     from scripts.evaluate import SHORT, key_values
 
     try:
-        given = key_values(arguments, SHORT, "scripts.curves", "model=DIR data=NAME_OR_FILE", ("model", "data"))
+        given = key_values(
+            arguments, SHORT, "scripts.curves", "model=DIR data=NAME_OR_FILE", ("model", "data")
+        )
         heads, out = given.pop("heads", "batch,wait_k,entropy").split(","), given.pop("out", None)
-        given = {"recipe": "proactivellm", "log.wandb": "disabled", "data.path": given["eval.path"]} | given
+        given = {
+            "recipe": "proactivellm",
+            "log.wandb": "disabled",
+            "data.path": given["eval.path"],
+        } | given
         config = compose([f"{key}={value}" for key, value in given.items()])
         config.proactive.curve = heads
         out = Path(out) if out else _place(Path(config.model.path))
@@ -55,8 +62,8 @@ def of_run(config, run_dir: Path) -> None:
 
 
 def write(config, out: Path) -> dict:
-    """Sweep `proactive.curve` for `model.path` on the evaluation data, write the JSON to `out` beside what it has of
-    them, and return it. A collective.
+    """Sweep `proactive.curve` for `model.path` on the evaluation data, write the JSON to `out`
+    beside what it has of them, and return it. A collective.
 
     Raises:
         OnstreamError: a head, the model or the data cannot be used.
@@ -72,9 +79,18 @@ def write(config, out: Path) -> dict:
     parts = load(config)
     limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
     sampling = make_sampling(config, parts.tokenizer, parts.stop_ids, max_new_tokens=limit)
-    about = {"model": _place_of(config.model.path), "data": parts.name, "prompts": len(parts.prompts), "measured": {
-        "path": _place_of(eval_path(config)), "split": config.eval.split, "unit": config.streaming.unit,
-        "temperature": config.eval.temperature, "max_new_tokens": limit}}
+    about = {
+        "model": _place_of(config.model.path),
+        "data": parts.name,
+        "prompts": len(parts.prompts),
+        "measured": {
+            "path": _place_of(eval_path(config)),
+            "split": config.eval.split,
+            "unit": config.streaming.unit,
+            "temperature": config.eval.temperature,
+            "max_new_tokens": limit,
+        },
+    }
     policies: dict[str, list[dict]] = {}
     for name in config.proactive.curve:
         kind = HEADS.resolve(name)
@@ -86,13 +102,28 @@ def write(config, out: Path) -> dict:
             quantiles, settings = QUANTILES, [recorder.quantile(share) for share in QUANTILES]
         for share, setting in zip(quantiles, settings):
             config.proactive.head, config.proactive.setting = name, setting
-            scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
+            scores, _ = evaluate(
+                parts.rollout,
+                parts.prompts,
+                config,
+                parts.tokenizer,
+                parts.stop_ids,
+                parts.verifier,
+            )
             point = {"setting": setting} | ({} if share is None else {"quantile": share})
-            policies[label].append(point | {
-                figure: scores[figure] if math.isfinite(scores[figure]) else None for figure in FIGURES})
+            policies[label].append(
+                point
+                | {
+                    figure: scores[figure] if math.isfinite(scores[figure]) else None
+                    for figure in FIGURES
+                }
+            )
             if rank() == 0:
-                print(f"curve  {label} {setting:.3g}: " + "  ".join(f"{figure} {scores[figure]:.3g}"
-                                                                   for figure in FIGURES), file=sys.stderr)
+                print(
+                    f"curve  {label} {setting:.3g}: "
+                    + "  ".join(f"{figure} {scores[figure]:.3g}" for figure in FIGURES),
+                    file=sys.stderr,
+                )
     parts.rollout.close()
     curves = about | {"quality": "bleu", "lag": "al", "policies": _there(out, about) | policies}
     if rank() == 0:
@@ -118,7 +149,11 @@ def _bounds(options) -> str:
     """What makes a head another one than its name says."""
     low, high, most = options.min_lag, options.max_lag, options.max_reads
     lag = f", lag {low} to {'any' if high is None else high}" if low or high is not None else ""
-    return lag + (f", at most {most} reads" if most else "") + ("" if options.whole_words else ", at every token")
+    return (
+        lag
+        + (f", at most {most} reads" if most else "")
+        + ("" if options.whole_words else ", at every token")
+    )
 
 
 if __name__ == "__main__":

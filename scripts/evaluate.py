@@ -1,19 +1,23 @@
-"""Evaluates a model: Avg@k, Pass@k, mean length and truncated share, as JSON on the last line of stdout.
+"""Evaluates a model: Avg@k, Pass@k, mean length and truncated share, as JSON on the last line of
+stdout.
 
     python -m scripts.evaluate model=DIR data=NAME_OR_FILE k=8 [samples=16 size=500 engine=hf temperature=0.6 …]
     python -m scripts.evaluate mode=streaming|read_then_think model=DIR data=NAME_OR_FILE k=8 […]
     python -m scripts.evaluate mode=simultaneous model=DIR data=NAME_OR_FILE proactive.head=entropy […]
 
-`data` is anything `data.path` takes. Short keys stand for those of the config (`model` for model.path, `k` for
-eval.k, …); every other key of the config works too, e.g. `data.suffix='…'` or `rollout.batch_size=64`.
+`data` is anything `data.path` takes. Short keys stand for those of the config (`model` for
+model.path, `k` for eval.k, …); every other key of the config works too, e.g. `data.suffix='…'` or
+`rollout.batch_size=64`.
 
-With `mode` the model thinks after each sentence that it reads (`streaming`: streaming.layout=grouped), or has all its
-thoughts when all is read (`read_then_think`: streaming.layout=batch), with the settings of recipe=streaming_sft. Then
-there are also the lengths of the streaming and the deep part, the share of skipped sentences, and the latency of the
-answer for a reader of `streaming.words_per_minute` (trainers/streaming_metrics.py).
-With `mode=simultaneous` the model reads unit by unit and writes in between, as a decision head says, with the settings
-of recipe=proactivellm: quality and lag (trainers/simultaneous_metrics.py). `scripts.curves` sweeps the heads.
-"""
+With `mode` the model thinks after each sentence that it reads (`streaming`:
+streaming.layout=grouped), or has all its thoughts when all is read (`read_then_think`:
+streaming.layout=batch), with the settings of recipe=streaming_sft. Then there are also the lengths
+of the streaming and the deep part, the share of skipped sentences, and the latency of the answer
+for a reader of `streaming.words_per_minute` (trainers/streaming_metrics.py). With
+`mode=simultaneous` the model reads unit by unit and writes in between, as a decision head says,
+with the settings of recipe=proactivellm: quality and lag (trainers/simultaneous_metrics.py).
+`scripts.curves` sweeps the heads."""
+
 from __future__ import annotations
 
 import json
@@ -23,10 +27,21 @@ from typing import Callable, Sequence
 
 from scripts.cli import print_error, quiet_libraries
 
-SHORT = {"model": "model.path", "data": "eval.path", "k": "eval.k", "samples": "eval.samples", "size": "eval.size",
-         "split": "eval.split", "temperature": "eval.temperature", "top_p": "eval.top_p",
-         "max_new_tokens": "rollout.max_new_tokens", "engine": "rollout.engine", "dtype": "model.dtype"}
-MODES = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}  # values of streaming.layout
+SHORT = {
+    "model": "model.path",
+    "data": "eval.path",
+    "k": "eval.k",
+    "samples": "eval.samples",
+    "size": "eval.size",
+    "split": "eval.split",
+    "temperature": "eval.temperature",
+    "top_p": "eval.top_p",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "engine": "rollout.engine",
+    "dtype": "model.dtype",
+}
+# values of streaming.layout
+MODES = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +51,13 @@ def main(arguments: list[str]) -> int:
     from recipes.registry import nearest
 
     try:
-        given = key_values(arguments, SHORT, "scripts.evaluate", "model=DIR data=NAME_OR_FILE k=8", ("model", "data"))
+        given = key_values(
+            arguments,
+            SHORT,
+            "scripts.evaluate",
+            "model=DIR data=NAME_OR_FILE k=8",
+            ("model", "data"),
+        )
         mode = given.pop("mode", None)
         if mode is not None:
             if mode not in MODES:
@@ -55,8 +76,13 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-def key_values(arguments: list[str], short: dict[str, str], module: str, usage: str = "",
-               needed: Sequence[str] = ()) -> dict[str, str]:
+def key_values(
+    arguments: list[str],
+    short: dict[str, str],
+    module: str,
+    usage: str = "",
+    needed: Sequence[str] = (),
+) -> dict[str, str]:
     """Command-line arguments KEY=VALUE; short keys become those of the config.
 
     Raises:
@@ -68,7 +94,9 @@ def key_values(arguments: list[str], short: dict[str, str], module: str, usage: 
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigError(f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines")
+            raise ConfigError(
+                f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines"
+            )
         given[short.get(key, key)] = value
     for key in needed:
         if short.get(key, key) not in given:
@@ -90,7 +118,8 @@ class Loaded:
 
 
 def load(config) -> Loaded:
-    """The model, in a rollout engine, and the evaluation data of a config. Raises OnstreamError: one cannot be used."""
+    """The model, in a rollout engine, and the evaluation data of a config. Raises OnstreamError:
+    one cannot be used."""
     import torch
 
     from rewards.math import VERIFIERS
@@ -105,8 +134,15 @@ def load(config) -> Loaded:
     length = max_length(config, prompts, [], getattr(model, "max_position_embeddings", None))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *config.rollout.stop_ids]))
-    return Loaded(tokenizer, stop_ids, verifier, name, prompts, dropped,
-                  make_engine(config, device, DTYPES[config.model.dtype], length))
+    return Loaded(
+        tokenizer,
+        stop_ids,
+        verifier,
+        name,
+        prompts,
+        dropped,
+        make_engine(config, device, DTYPES[config.model.dtype], length),
+    )
 
 
 def run(config) -> dict:
@@ -114,10 +150,18 @@ def run(config) -> dict:
     from trainers.evaluation import evaluate
 
     parts = load(config)
-    scores, _ = evaluate(parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier)
+    scores, _ = evaluate(
+        parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier
+    )
     parts.rollout.close()
-    return {"model": config.model.path, "data": parts.name, "prompts": len(parts.prompts), "dropped": parts.dropped,
-            "samples": config.eval.samples or config.eval.k, **scores}
+    return {
+        "model": config.model.path,
+        "data": parts.name,
+        "prompts": len(parts.prompts),
+        "dropped": parts.dropped,
+        "samples": config.eval.samples or config.eval.k,
+        **scores,
+    }
 
 
 if __name__ == "__main__":

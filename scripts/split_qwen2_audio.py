@@ -1,10 +1,12 @@
-"""Writes a Qwen2-Audio model as two folders: its language model, and its speech encoder with the projector.
+"""Writes a Qwen2-Audio model as two folders: its language model, and its speech encoder with the
+projector.
 
     python -m scripts.split_qwen2_audio model=Qwen/Qwen2-Audio-7B-Instruct out=DIR
 
 DIR/text is a Qwen2 model for `model.path`, DIR/speech an encoder:
 `model.encoder=rollouts.qwen2_audio.load:DIR/speech`.
 """
+
 from __future__ import annotations
 
 import sys
@@ -19,7 +21,9 @@ def main(arguments: list[str]) -> int:
     from scripts.evaluate import key_values
 
     try:
-        given = key_values(arguments, {}, "scripts.split_qwen2_audio", "model=DIR out=DIR", ("model", "out"))
+        given = key_values(
+            arguments, {}, "scripts.split_qwen2_audio", "model=DIR out=DIR", ("model", "out")
+        )
         if odd := sorted(given.keys() - {"model", "out"}):
             raise ConfigError(f"there is no key '{odd[0]}'; the keys are model and out")
         out = Path(given["out"]).expanduser()
@@ -37,7 +41,12 @@ def split(model: str, out: Path) -> None:
     """Load it whole and write both parts. Raises ModelError: it is not a Qwen2-Audio model."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration, Qwen2ForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2ForCausalLM,
+    )
 
     from recipes.errors import ModelError
     from rollouts.qwen2_audio import SpeechEncoder
@@ -45,11 +54,15 @@ def split(model: str, out: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(model)
         if config.model_type != "qwen2_audio":
-            raise ModelError(f"model={model} is a {config.model_type} model; this splits a Qwen2-Audio one")
+            raise ModelError(
+                f"model={model} is a {config.model_type} model; this splits a Qwen2-Audio one"
+            )
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ModelError(f"model={model} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"model={model} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     with torch.device("meta"):  # the weights are there already
         text = Qwen2ForCausalLM(config.text_config)
     text.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
@@ -58,8 +71,10 @@ def split(model: str, out: Path) -> None:
     tokenizer.save_pretrained(out / "text")
     encoder = SpeechEncoder(whole.model.audio_tower, whole.model.multi_modal_projector)
     config.save_pretrained(out / "speech")
-    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()},
-              out / "speech" / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in encoder.state_dict().items()},
+        out / "speech" / "model.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Reads a text at a given pace, and shows a model's thoughts about it sentence by sentence, in the terminal.
+"""Reads a text at a given pace, and shows a model's thoughts about it sentence by sentence, in the
+terminal.
 
     python -m scripts.stream model=DIR file=story.txt [words_per_minute=150]
     python -m scripts.stream model=DIR question='How many apples are left?' < story.txt
     some-command | python -m scripts.stream model=DIR words_per_minute=0
 
-The model reads the question first: `question=…`; else, of a file, its last question, as in training; else, of
-standard input, the first line. A sentence of a file is complete with its last word, one of standard input when another
-follows or the input ends. Reading goes on while the model writes. `words_per_minute=0`, or `pace=0`, waits for nothing.
+The model reads the question first: `question=…`; else, of a file, its last question, as in
+training; else, of standard input, the first line. A sentence of a file is complete with its last
+word, one of standard input when another follows or the input ends. Reading goes on while the model
+writes. `words_per_minute=0`, or `pace=0`, waits for nothing.
 
-Decoding is greedy; `temperature=0.7 seed=1` samples. Short keys are `temperature`, `top_p`, `max_new_tokens` (of the
-deep segment), `max_thought_tokens` and `dtype`; every other key of the config works too, e.g. `data.system='…'`.
-"""
+Decoding is greedy; `temperature=0.7 seed=1` samples. Short keys are `temperature`, `top_p`,
+`max_new_tokens` (of the deep segment), `max_thought_tokens` and `dtype`; every other key of the
+config works too, e.g. `data.system='…'`."""
+
 from __future__ import annotations
 
 import os
@@ -25,9 +28,15 @@ from typing import Iterable, Iterator
 
 from scripts.cli import print_error, quiet_libraries
 
-SHORT = {"model": "model.path", "temperature": "eval.temperature", "top_p": "eval.top_p", "dtype": "model.dtype",
-         "max_new_tokens": "rollout.max_new_tokens", "max_thought_tokens": "streaming.max_thought_tokens",
-         "words_per_minute": "pace"}
+SHORT = {
+    "model": "model.path",
+    "temperature": "eval.temperature",
+    "top_p": "eval.top_p",
+    "dtype": "model.dtype",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "max_thought_tokens": "streaming.max_thought_tokens",
+    "words_per_minute": "pace",
+}
 THOUGHT, ANSWER = 2, 1  # how a terminal shows them: dim, bold
 
 
@@ -41,14 +50,26 @@ def main(arguments: list[str]) -> int:
         given = key_values(arguments, SHORT, "scripts.stream")
         if "model.path" not in given:
             raise ConfigError("model=… is missing: python -m scripts.stream model=DIR file=PATH")
-        file, question, pace = given.pop("file", None), given.pop("question", None), given.pop("pace", "150")
+        file, question, pace = (
+            given.pop("file", None),
+            given.pop("question", None),
+            given.pop("pace", "150"),
+        )
         if not re.fullmatch(r"\d+(\.\d+)?", pace):
-            raise ConfigError(f"words_per_minute={pace} is not a number; give one, 0 for no waiting")
-        given = {"recipe": "streaming_sft", "log.wandb": "disabled", "eval.temperature": "0",
-                 "data.max_prompt_tokens": "1000000"} | given  # the context is the limit
+            raise ConfigError(
+                f"words_per_minute={pace} is not a number; give one, 0 for no waiting"
+            )
+        given = {
+            "recipe": "streaming_sft",
+            "log.wandb": "disabled",
+            "eval.temperature": "0",
+            "data.max_prompt_tokens": "1000000",
+        } | given  # the context is the limit
         config = compose([f"{key}={value}" for key, value in given.items()])
         if config.streaming.layout != "grouped":
-            raise ConfigError(f"streaming.layout={config.streaming.layout} cannot be shown live; use grouped")
+            raise ConfigError(
+                f"streaming.layout={config.streaming.layout} cannot be shown live; use grouped"
+            )
         watch(config, *read_text(file, question), 60 / float(pace) if float(pace) else 0.0)
         return 0
     except OnstreamError as error:
@@ -58,12 +79,13 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def read_text(file: str | None, question: str | None) -> tuple[str, str, Iterable[str], list[str] | None]:
+def read_text(
+    file: str | None, question: str | None
+) -> tuple[str, str, Iterable[str], list[str] | None]:
     """What is asked and read.
 
-    Returns:
-        its name, for errors; the question; the words, each with the white space after it; and, of a file, its
-        sentences.
+    Returns: its name, for errors; the question; the words, each with the white space after it; and,
+        of a file, its sentences.
 
     Raises:
         DataError: it cannot be read, is empty, or has no sentence end.
@@ -72,12 +94,20 @@ def read_text(file: str | None, question: str | None) -> tuple[str, str, Iterabl
     from rollouts.data import Example
     from rollouts.segments import question_and_sentences, split_sentences
 
-    if file is None:  # opened anew: a thread that still waits for sys.stdin would break the interpreter's end
+    # opened anew: a thread that still waits for sys.stdin would break the interpreter's end
+    if file is None:
         stdin = open(os.dup(sys.stdin.fileno()), encoding="utf-8", errors="replace")
         question = question or stdin.readline().strip()
         if not question:
-            raise DataError("standard input: the text is empty; its first line is the question, or give question=…")
-        return "standard input", question, (word for line in stdin for word in re.findall(r"\S+\s*", line)), None
+            raise DataError(
+                "standard input: the text is empty; its first line is the question, or give question=…"
+            )
+        return (
+            "standard input",
+            question,
+            (word for line in stdin for word in re.findall(r"\S+\s*", line)),
+            None,
+        )
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -87,8 +117,15 @@ def read_text(file: str | None, question: str | None) -> tuple[str, str, Iterabl
         raise DataError(f"file={file}: the text is empty")
     check_end(sentences[-1] if len(sentences) == 1 else ".", f"file={file}")
     if question is None:
-        question, sentences = question_and_sentences(Example(0, [{"role": "user", "content": text}]), f"file={file}")
-    return f"file={file}", question, (word for sentence in sentences for word in sentence.split()), sentences
+        question, sentences = question_and_sentences(
+            Example(0, [{"role": "user", "content": text}]), f"file={file}"
+        )
+    return (
+        f"file={file}",
+        question,
+        (word for sentence in sentences for word in sentence.split()),
+        sentences,
+    )
 
 
 def check_end(sentence: str, name: str) -> None:
@@ -97,12 +134,15 @@ def check_end(sentence: str, name: str) -> None:
     from rollouts.segments import CLOSING, SENTENCE_ENDS
 
     if sentence.rstrip(CLOSING)[-1:] not in SENTENCE_ENDS:
-        raise DataError(f"{name}: no sentence end was found in the text, so it cannot be read step by step; end its "
-                        "sentences with . ! or ?")
+        raise DataError(
+            f"{name}: no sentence end was found in the text, so it cannot be read step by step; end its "
+            "sentences with . ! or ?"
+        )
 
 
 def arrive(words: Iterable[str], seconds: float) -> Iterator[tuple[str, float]]:
-    """Words with the times when they came, `seconds` apart at least; they keep coming while nobody looks."""
+    """Words with the times when they came, `seconds` apart at least; they keep coming while nobody
+    looks."""
     queue: SimpleQueue = SimpleQueue()
 
     def read() -> None:
@@ -119,7 +159,9 @@ def arrive(words: Iterable[str], seconds: float) -> Iterator[tuple[str, float]]:
     yield from iter(queue.get, None)
 
 
-def sentences_of(words: Iterator[tuple[str, float]], known: list[str] | None, name: str) -> Iterator[tuple[str, float]]:
+def sentences_of(
+    words: Iterator[tuple[str, float]], known: list[str] | None, name: str
+) -> Iterator[tuple[str, float]]:
     """Sentences as they become complete, each with the time of the last word so far.
 
     Raises:
@@ -139,7 +181,7 @@ def sentences_of(words: Iterator[tuple[str, float]], known: list[str] | None, na
         for sentence in whole:
             first = False
             yield sentence, when
-        text = last + text[len(text.rstrip()):]
+        text = last + text[len(text.rstrip()) :]
     if first and not text:
         raise DataError(f"{name}: the text is empty; nothing follows the question")
     if first:
@@ -148,8 +190,11 @@ def sentences_of(words: Iterator[tuple[str, float]], known: list[str] | None, na
         yield sentence, when
 
 
-def watch(config, name: str, question: str, words: Iterable[str], known: list[str] | None, seconds: float) -> None:
-    """Read, think, answer, and print all of it; `seconds` is between words, the rest as `read_text` gives it.
+def watch(
+    config, name: str, question: str, words: Iterable[str], known: list[str] | None, seconds: float
+) -> None:
+    """Read, think, answer, and print all of it; `seconds` is between words, the rest as `read_text`
+    gives it.
 
     Raises:
         ModelError: the model cannot be loaded, or has no protocol tokens.
@@ -167,23 +212,35 @@ def watch(config, name: str, question: str, words: Iterable[str], known: list[st
     from trainers.rollout import make_engine, make_sampling
 
     def prompt(sentences: Iterable[str]) -> Prompt:
-        example = Example(0, [{"role": "user", "content": question}], sentences=tuple(sentences), question=question)
+        example = Example(
+            0,
+            [{"role": "user", "content": question}],
+            sentences=tuple(sentences),
+            question=question,
+        )
         return streaming_prompts([example], tokenizer, config, name)[0][0]
 
     def check_room(source: int, target: int) -> None:
         context = getattr(model, "max_position_embeddings", None)
         if context and max(source, config.streaming.target_offset + target) > context:
-            raise DataError(f"{name}: text and thoughts are longer than the model's context of {context} tokens; give "
-                            "a shorter text")
+            raise DataError(
+                f"{name}: text and thoughts are longer than the model's context of {context} tokens; give "
+                "a shorter text"
+            )
 
     disable_progress_bar()
     tokenizer, model = check_model("model", config.model.path)
     protocol = Protocol.of(tokenizer)
     if known is not None:
         check_room(len(prompt(known).token_ids), 0)
-    sampling = make_sampling(config, tokenizer, [*tokenizer.stop_ids, *config.rollout.stop_ids],
-                             temperature=config.eval.temperature, top_p=config.eval.top_p,
-                             max_new_tokens=config.rollout.max_new_tokens)
+    sampling = make_sampling(
+        config,
+        tokenizer,
+        [*tokenizer.stop_ids, *config.rollout.stop_ids],
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     live = make_engine(config, device, DTYPES[config.model.dtype], 0).live(sampling, config.seed)
 
@@ -212,7 +269,11 @@ def watch(config, name: str, question: str, words: Iterable[str], known: list[st
     when = time.perf_counter()
     for sentence, when in sentences_of(arrive(words, seconds), known, name):
         parts = prompt([sentence])
-        pairs = zip_longest(parts.segments, parts.opening, fillvalue=()) if count == 0 else [(parts.segments[-1], ())]
+        pairs = (
+            zip_longest(parts.segments, parts.opening, fillvalue=())
+            if count == 0
+            else [(parts.segments[-1], ())]
+        )
         for segment, opening in pairs:
             longest = sampling.max_thought_tokens + sampling.max_new_tokens
             check_room(live.read + len(segment), live.wrote + len(opening) + longest)
@@ -221,16 +282,26 @@ def watch(config, name: str, question: str, words: Iterable[str], known: list[st
                 live.force(opening)
         show(f"{sentence}\n    ")
         ids, _ = write(THOUGHT)
-        count, streamed, skipped = count + 1, streamed + len(ids), skipped + (ids == [protocol.skip])
+        count, streamed, skipped = (
+            count + 1,
+            streamed + len(ids),
+            skipped + (ids == [protocol.skip]),
+        )
     show("    ")
     ids, times = write(THOUGHT, deep=True)
-    show(f"{count} sentences, {skipped} {SKIP}; {streamed} tokens streamed, {len(ids)} deep; answer "
-         f"{times[to_answer(ids, protocol.eor) - 1] - when:.2f} s after the last word\n")
+    show(
+        f"{count} sentences, {skipped} {SKIP}; {streamed} tokens streamed, {len(ids)} deep; answer "
+        f"{times[to_answer(ids, protocol.eor) - 1] - when:.2f} s after the last word\n"
+    )
 
 
 def show(text: str, style: int = 0) -> None:
     """Print at once; styles are for terminals."""
-    print(f"\x1b[{style}m{text}\x1b[0m" if style and text and sys.stdout.isatty() else text, end="", flush=True)
+    print(
+        f"\x1b[{style}m{text}\x1b[0m" if style and text and sys.stdout.isatty() else text,
+        end="",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Makes the embedded models of recipes/models from seeds, by the project's own recipes, and checks the files there.
+"""Makes the embedded models of recipes/models from seeds, by the project's own recipes, and checks
+the files there.
 
-`stories-student` is trained from random weights on the stories' worked solutions and stopped early. `stories-teacher`
-goes on from it for much longer. As with a base student and a chat teacher, they share a vocabulary but end on different
-tokens: the student on <|endoftext|>, the teacher on <|im_end|>. `stories-verbose`, whose answers are there to be
-shortened, learns solutions with redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe
-`streaming_sft` makes it from the student, which calculates right about half of the time. `translation-untrained` has random weights, and words of
-the invented languages of `data.path=translation`.
+`stories-student` is trained from random weights on the stories' worked solutions and stopped early.
+`stories-teacher` goes on from it for much longer. As with a base student and a chat teacher, they
+share a vocabulary but end on different tokens: the student on <|endoftext|>, the teacher on
+<|im_end|>. `stories-verbose`, whose answers are there to be shortened, learns solutions with
+redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe `streaming_sft`
+makes it from the student, which calculates right about half of the time. `translation-untrained`
+has random weights, and words of the invented languages of `data.path=translation`.
 
     python -m scripts.tiny_models                        check the files against the manifest, and list the models
     python -m scripts.tiny_models --remake [NAME …]      make them again, and their entries of the manifest
@@ -13,9 +15,9 @@ the invented languages of `data.path=translation`.
         --steps N           shortened, to see that the command works
         --vocab-size V      with embeddings padded to V rows, e.g. 151936
 
-A model depends on the rounding of the machine, and so on its number of threads: made elsewhere, it differs. That is why
-the files come with the project.
-"""
+A model depends on the rounding of the machine, and so on its number of threads: made elsewhere, it
+differs. That is why the files come with the project."""
+
 from __future__ import annotations
 
 import argparse
@@ -39,7 +41,8 @@ from scripts.new_model import learn_tokenizer, qwen3, save
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -60,31 +63,51 @@ class TinyModel:
     verbose: bool = False  # learns solutions with redundant steps
     difficulty: int = 3  # of the stories it learns
     vocab_size: int = 0  # of the embedding; 0: the tokenizer's
-    evaluation: tuple[str, ...] = ("data=stories",)  # arguments of scripts.evaluate; (): it has no accuracy
+    # arguments of scripts.evaluate; (): it has no accuracy
+    evaluation: tuple[str, ...] = ("data=stories",)
 
 
 MODELS = {
-    "stories-student": TinyModel(
-        end="<|endoftext|>", steps=550, seed=1, schedule="constant"),
+    "stories-student": TinyModel(end="<|endoftext|>", steps=550, seed=1, schedule="constant"),
     "stories-teacher": TinyModel(
-        end="<|im_end|>", steps=2500, seed=2, start="stories-student", schedule="linear"),
+        end="<|im_end|>", steps=2500, seed=2, start="stories-student", schedule="linear"
+    ),
     "stories-verbose": TinyModel(
-        end="<|endoftext|>", steps=1200, seed=3, verbose=True, difficulty=2,
-        evaluation=("data=stories", "data.difficulty=2", "max_new_tokens=160")),
+        end="<|endoftext|>",
+        steps=1200,
+        seed=3,
+        verbose=True,
+        difficulty=2,
+        evaluation=("data=stories", "data.difficulty=2", "max_new_tokens=160"),
+    ),
     "stories-streaming": TinyModel(
-        end="<|im_end|>", steps=500, seed=4, start="stories-student", lr=4e-3,
-        recipe="streaming_sft", difficulty=2,
-        evaluation=("mode=streaming", "data=stories", "data.difficulty=2", "data.distractors=2",
-                    "max_new_tokens=60")),
+        end="<|im_end|>",
+        steps=500,
+        seed=4,
+        start="stories-student",
+        lr=4e-3,
+        recipe="streaming_sft",
+        difficulty=2,
+        evaluation=(
+            "mode=streaming",
+            "data=stories",
+            "data.difficulty=2",
+            "data.distractors=2",
+            "max_new_tokens=60",
+        ),
+    ),
     "translation-untrained": TinyModel(
-        end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()),
+        end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()
+    ),
 }
 
 
 def make(name: str, spec: TinyModel, out: Path, prompts: int = 400) -> Path:
-    """Make a model as OUT/NAME, from its start there or among the embedded models, and note it in OUT/manifest.json.
+    """Make a model as OUT/NAME, from its start there or among the embedded models, and note it in
+    OUT/manifest.json.
 
-    Its weights are trained in float32 and written in bfloat16; it is evaluated on so many held-out prompts.
+    Its weights are trained in float32 and written in bfloat16; it is evaluated on so many held-out
+    prompts.
 
     Raises:
         ModelError: training or evaluating it failed.
@@ -110,27 +133,43 @@ def train(work: Path, spec: TinyModel) -> None:
     """Run the spec's recipe on WORK/start into WORK/run, in a process of one rank."""
     stories = max(spec.steps * spec.prompts, 1)
     arguments = {
-        "recipe": spec.recipe, "model.path": work / "start", "run.dir": work / "run",
-        "seed": spec.seed, "train.steps": spec.steps, "train.lr": spec.lr,
-        "train.schedule": spec.schedule, "train.prompts_per_step": spec.prompts,
-        "data.stories": stories, "data.difficulty": spec.difficulty, "data.verbose": spec.verbose,
-        "engine": "zero0", "log.wandb": "disabled", "log.every": 100, "log.completions": 0,
-        "eval.every": -1}
-    command(["train.py", *(f"{key}={value}" for key, value in arguments.items())],
-            "could not be trained")
+        "recipe": spec.recipe,
+        "model.path": work / "start",
+        "run.dir": work / "run",
+        "seed": spec.seed,
+        "train.steps": spec.steps,
+        "train.lr": spec.lr,
+        "train.schedule": spec.schedule,
+        "train.prompts_per_step": spec.prompts,
+        "data.stories": stories,
+        "data.difficulty": spec.difficulty,
+        "data.verbose": spec.verbose,
+        "engine": "zero0",
+        "log.wandb": "disabled",
+        "log.every": 100,
+        "log.completions": 0,
+        "eval.every": -1,
+    }
+    command(
+        ["train.py", *(f"{key}={value}" for key, value in arguments.items())],
+        "could not be trained",
+    )
 
 
 def command(arguments: list[str], failure: str) -> str:
     """Run a command of the project; what it prints is passed on, and the last line returned."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    process = subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     line = ""
     for line in process.stdout:
         print(f"  {line}", end="", flush=True)
     if process.wait():
-        raise ModelError(f"the model {failure} (exit status {process.returncode}); what it printed says why")
+        raise ModelError(
+            f"the model {failure} (exit status {process.returncode}); what it printed says why"
+        )
     return line
 
 
@@ -154,21 +193,34 @@ def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
 
     entry = {
         "command": f"python -m scripts.tiny_models --remake {name}",
-        "made": f"{datetime.date.today()}", "commit": commit(),
+        "made": f"{datetime.date.today()}",
+        "commit": commit(),
         "machine": f"{len(os.sched_getaffinity(0))} CPU cores, "
-                   f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, torch {torch.__version__}, "
-                   f"transformers {transformers.__version__}",
-        "spec": asdict(spec)}
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+        "spec": asdict(spec),
+    }
     if spec.evaluation:
         engine = "streaming" if spec.recipe == "streaming_sft" else "hf"
-        arguments = [f"model={out / name}", "k=8", f"engine={engine}", f"size={prompts}", *spec.evaluation]
-        scores = json.loads(command(["-m", "scripts.evaluate", *arguments], "could not be evaluated"))
+        arguments = [
+            f"model={out / name}",
+            "k=8",
+            f"engine={engine}",
+            f"size={prompts}",
+            *spec.evaluation,
+        ]
+        scores = json.loads(
+            command(["-m", "scripts.evaluate", *arguments], "could not be evaluated")
+        )
         entry["evaluation"] = {
             "command": " ".join(["python -m scripts.evaluate", f"model={name}", *arguments[1:]]),
-            "prompts": scores["prompts"], "avg@8": round(scores["avg@8"], 4),
-            "length_mean": round(scores["length_mean"], 2)}
+            "prompts": scores["prompts"],
+            "avg@8": round(scores["avg@8"], 4),
+            "length_mean": round(scores["length_mean"], 2),
+        }
     entry["files"] = {
-        file.name: [file.stat().st_size, checksum(file)] for file in sorted((out / name).iterdir())}
+        file.name: [file.stat().st_size, checksum(file)] for file in sorted((out / name).iterdir())
+    }
     path = out / embedded.MANIFEST
     entries = embedded.manifest(out) if path.exists() else {}
     path.write_text(json.dumps(entries | {name: entry}, indent=1, sort_keys=True) + "\n")
@@ -176,8 +228,12 @@ def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
 
 def commit() -> str:
     """The commit of the checkout, with a plus where files differ from it; "unknown" without git."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -199,7 +255,9 @@ def check(folder: Path) -> dict:
             if not place.is_file():
                 raise ModelError(f"{place} is missing; take it from the repository again")
             if place.stat().st_size != size or checksum(place) != digest:
-                raise ModelError(f"{place} is not the file that {path} lists; take it from the repository again")
+                raise ModelError(
+                    f"{place} is not the file that {path} lists; take it from the repository again"
+                )
             there.discard(place.relative_to(folder))
     if there:
         raise ModelError(f"{folder / sorted(there)[0]} is not in {path}; delete it")
@@ -207,7 +265,8 @@ def check(folder: Path) -> dict:
 
 
 def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None:
-    """Write the untrained model and its tokenizer: random weights, or those of `start`, with `spec.end`."""
+    """Write the untrained model and its tokenizer: random weights, or those of `start`, with
+    `spec.end`."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
@@ -216,8 +275,13 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
     else:
         tokenizer = make_tokenizer(spec.end, spec.verbose)
     torch.manual_seed(spec.seed)
-    config = qwen3(tokenizer, hidden=spec.hidden, layers=spec.layers, heads=spec.hidden // 32,
-                   vocab=spec.vocab_size)
+    config = qwen3(
+        tokenizer,
+        hidden=spec.hidden,
+        layers=spec.layers,
+        heads=spec.hidden // 32,
+        vocab=spec.vocab_size,
+    )
     if start is None:
         model = Qwen3ForCausalLM(config)
     else:
@@ -226,7 +290,8 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
 
 
 def make_tokenizer(end: str, verbose: bool = False):
-    """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any text encodes."""
+    """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any
+    text encodes."""
     from rollouts.stories import story
 
     texts = []
@@ -248,12 +313,17 @@ def translation_tokenizer():
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status; a mistake of the user's ends in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.tiny_models",
-                                     description="check, list or make the embedded models")
-    parser.add_argument("--remake", nargs="*", metavar="NAME", help="make these; without a name, all")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.tiny_models", description="check, list or make the embedded models"
+    )
+    parser.add_argument(
+        "--remake", nargs="*", metavar="NAME", help="make these; without a name, all"
+    )
     parser.add_argument("--out", type=Path, default=embedded.FOLDER, help="the folder they go to")
     parser.add_argument("--steps", type=int, help="of training, instead of what each takes")
-    parser.add_argument("--vocab-size", type=int, default=0, help="pad the embedding to so many rows")
+    parser.add_argument(
+        "--vocab-size", type=int, default=0, help="pad the embedding to so many rows"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.remake is None:
@@ -262,8 +332,10 @@ def main(arguments: list[str]) -> int:
                 accuracy = "untrained"
                 if "evaluation" in entry:
                     accuracy = f"avg@8 {entry['evaluation']['avg@8']:.3f}"
-                print(f"{name:24} {size / 2**20:.2f} MiB  {accuracy:12} made {entry['made']} at "
-                      f"{entry['commit']}")
+                print(
+                    f"{name:24} {size / 2**20:.2f} MiB  {accuracy:12} made {entry['made']} at "
+                    f"{entry['commit']}"
+                )
             return 0
         for name in options.remake:
             if name not in MODELS:

@@ -1,4 +1,6 @@
-"""Shared pieces: tiny models with random weights, and a way to run the project's commands as a user would."""
+"""Shared pieces: tiny models with random weights, and a way to run the project's commands as a user
+would."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
-    """A student and a teacher of one vocabulary with other end tokens: random weights, made in a second."""
+    """A student and a teacher of one vocabulary with other end tokens: random weights, made in a
+    second."""
     from scripts.tiny_models import TinyModel, initialise
 
     folder = tmp_path_factory.mktemp("models")
@@ -34,40 +37,68 @@ def streaming_model(tiny_models, tmp_path_factory) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
     new = add_tokens(tokenizer)
-    return extend_model(str(tiny_models["student"]), tokenizer, new, tmp_path_factory.mktemp("streaming") / "model")
+    return extend_model(
+        str(tiny_models["student"]), tokenizer, new, tmp_path_factory.mktemp("streaming") / "model"
+    )
 
 
 @pytest.fixture(scope="session")
 def environment():
-    """The variables of a command with so many ranks: its share of the cores, and nothing of another torchrun."""
+    """The variables of a command with so many ranks: its share of the cores, and nothing of another
+    torchrun."""
+
     def make(ranks: int = 0) -> dict[str, str]:
         cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         variables = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             variables.pop(name, None)
         return variables
+
     return make
 
 
 @pytest.fixture(scope="session")
 def run_command(environment):
     """Run a command in the repository, `python -m …` or torchrun; returns the finished process."""
-    def run(*command: str, ranks: int = 0, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+
+    def run(
+        *command: str, ranks: int = 0, timeout: float = 300, **kwargs
+    ) -> subprocess.CompletedProcess:
         start = [sys.executable]
         if ranks:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        return subprocess.run([*start, *map(str, command)], cwd=ROOT, env=environment(ranks), capture_output=True,
-                              text=True, timeout=timeout, **kwargs)
+        return subprocess.run(
+            [*start, *map(str, command)],
+            cwd=ROOT,
+            env=environment(ranks),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **kwargs,
+        )
+
     return run
 
 
 @pytest.fixture
 def overrides(tiny_models, tmp_path):
     """A run of a few steps on the tiny random models."""
+
     def make(**extra) -> list[str]:
-        keys = {"recipe": "poweropd", "model.path": tiny_models["student"], "teacher.path": tiny_models["teacher"],
-                "run.dir": tmp_path / "run", "train.steps": 2, "train.prompts_per_step": 8, "data.stories": 64,
-                "rollout.max_new_tokens": 12, "eval.size": 4, "eval.k": 2, "log.wandb": "disabled"}
+        keys = {
+            "recipe": "poweropd",
+            "model.path": tiny_models["student"],
+            "teacher.path": tiny_models["teacher"],
+            "run.dir": tmp_path / "run",
+            "train.steps": 2,
+            "train.prompts_per_step": 8,
+            "data.stories": 64,
+            "rollout.max_new_tokens": 12,
+            "eval.size": 4,
+            "eval.k": 2,
+            "log.wandb": "disabled",
+        }
         keys |= {name.replace("__", "."): value for name, value in extra.items()}
         return [f"{name}={value}" for name, value in keys.items()]
+
     return make

@@ -1,4 +1,5 @@
 """Ranks: set up the process group, and the few collectives on Python values that the loop needs."""
+
 from __future__ import annotations
 
 import os
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(hours=4)  # of a collective; ranks may be far apart after an evaluation of long completions
+# of a collective; ranks may be far apart after an evaluation of long completions
+TIMEOUT = timedelta(hours=4)
 
 
 def setup() -> torch.device:
@@ -19,8 +21,13 @@ def setup() -> torch.device:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -34,7 +41,9 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    )
 
 
 def barrier() -> None:
@@ -54,4 +63,4 @@ def gather(value: Any) -> list[Any]:
 def share(items: list) -> list:
     """This rank's contiguous part of a list that every rank holds."""
     bounds = [len(items) * r // world_size() for r in range(world_size() + 1)]
-    return items[bounds[rank()]:bounds[rank() + 1]]
+    return items[bounds[rank()] : bounds[rank() + 1]]

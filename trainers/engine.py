@@ -1,4 +1,6 @@
-"""The policy under DeepSpeed ZeRO: backward over any number of micro-batches, one step, weights out, state in and out."""
+"""The policy under DeepSpeed ZeRO: backward over any number of micro-batches, one step, weights
+out, state in and out."""
+
 from __future__ import annotations
 
 import logging
@@ -19,9 +21,9 @@ GATHER_BUCKET = 64 * 2**20  # elements gathered at once under ZeRO-3 when weight
 class PolicyEngine:
     """Wraps DeepSpeed so that the gradient of a step is the sum of what was passed to `backward`.
 
-    DeepSpeed averages over ranks and over accumulation steps; both are undone here, so that a loss that is
-    divided by a global token count gives the same gradient for any number of ranks and micro-batches.
-    """
+    DeepSpeed averages over ranks and over accumulation steps; both are undone here, so that a loss
+    that is divided by a global token count gives the same gradient for any number of ranks and
+    micro-batches."""
 
     def __init__(self, policy: Policy, config, device: torch.device):
         import deepspeed
@@ -37,12 +39,26 @@ class PolicyEngine:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         if zero.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
-            optimizer = operators.compile_once("cpu_adam", lambda: DeepSpeedCPUAdam(
-                parameters, lr=train.lr, betas=tuple(train.betas), eps=train.eps,
-                weight_decay=train.weight_decay, adamw_mode=True))
+
+            optimizer = operators.compile_once(
+                "cpu_adam",
+                lambda: DeepSpeedCPUAdam(
+                    parameters,
+                    lr=train.lr,
+                    betas=tuple(train.betas),
+                    eps=train.eps,
+                    weight_decay=train.weight_decay,
+                    adamw_mode=True,
+                ),
+            )
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=train.lr, betas=tuple(train.betas), eps=train.eps,
-                                          weight_decay=train.weight_decay)
+            optimizer = torch.optim.AdamW(
+                parameters,
+                lr=train.lr,
+                betas=tuple(train.betas),
+                eps=train.eps,
+                weight_decay=train.weight_decay,
+            )
         self.bf16 = config.model.dtype == "bfloat16"
         self.config = config
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -55,14 +71,21 @@ class PolicyEngine:
             # Small tensors stay whole on every rank; the bucket sizes fit them to small models too.
             stage |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": False}
         settings = {
-            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-            "gradient_clipping": float(train.max_grad_norm), "zero_optimization": stage,
-            "bf16": {"enabled": self.bf16}, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31, "wall_clock_breakdown": False,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": float(train.max_grad_norm),
+            "zero_optimization": stage,
+            "bf16": {"enabled": self.bf16},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
         }
         if self.bf16 and zero.zero_stage > 0:  # DeepSpeed's stage 0 refuses it
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=settings
+        )
         self.policy = policy
         self.device = device
 
@@ -90,19 +113,25 @@ class PolicyEngine:
             group["lr"] = lr
         norm = None
         if self.config.engine.zero_stage == 0 and not self.bf16:  # DeepSpeed computes none here
-            norm = math.sqrt(sum(float(p.grad.double().square().sum())
-                                 for p in self.policy.parameters() if p.grad is not None))
+            norm = math.sqrt(
+                sum(
+                    float(p.grad.double().square().sum())
+                    for p in self.policy.parameters()
+                    if p.grad is not None
+                )
+            )
         self.engine.step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
         return norm
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its checkpoint name, in the compute dtype; a bucket at a time.
+        """Every parameter whole, under its checkpoint name, in the compute dtype; a bucket at a
+        time.
 
-        Under ZeRO-3 this is a collective that all ranks must walk through together. A tied head is given a
-        second time under its own name: vLLM keeps a packed copy of it, which goes stale otherwise.
-        """
+        Under ZeRO-3 this is a collective that all ranks must walk through together. A tied head is
+        given a second time under its own name: vLLM keeps a packed copy of it, which goes stale
+        otherwise."""
         import deepspeed
 
         seen = {}
@@ -112,8 +141,9 @@ class PolicyEngine:
         def flush():
             if not bucket:
                 return
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket],
-                                                   enabled=self.config.engine.zero_stage == 3):
+            with deepspeed.zero.GatheredParameters(
+                [p for _, p in bucket], enabled=self.config.engine.zero_stage == 3
+            ):
                 for name, parameter in bucket:
                     yield name, parameter.detach().to(self.dtype)
 
@@ -129,7 +159,8 @@ class PolicyEngine:
         yield from flush()
 
     def save_model(self, folder: Path, tokenizer, stop_ids: list[int]) -> None:
-        """Write a Hugging Face folder that transformers and vLLM load as it is. A collective under ZeRO-3."""
+        """Write a Hugging Face folder that transformers and vLLM load as it is. A collective under
+        ZeRO-3."""
         from trainers.distributed import rank
 
         state = {}

@@ -1,19 +1,23 @@
-"""GRPO (arXiv 2402.03300): policy gradient with advantages relative to the other samples of a prompt.
+"""GRPO (arXiv 2402.03300): policy gradient with advantages relative to the other samples of a
+prompt.
 
-The reward of a completion is its accuracy plus gamma times a length reward. Less the mean of its group, over the
-group's standard deviation, it is the advantage of all its tokens, in PPO's clipped objective; a KL to the starting
-weights is added to the loss. There is no value function and no filter: groups without a difference have advantage 0
-and only their KL counts. The clip has bounds of its own on either side (arXiv 2503.14476); the ratio to the policy
-that sampled is computed by the trainer, before the first of `train.minibatches` updates. With one update per batch it
-is 1, nothing clips, and that pass is left out. `grpo.importance_cap` makes up for a rollout engine whose log-probs
-differ from the trainer's: each token is weighted by the ratio of the two, cut at the cap.
+The reward of a completion is its accuracy plus gamma times a length reward. Less the mean of its
+group, over the group's standard deviation, it is the advantage of all its tokens, in PPO's clipped
+objective; a KL to the starting weights is added to the loss. There is no value function and no
+filter: groups without a difference have advantage 0 and only their KL counts. The clip has bounds
+of its own on either side (arXiv 2503.14476); the ratio to the policy that sampled is computed by
+the trainer, before the first of `train.minibatches` updates. With one update per batch it is 1,
+nothing clips, and that pass is left out. `grpo.importance_cap` makes up for a rollout engine whose
+log-probs differ from the trainer's: each token is weighted by the ratio of the two, cut at the cap.
 
-The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only for correct answers,
-so that a short wrong one gains nothing. On-policy SFT's paper, which starts from "accuracy + gamma * length", was not
-at hand for its form; this is the one that HRPO uses for each of its stages (methods.md, 4).
+The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only
+for correct answers, so that a short wrong one gains nothing. On-policy SFT's paper, which starts
+from "accuracy + gamma * length", was not at hand for its form; this is the one that HRPO uses for
+each of its stages (methods.md, 4).
 
     torchrun --nproc_per_node=N train.py recipe=grpo [grpo.gamma=0.5] [grpo.kl_beta=0]
 """
+
 from __future__ import annotations
 
 from typing import Sequence
@@ -39,26 +43,34 @@ class GRPO(Trainer):
         self.reference = None
         if self.config.grpo.kl_beta > 0:
             from trainers.teacher import Reference
+
             self.reference = Reference(self.config, parts.device, parts.vocab)
 
     @classmethod
     def check(cls, config) -> None:
         if config.rollout.samples_per_prompt < 2:
-            raise ConfigError(f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: recipe={config.recipe} "
-                              "compares samples of one prompt; give 2 or more")
+            raise ConfigError(
+                f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: recipe={config.recipe} "
+                "compares samples of one prompt; give 2 or more"
+            )
 
     def draw(self, step: int) -> list[Trajectory]:
         drawn = super().draw(step)
-        for trajectory, advantages in zip(drawn, self.advantages(drawn, max_new_tokens(self.config.rollout, step))):
+        for trajectory, advantages in zip(
+            drawn, self.advantages(drawn, max_new_tokens(self.config.rollout, step))
+        ):
             trajectory.annotations["advantages"] = advantages
         return drawn
 
     def advantages(self, drawn: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
-        """Each trajectory's [T] float32, from the `reward` that it is given here; `limit` is that on new tokens."""
+        """Each trajectory's [T] float32, from the `reward` that it is given here; `limit` is that
+        on new tokens."""
         for trajectory in drawn:
             trajectory.reward = length_reward(trajectory, limit, self.config.grpo.gamma)
-        return [np.full(len(t.completion_ids), advantage, np.float32)
-                for t, advantage in zip(drawn, self.in_groups([t.reward for t in drawn]))]
+        return [
+            np.full(len(t.completion_ids), advantage, np.float32)
+            for t, advantage in zip(drawn, self.in_groups([t.reward for t in drawn]))
+        ]
 
     def in_groups(self, rewards: Sequence[float]) -> np.ndarray:
         """The advantage of each trajectory of a step [P * n] over the others of its prompt."""
@@ -66,7 +78,9 @@ class GRPO(Trainer):
         return group_advantages(groups, self.config.grpo.normalize_std).ravel()
 
     def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
-        groups = np.array([t.reward for t in drawn]).reshape(-1, self.config.rollout.samples_per_prompt)
+        groups = np.array([t.reward for t in drawn]).reshape(
+            -1, self.config.rollout.samples_per_prompt
+        )
         return {"reward/equal_groups_frac": float((np.ptp(groups, axis=1) == 0).mean())}
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
@@ -74,7 +88,9 @@ class GRPO(Trainer):
         if self.config.train.minibatches > 1:
             self.parts.score_policy(trajectories)
             for trajectory in trajectories:
-                trajectory.annotations["old_logprobs"] = trajectory.annotations.pop("student_logprobs")
+                trajectory.annotations["old_logprobs"] = trajectory.annotations.pop(
+                    "student_logprobs"
+                )
         if self.config.grpo.importance_cap is not None:
             for trajectory in trajectories:
                 trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
@@ -83,10 +99,18 @@ class GRPO(Trainer):
 
     def loss(self) -> Loss:
         options = self.config.grpo
-        return Loss(policy_gradient=True, kl_beta=options.kl_beta, vocab=self.parts.vocab,
-                    temperature=self.config.rollout.temperature,
-                    objective={"objective": "ppo_clip", "clip_low": options.clip_low, "clip_high": options.clip_high,
-                               "is_cap": options.importance_cap})
+        return Loss(
+            policy_gradient=True,
+            kl_beta=options.kl_beta,
+            vocab=self.parts.vocab,
+            temperature=self.config.rollout.temperature,
+            objective={
+                "objective": "ppo_clip",
+                "clip_low": options.clip_low,
+                "clip_high": options.clip_high,
+                "is_cap": options.importance_cap,
+            },
+        )
 
 
 def length_reward(trajectory: Trajectory, limit: int, gamma: float) -> float:
@@ -95,7 +119,8 @@ def length_reward(trajectory: Trajectory, limit: int, gamma: float) -> float:
 
 
 def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:
-    """Rewards less their group's mean, over its standard deviation (of the population) plus 1e-6 if `normalize_std`.
+    """Rewards less their group's mean, over its standard deviation (of the population) plus 1e-6 if
+    `normalize_std`.
 
     Args:
         rewards: [P, n], a row per prompt.

@@ -1,8 +1,10 @@
-"""Operators that DeepSpeed compiles on first use, and the lock files that a killed compilation leaves behind.
+"""Operators that DeepSpeed compiles on first use, and the lock files that a killed compilation
+leaves behind.
 
-A run compiles none of them but CPUAdam, and that only where the optimizer is offloaded. PyTorch guards a compilation
-with a lock *file*, which nobody removes when its process is killed; every later start would wait for it for ever.
-"""
+A run compiles none of them but CPUAdam, and that only where the optimizer is offloaded. PyTorch
+guards a compilation with a lock *file*, which nobody removes when its process is killed; every
+later start would wait for it for ever."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,16 +21,17 @@ from typing import TypeVar
 from recipes.errors import ConfigError
 
 Operator = TypeVar("Operator")
-ABANDONED = 600  # seconds; a lock this old whose owner's processes cannot be seen is taken for abandoned
+# seconds; a lock this old whose owner's processes cannot be seen is taken for abandoned
+ABANDONED = 600
 SAY_EVERY = 20  # seconds between two lines of a start that waits
 
 
 def disable_unused() -> None:
-    """Keep DeepSpeed from compiling shared-memory collectives, one to two minutes at a first start on a CPU.
+    """Keep DeepSpeed from compiling shared-memory collectives, one to two minutes at a first start
+    on a CPU.
 
-    It offers them to gloo wherever it finds a compiler. Plain gloo does here: between the ranks of a CPU run the
-    updates, not the collectives, take the time.
-    """
+    It offers them to gloo wherever it finds a compiler. Plain gloo does here: between the ranks of
+    a CPU run the updates, not the collectives, take the time."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
@@ -38,11 +41,15 @@ def check_compiler() -> None:
     """Raises ConfigError: an operator must be compiled, and there is no C++ compiler."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
-        raise ConfigError("engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ compiler "
-                          f"({compiler}); install one, or take an engine without offloading")
+        raise ConfigError(
+            "engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ compiler "
+            f"({compiler}); install one, or take an engine without offloading"
+        )
 
 
-def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], None] = partial(print, flush=True)) -> Operator:
+def compile_once(
+    name: str, load: Callable[[], Operator], say: Callable[[str], None] = partial(print, flush=True)
+) -> Operator:
     """Load an operator that is compiled on its first use, and say so where that is now.
 
     Ranks and runs take turns. A lock file of PyTorch's that no living process holds is removed.
@@ -62,7 +69,9 @@ def compile_once(name: str, load: Callable[[], Operator], say: Callable[[str], N
     try:
         wait(lambda: is_free(folder / "lock", say), others, say)
         if not list(folder.glob("*.so")):
-            say(f"compiling DeepSpeed's {name}, once on this machine; about a minute, into {folder}")
+            say(
+                f"compiling DeepSpeed's {name}, once on this machine; about a minute, into {folder}"
+            )
         return load()
     finally:
         turn.release()
@@ -104,7 +113,8 @@ def is_free(lock: Path, say: Callable[[str], None]) -> bool:
 
 
 def processes_that_hold(file: Path) -> tuple[list[int], bool]:
-    """The ids of the processes that have a file open, and whether any Python process of its owner's is hidden from us.
+    """The ids of the processes that have a file open, and whether any Python process of its owner's
+    is hidden from us.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,6 @@
-"""A causal language model as the losses see it: a backbone that gives hidden states, and a head that owns its weight."""
+"""A causal language model as the losses see it: a backbone that gives hidden states, and a head
+that owns its weight."""
+
 from __future__ import annotations
 
 import contextlib
@@ -18,12 +20,18 @@ from rollouts.layout import Layout, check_layouts
 from rollouts.protocol import drop_unused_sampling
 from trainers import attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 class Head(nn.Module):
-    """The LM head as a module of its own: it owns the (possibly tied) weight, so that ZeRO-3 gathers it for
-    `forward`, and runs a loss on [T, H] hidden states without ever making the [T, V] logits."""
+    """The LM head as a module of its own: it owns the (possibly tied) weight, so that ZeRO-3
+    gathers it for `forward`, and runs a loss on [T, H] hidden states without ever making the [T, V]
+    logits."""
 
     def __init__(self, lm_head: nn.Linear, softcap: float | None):
         super().__init__()
@@ -39,20 +47,23 @@ class Head(nn.Module):
 class Policy(nn.Module):
     """A Hugging Face decoder split at its head.
 
-    Args:
-        model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and soft-cap.
+    Args: model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and
+        soft-cap.
 
-    Raises:
-        ModelError: its logits are something else, so our head would be wrong, or its attention does not keep
+    Raises: ModelError: its logits are something else, so our head would be wrong, or its attention
+        does not keep
             packed sequences apart (both checked on a few tokens).
-        encoder: of sources of frames (rollouts/frames.py); it is not trained, so it is no part of the module.
+        encoder: of sources of frames (rollouts/frames.py); it is not trained, so it is no part of
+            the module.
     """
 
     def __init__(self, model: nn.Module, encoder=None):
         super().__init__()
         self.model = model
         self.encode = functools.partial(embed, model, encoder)
-        self.head = Head(model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None))
+        self.head = Head(
+            model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+        )
         self._check()
 
     @torch.no_grad()
@@ -67,18 +78,30 @@ class Policy(nn.Module):
             ours = self.head.softcap * torch.tanh(ours / self.head.softcap)
         packed = self._states(torch.cat([ids, ids], 1), torch.cat([ids, ids], 1), [0, 4, 8])
         self.train(training)
-        name, close = type(self.model).__name__, {"rtol": 1e-2, "atol": 1e-2 * float(alone.abs().max())}
-        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
-            raise ModelError(f"{name} does more than a linear head after its last hidden state; not supported")
+        name, close = (
+            type(self.model).__name__,
+            {"rtol": 1e-2, "atol": 1e-2 * float(alone.abs().max())},
+        )
+        if not torch.allclose(
+            ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * float(theirs.abs().max())
+        ):
+            raise ModelError(
+                f"{name} does more than a linear head after its last hidden state; not supported"
+            )
         if not torch.allclose(packed[4:].float(), alone[0].float(), **close):
-            raise ModelError(f"{name} lets packed sequences see one another with model.attn_implementation="
-                             f"{self.model.config._attn_implementation}; try another one")
+            raise ModelError(
+                f"{name} lets packed sequences see one another with model.attn_implementation="
+                f"{self.model.config._attn_implementation}; try another one"
+            )
 
     def check_layouts(self) -> None:
         """Raises ModelError: it does not keep to the mask of a streaming layout."""
+
         def states(ids, layout):
-            row, positions = (torch.tensor([values], device=self.head.weight.device)
-                              for values in (ids, layout.positions().tolist()))
+            row, positions = (
+                torch.tensor([values], device=self.head.weight.device)
+                for values in (ids, layout.positions().tolist())
+            )
             return self._states(row, positions, [0, len(ids)], [layout])
 
         training = self.training
@@ -86,16 +109,31 @@ class Policy(nn.Module):
         check_layouts(self.model, states)
         self.train(training)
 
-    def _states(self, input_ids, position_ids, bounds: list[int], layouts: list[Layout] | None = None,
-                frames=None) -> torch.Tensor:
-        extra = attention.arguments(self.model.config._attn_implementation, bounds, layouts, self.head.weight)
-        inputs = {"input_ids": input_ids} if frames is None else {"inputs_embeds": self.encode(input_ids, frames)}
-        return self.model.base_model(**inputs, position_ids=position_ids, use_cache=False,
-                                     **extra).last_hidden_state[0]
+    def _states(
+        self,
+        input_ids,
+        position_ids,
+        bounds: list[int],
+        layouts: list[Layout] | None = None,
+        frames=None,
+    ) -> torch.Tensor:
+        extra = attention.arguments(
+            self.model.config._attn_implementation, bounds, layouts, self.head.weight
+        )
+        inputs = (
+            {"input_ids": input_ids}
+            if frames is None
+            else {"inputs_embeds": self.encode(input_ids, frames)}
+        )
+        return self.model.base_model(
+            **inputs, position_ids=position_ids, use_cache=False, **extra
+        ).last_hidden_state[0]
 
     def hidden(self, batch) -> torch.Tensor:
         """Hidden states [T, H] that predict the micro-batch's targets."""
-        states = self._states(batch.input_ids, batch.position_ids, batch.bounds, batch.layouts, batch.frames)
+        states = self._states(
+            batch.input_ids, batch.position_ids, batch.bounds, batch.layouts, batch.frames
+        )
         return states.index_select(0, batch.rows)
 
     def forward(self, batch, function):
@@ -103,9 +141,16 @@ class Policy(nn.Module):
         return self.head(self.hidden(batch), function, batch)
 
 
-def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "packed",
-                layout: str | None = None, encoder: str | None = None) -> Policy:
-    """Load a model folder or hub name; `layout` is the config's `streaming.layout`, `encoder` its `model.encoder`.
+def load_policy(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "packed",
+    layout: str | None = None,
+    encoder: str | None = None,
+) -> Policy:
+    """Load a model folder or hub name; `layout` is the config's `streaming.layout`, `encoder` its
+    `model.encoder`.
 
     Raises:
         ModelError: it cannot be loaded, or does not keep to the layout's mask.
@@ -116,9 +161,13 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
     attention.register()
     path = model_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation
+        )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(
+            f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     drop_unused_sampling(model)
     policy = Policy(model.to(device), load_encoder(encoder, device) if encoder else None)
     if layout in MASKED_LAYOUTS:
@@ -129,8 +178,8 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, attn_implem
 def check_model(key: str, path: str):
     """The tokenizer and config of a model, before any weight is read.
 
-    Returns:
-        (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the model's two configs.
+    Returns: (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the
+        model's two configs.
 
     Raises:
         ModelError: no such folder or hub model; the message names `key`.
@@ -146,7 +195,11 @@ def check_model(key: str, path: str):
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        where = "is not a model folder" if local.is_dir() else "is neither a folder nor a model the hub gave"
+        where = (
+            "is not a model folder"
+            if local.is_dir()
+            else "is neither a folder nor a model the hub gave"
+        )
         raise ModelError(f"{key}={path} {where}: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{key}={path}: its tokenizer has no end token (eos_token)")
@@ -170,5 +223,7 @@ def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str
     if ours == theirs:
         return
     odd = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: (item[1], item[0]))[0]
-    raise ModelError(f"teacher.path={teacher_path} has another vocabulary than model.path={student_path}: token "
-                     f"{odd[0]!r} (id {odd[1]}) is only in one of them; distillation needs one tokenizer")
+    raise ModelError(
+        f"teacher.path={teacher_path} has another vocabulary than model.path={student_path}: token "
+        f"{odd[0]!r} (id {odd[1]}) is only in one of them; distillation needs one tokenizer"
+    )

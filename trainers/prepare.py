@@ -1,4 +1,6 @@
-"""Everything that can be refused before a model loads: tokenizers, data, lengths, the run directory, a resume."""
+"""Everything that can be refused before a model loads: tokenizers, data, lengths, the run
+directory, a resume."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -84,19 +86,30 @@ def prepare(config: DictConfig) -> Prepared:
         found = len(examples)
         examples = [e for e in examples if e.answer is not None]
         if not examples:
-            raise DataError(f"data.path={data.path}: no row has an answer, and recipe={config.recipe} learns from "
-                            "correct answers only; name its column with data.answer_column")
+            raise DataError(
+                f"data.path={data.path}: no row has an answer, and recipe={config.recipe} learns from "
+                "correct answers only; name its column with data.answer_column"
+            )
         if len(examples) < found:
-            notes.append(f"data  {found - len(examples)} of {found} rows have no answer and were dropped")
+            notes.append(
+                f"data  {found - len(examples)} of {found} rows have no answer and were dropped"
+            )
     prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
     for example in (prompt.example for prompt in prompts):
-        if missing := next((name for name in method.learns if getattr(example, name) is None), None):
-            raise DataError(f"data.path={data.path}: row {example.index} has no {missing}, which "
-                            f"recipe={config.recipe} learns to write"
-                            + "; name its column with data.target_column" * (missing == "solution"))
+        if missing := next(
+            (name for name in method.learns if getattr(example, name) is None), None
+        ):
+            raise DataError(
+                f"data.path={data.path}: row {example.index} has no {missing}, which "
+                f"recipe={config.recipe} learns to write"
+                + "; name its column with data.target_column"
+                * (missing == "solution")
+            )
     if dropped:
-        notes.append(f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
-                     f"{data.max_prompt_tokens} and were dropped")
+        notes.append(
+            f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
+            f"{data.max_prompt_tokens} and were dropped"
+        )
     name, held_out = "", []
     if config.eval.every >= 0 and eval_path(config):
         name, held_out, dropped = eval_prompts(config, tokenizer)
@@ -105,11 +118,29 @@ def prepare(config: DictConfig) -> Prepared:
     elif config.eval.every >= 0:
         notes.append("eval  off: name held-out data with eval.path")
     if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
-        notes.append("rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased estimate")
+        notes.append(
+            "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased estimate"
+        )
     longest = max_length(config, prompts, held_out, getattr(model, "max_position_embeddings", None))
-    return Prepared(method, tokenizer, tuple(stop_ids), teacher_stop, vocab, prompts,
-                    PromptSampler(len(prompts), config.train.prompts_per_step, config.seed), verifier, name, held_out,
-                    longest, run_dir, point, start, new_tokens, facts, notes)
+    return Prepared(
+        method,
+        tokenizer,
+        tuple(stop_ids),
+        teacher_stop,
+        vocab,
+        prompts,
+        PromptSampler(len(prompts), config.train.prompts_per_step, config.seed),
+        verifier,
+        name,
+        held_out,
+        longest,
+        run_dir,
+        point,
+        start,
+        new_tokens,
+        facts,
+        notes,
+    )
 
 
 def check_kernels(backend: str) -> None:
@@ -121,7 +152,9 @@ def check_kernels(backend: str) -> None:
         raise ConfigError(f"kernels.backend={backend}: {error}") from None
 
 
-def run_directory(config: DictConfig, facts: dict, notes: list[str]) -> tuple[Path, Path | None, int]:
+def run_directory(
+    config: DictConfig, facts: dict, notes: list[str]
+) -> tuple[Path, Path | None, int]:
     """Choose the run directory, and the checkpoint to continue from.
 
     Returns:
@@ -143,8 +176,10 @@ def run_directory(config: DictConfig, facts: dict, notes: list[str]) -> tuple[Pa
         else:
             notes.append(f"resume  no checkpoint in {run_dir}: from the start")
     elif (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
-        raise ConfigError(f"run.dir={run_dir} already holds a run; continue it with resume=auto, or name another "
-                          "directory")
+        raise ConfigError(
+            f"run.dir={run_dir} already holds a run; continue it with resume=auto, or name another "
+            "directory"
+        )
     return run_dir, point, start
 
 
@@ -153,8 +188,11 @@ def changed_keys(saved: Path, config: DictConfig) -> list[str]:
     if not saved.exists():
         return []
     flat = [dict(_flatten(OmegaConf.to_container(c))) for c in (OmegaConf.load(saved), config)]
-    return sorted(key for key in flat[0].keys() | flat[1].keys()
-                  if flat[0].get(key) != flat[1].get(key) and key not in ("resume", "run.dir", "dry_run"))
+    return sorted(
+        key
+        for key in flat[0].keys() | flat[1].keys()
+        if flat[0].get(key) != flat[1].get(key) and key not in ("resume", "run.dir", "dry_run")
+    )
 
 
 def _flatten(node: dict, prefix: str = ""):

@@ -1,4 +1,5 @@
 """How far a long phase is: a bar on a terminal, else a line every few seconds."""
+
 from __future__ import annotations
 
 import sys
@@ -27,12 +28,16 @@ class Progress:
         self.shown = shown
         self.bar: tqdm | None = None
         if shown and sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True
+            )
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -44,8 +49,11 @@ class Progress:
         elif self.shown and time.monotonic() - self.said > EVERY and self.finished < self.total:
             self.said = time.monotonic()
             left = (self.said - self.started) * (self.total - self.finished) / self.finished
-            print(f"{self.what}  {self.finished} of {self.total} {self.unit}, {clock(left)} left", file=sys.stderr,
-                  flush=True)
+            print(
+                f"{self.what}  {self.finished} of {self.total} {self.unit}, {clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def clock(seconds: float) -> str:

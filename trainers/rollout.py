@@ -1,4 +1,6 @@
-"""What a run samples with: the rollout engine that fits its layout, and the requests it is given."""
+"""What a run samples with: the rollout engine that fits its layout, and the requests it is
+given."""
+
 from __future__ import annotations
 
 from typing import Callable, Sequence
@@ -14,24 +16,32 @@ from rollouts.protocol import Protocol, token_count
 from rollouts.trajectory import Request, Sampling
 
 
-def make_engine(config, device: torch.device, dtype: torch.dtype, max_length: int, path: str | None = None):
-    """`rollout.engine` with the weights of `path` (None: `model.path`), wrapped where `streaming.layout` is
-    interleaved."""
-    engine = ENGINES.resolve(config.rollout.engine)(path or config.model.path, config, device, dtype,
-                                                    max_length=max_length)
+def make_engine(
+    config, device: torch.device, dtype: torch.dtype, max_length: int, path: str | None = None
+):
+    """`rollout.engine` with the weights of `path` (None: `model.path`), wrapped where
+    `streaming.layout` is interleaved."""
+    engine = ENGINES.resolve(config.rollout.engine)(
+        path or config.model.path, config, device, dtype, max_length=max_length
+    )
     return InterleavedEngine(engine) if config.streaming.layout == "interleaved" else engine
 
 
-def make_requests(prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]) -> list[Request]:
+def make_requests(
+    prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
+) -> list[Request]:
     """`samples` requests per prompt, adjacent; `seed` is of a prompt's index and a sample's."""
-    return [Request(p.index, s, p.token_ids, seed(p.index, s), p.segments, p.opening, p.example.frames)
-            for p in prompts for s in range(samples)]
+    return [
+        Request(p.index, s, p.token_ids, seed(p.index, s), p.segments, p.opening, p.example.frames)
+        for p in prompts
+        for s in range(samples)
+    ]
 
 
 def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Sampling:
-    """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts on <EOT> or <skip>,
-    and the deep segment also on <EOA>; a simultaneous one is still without a head. Ids are those that the tokenizer
-    has, or those below `vocab`."""
+    """A `Sampling` with the given limit, temperature and truncation; a streaming one ends thoughts
+    on <EOT> or <skip>, and the deep segment also on <EOA>; a simultaneous one is still without a
+    head. Ids are those that the tokenizer has, or those below `vocab`."""
     if "vocab" not in options:
         options["vocab"] = token_count(tokenizer)
     if config.streaming.layout is None:
@@ -39,17 +49,28 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
     if config.streaming.layout == "scheduled":
         starts = word_starts(tokenizer)
         starts[list(stop_ids)] = True  # to stop is a decision too
-        return Sampling(stop_ids=tuple(stop_ids), word_starts=starts,
-                        whole_words=config.proactive.whole_words, max_reads=config.proactive.max_reads,
-                        min_lag=config.proactive.min_lag, max_lag=config.proactive.max_lag, **options)
+        return Sampling(
+            stop_ids=tuple(stop_ids),
+            word_starts=starts,
+            whole_words=config.proactive.whole_words,
+            max_reads=config.proactive.max_reads,
+            min_lag=config.proactive.min_lag,
+            max_lag=config.proactive.max_lag,
+            **options,
+        )
     protocol = Protocol.of(tokenizer)
-    return Sampling(stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])), close_id=protocol.eot,
-                    thought_stops=(protocol.eot, protocol.skip),
-                    max_thought_tokens=config.streaming.max_thought_tokens, **options)
+    return Sampling(
+        stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])),
+        close_id=protocol.eot,
+        thought_stops=(protocol.eot, protocol.skip),
+        max_thought_tokens=config.streaming.max_thought_tokens,
+        **options,
+    )
 
 
 def written_tokens(config, prompt: Prompt) -> int:
-    """The most that a prompt's completion can have besides the limit on new tokens: the opening and the thoughts."""
+    """The most that a prompt's completion can have besides the limit on new tokens: the opening and
+    the thoughts."""
     if config.streaming.layout is None:
         return 0
     sentences = 0

@@ -1,11 +1,13 @@
 """Supervised fine-tuning: cross-entropy on the data's own solutions.
 
-The sequences are read, not sampled: prompt from the data, completion = the example's `solution` and the end
-token. It is the cold start of other methods and makes the embedded tiny models; it has no packing across
-examples of a fixed length and no schedule but the loop's, because the loop packs by token budget anyway.
+The sequences are read, not sampled: prompt from the data, completion = the example's `solution` and
+the end token. It is the cold start of other methods and makes the embedded tiny models; it has no
+packing across examples of a fixed length and no schedule but the loop's, because the loop packs by
+token budget anyway.
 
     torchrun --nproc_per_node=N train.py recipe=sft data.path=FILE
 """
+
 from __future__ import annotations
 
 from typing import Sequence
@@ -24,7 +26,9 @@ class CrossEntropyTrainer(Trainer):
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)
         for trajectory in trajectories:
-            trajectory.annotations["ce_weights"] = np.ones(len(trajectory.completion_ids), dtype=np.float32)
+            trajectory.annotations["ce_weights"] = np.ones(
+                len(trajectory.completion_ids), dtype=np.float32
+            )
 
     def loss(self) -> Loss:
         return Loss(cross_entropy=True, vocab=self.parts.vocab)
@@ -44,5 +48,13 @@ class SupervisedFineTuning(CrossEntropyTrainer):
         """The prompt with its target."""
         tokenizer, solution = self.parts.tokenizer, prompt.example.solution
         ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        return Trajectory(prompt.index, 0, list(prompt.token_ids), ids, "stop", prompt=prompt.text,
-                          completion=solution, answer=prompt.example.answer)
+        return Trajectory(
+            prompt.index,
+            0,
+            list(prompt.token_ids),
+            ids,
+            "stop",
+            prompt=prompt.text,
+            completion=solution,
+            answer=prompt.example.answer,
+        )

@@ -1,11 +1,13 @@
 """Streaming SFT, the cold start of streaming reasoners (StreamingThinker, arXiv 2510.17238).
 
-Cross-entropy on thoughts, deep reasoning and answer, each token under the mask and positions that it will have when
-the model writes it while reading (`streaming.layout`). The opening, which is forced when the model writes, is not
-learned. A model without the protocol tokens is given them first.
+Cross-entropy on thoughts, deep reasoning and answer, each token under the mask and positions that
+it will have when the model writes it while reading (`streaming.layout`). The opening, which is
+forced when the model writes, is not learned. A model without the protocol tokens is given them
+first.
 
     torchrun --nproc_per_node=N train.py recipe=streaming_sft data.path=FILE
 """
+
 from __future__ import annotations
 
 from recipes.errors import ConfigError
@@ -31,13 +33,26 @@ class StreamingSFT(SupervisedFineTuning):
     def read(self, prompt: Prompt) -> Trajectory:
         streaming, tokenizer = self.config.streaming, self.parts.tokenizer
         written = target_segments(prompt.example, tokenizer)
-        return Trajectory(prompt.index, 0, finish_reason="stop", prompt=prompt.text, answer=prompt.example.answer,
-                          completion=tokenizer.decode([token for segment in written for token in segment]),
-                          **arrange(streaming.layout, prompt.segments, prompt.opening, written,
-                                    offset=streaming.target_offset))
+        return Trajectory(
+            prompt.index,
+            0,
+            finish_reason="stop",
+            prompt=prompt.text,
+            answer=prompt.example.answer,
+            completion=tokenizer.decode([token for segment in written for token in segment]),
+            **arrange(
+                streaming.layout,
+                prompt.segments,
+                prompt.opening,
+                written,
+                offset=streaming.target_offset,
+            ),
+        )
 
 
 def check_layout(config) -> None:
     """Raises ConfigError: a streaming recipe without a layout."""
     if config.streaming.layout is None:
-        raise ConfigError(f"streaming.layout=null: recipe={config.recipe} needs grouped, interleaved or batch")
+        raise ConfigError(
+            f"streaming.layout=null: recipe={config.recipe} needs grouped, interleaved or batch"
+        )

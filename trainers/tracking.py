@@ -1,4 +1,5 @@
 """What people see of a run: lines and a progress bar, metrics.jsonl, completions.jsonl, W&B."""
+
 from __future__ import annotations
 
 import contextlib
@@ -37,13 +38,21 @@ class Tracker:
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_through(run_dir / name, start if start else -1)
         self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self.completions_file = (run_dir / "completions.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.completions_file = (run_dir / "completions.jsonl").open(
+            "a", buffering=1, encoding="utf-8"
+        )
         self.table: list[list] = []
         self.wandb = _start_wandb(config, run_dir)
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         # disable=None: no bar where stderr is no terminal; every line has the time left anyway.
-        self.bar = tqdm(total=config.train.steps, initial=start, desc=config.recipe, unit="step", dynamic_ncols=True,
-                        disable=None)
+        self.bar = tqdm(
+            total=config.train.steps,
+            initial=start,
+            desc=config.recipe,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+        )
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -69,13 +78,17 @@ class Tracker:
         self._record(row)
         prefix, streaming = f"eval/{name}/", ""
         if prefix + "latency_s" in row:
-            streaming = (f"deep {row[prefix + 'deep_length_mean']:.1f}  skipped {row[prefix + 'skip_frac']:.1%}  "
-                         f"latency {row[prefix + 'latency_s']:.2f} s  ")
+            streaming = (
+                f"deep {row[prefix + 'deep_length_mean']:.1f}  skipped {row[prefix + 'skip_frac']:.1%}  "
+                f"latency {row[prefix + 'latency_s']:.2f} s  "
+            )
         if prefix + "al" in row:
             streaming = f"bleu {row[prefix + 'bleu']:.1f}  al {row[prefix + 'al']:.2f}  rco {row[prefix + 'rco']:.2f}  "
-        self.say(f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
-                 f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  {streaming}"
-                 f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)")
+        self.say(
+            f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
+            f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  {streaming}"
+            f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)"
+        )
 
     def completions(self, step: int, trajectories: Sequence[Trajectory], tokenizer) -> None:
         """Record the first few trajectories of a step, with each token's reward."""
@@ -85,15 +98,26 @@ class Tracker:
             rewards, reward = trajectory.annotations.get("rewards"), trajectory.reward
             if reward is None and rewards is not None:
                 reward = float(rewards.mean())
-            row = {"step": step, "prompt": trajectory.prompt, "completion": trajectory.completion,
-                   "answer": trajectory.answer, "reward": reward,
-                   "correct": None if trajectory.score is None else trajectory.score > 0,
-                   "finish_reason": trajectory.finish_reason, "length": len(trajectory.completion_ids),
-                   "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids]}
+            row = {
+                "step": step,
+                "prompt": trajectory.prompt,
+                "completion": trajectory.completion,
+                "answer": trajectory.answer,
+                "reward": reward,
+                "correct": None if trajectory.score is None else trajectory.score > 0,
+                "finish_reason": trajectory.finish_reason,
+                "length": len(trajectory.completion_ids),
+                "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids],
+            }
             if rewards is not None:
                 row["token_rewards"] = [round(float(r), 5) for r in rewards]
             self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.table.append([row[name] for name in ("step", "prompt", "completion", "answer", "reward", "correct")])
+            self.table.append(
+                [
+                    row[name]
+                    for name in ("step", "prompt", "completion", "answer", "reward", "correct")
+                ]
+            )
 
     def finish(self) -> None:
         """Close everything."""
@@ -110,14 +134,24 @@ class Tracker:
         clean = {name: _finite(value) for name, value in row.items()}
         self.metrics_file.write(json.dumps(clean) + "\n")
         if self.wandb is not None:
-            charts = {name: value for name, value in clean.items() if not isinstance(value, list) and value is not None}
+            charts = {
+                name: value
+                for name, value in clean.items()
+                if not isinstance(value, list) and value is not None
+            }
             self.wandb.log(charts, step=row["step"])
 
     def _log_table(self) -> None:
         import wandb
+
         if self.table:
-            self.wandb.log({"completions": wandb.Table(
-                ["step", "prompt", "completion", "answer", "reward", "correct"], self.table)})
+            self.wandb.log(
+                {
+                    "completions": wandb.Table(
+                        ["step", "prompt", "completion", "answer", "reward", "correct"], self.table
+                    )
+                }
+            )
 
 
 def _finite(value):
@@ -128,11 +162,18 @@ def _finite(value):
 
 
 def _line(row: dict, steps: int, left: float) -> str:
-    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"loss {row['train/loss']:+.4f}",
-             f"grad {row['train/grad_norm']:.3g}"]
-    for name, label, form in (("reward/mean", "reward", "+.4f"), ("reward/accuracy", "acc", ".3f"),
-                              ("rollout/kept_frac", "kept", ".3f"), ("teacher/kl", "kl", ".3f"),
-                              ("rollout/length_mean", "len", ".1f")):
+    parts = [
+        f"step {row['step']:>{len(str(steps))}}/{steps}",
+        f"loss {row['train/loss']:+.4f}",
+        f"grad {row['train/grad_norm']:.3g}",
+    ]
+    for name, label, form in (
+        ("reward/mean", "reward", "+.4f"),
+        ("reward/accuracy", "acc", ".3f"),
+        ("rollout/kept_frac", "kept", ".3f"),
+        ("teacher/kl", "kl", ".3f"),
+        ("rollout/length_mean", "len", ".1f"),
+    ):
         if name in row:
             parts.append(f"{label} {row[name]:{form}}")
     parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{clock(left)} left"]
@@ -144,8 +185,12 @@ def keep_through(path: Path, step: int) -> None:
     if not path.exists():
         return
     temporary = path.with_suffix(".tmp")
-    # Lines end in a line feed alone: texts may hold U+2028 and others that str.splitlines takes for ends.
-    with path.open(encoding="utf-8", newline="\n") as lines, temporary.open("w", encoding="utf-8") as kept:
+    # Lines end in a line feed alone: texts may hold U+2028 and others that str.splitlines takes for
+    # ends.
+    with (
+        path.open(encoding="utf-8", newline="\n") as lines,
+        temporary.open("w", encoding="utf-8") as kept,
+    ):
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):
                 if json.loads(line)["step"] <= step:
@@ -161,18 +206,28 @@ def _start_wandb(config: DictConfig, run_dir: Path):
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(f"log.wandb={mode}, but wandb does not import here ({error}); install it, or use "
-                          "log.wandb=disabled") from error
+        raise ConfigError(
+            f"log.wandb={mode}, but wandb does not import here ({error}); install it, or use "
+            "log.wandb=disabled"
+        ) from error
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
     identity = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
-    return wandb.init(project=config.log.project, name=f"{config.recipe}/{run_dir.name}", id=identity, resume="allow",
-                      dir=str(run_dir), mode=mode, config=OmegaConf.to_container(config),
-                      settings=wandb.Settings(silent=True, console="off", x_disable_stats=True))
+    return wandb.init(
+        project=config.log.project,
+        name=f"{config.recipe}/{run_dir.name}",
+        id=identity,
+        resume="allow",
+        dir=str(run_dir),
+        mode=mode,
+        config=OmegaConf.to_container(config),
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    )
 
 
 def _has_netrc_key() -> bool:
     import netrc
+
     try:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):

@@ -1,9 +1,9 @@
-"""python -m kernels.bench: this package's kernels beside naive torch, torch.compile and other projects' kernels.
+"""python -m kernels.bench: this package's kernels beside naive torch, torch.compile and other
+projects' kernels.
 
-First what the device reaches (copy, GEMM), then row by row: every provider is compared with a float64 oracle,
-those within tolerance are timed in turn on the same inputs, and their memory is measured in fresh processes.
-One line per provider as it goes, a markdown table last.
-"""
+First what the device reaches (copy, GEMM), then row by row: every provider is compared with a
+float64 oracle, those within tolerance are timed in turn on the same inputs, and their memory is
+measured in fresh processes. One line per provider as it goes, a markdown table last."""
 
 import argparse
 import sys
@@ -21,8 +21,10 @@ from kernels.bench.runner import Plan, Runner
 
 SUITES = ("reward", "head", "kl")
 # tokens, hidden, vocab, dtypes, seconds of timing per row
-DEFAULTS = {"cuda": ([8192, 16384], [2048, 4096], [151936], ["bf16"], 2.0),
-            "cpu": ([2048], [512], [32768, 151936], ["fp32", "bf16"], 5.0)}
+DEFAULTS = {
+    "cuda": ([8192, 16384], [2048, 4096], [151936], ["bf16"], 2.0),
+    "cpu": ([2048], [512], [32768, 151936], ["fp32", "bf16"], 5.0),
+}
 MOST_TOKENS = 65536  # of the token-wise rows
 MEMORY_SHARE = 0.3  # of the time; what does not fit in is measured at the end
 
@@ -34,8 +36,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m kernels.bench", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--suite", choices=("all", *SUITES), default="all")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -43,15 +48,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--hidden", type=_size, nargs="+", help="H; default 2048 4096, on the CPU 512")
     add("--vocab", type=_size, nargs="+", help="V; default 151936, on the CPU also 32768")
     add("--dtype", choices=tuple(DTYPES), nargs="+", help="default bf16, on the CPU fp32 and bf16")
-    add("--mask", type=_fraction, default=0.2, help="fraction of masked tokens of the rows that run with and without")
-    add("--peers", type=_peers, default=list(DEFAULT), metavar="A,B,…",
-        help=f"of {', '.join(PEERS)}; default {','.join(DEFAULT)}. Of the others missing wheels are installed")
-    add("--peers-dir", type=Path, default=Path(".bench-peers"), help="where to, outside the environment")
+    add(
+        "--mask",
+        type=_fraction,
+        default=0.2,
+        help="fraction of masked tokens of the rows that run with and without",
+    )
+    add(
+        "--peers",
+        type=_peers,
+        default=list(DEFAULT),
+        metavar="A,B,…",
+        help=f"of {', '.join(PEERS)}; default {','.join(DEFAULT)}. Of the others missing wheels are installed",
+    )
+    add(
+        "--peers-dir",
+        type=Path,
+        default=Path(".bench-peers"),
+        help="where to, outside the environment",
+    )
     add("--rounds", type=_size, help="timed calls per provider; default: what fits, 3 to 50")
     add("--quick", action="store_true", help="3 rounds and small ceilings")
     add("--no-memory", action="store_true", help="leave out the processes that measure memory")
-    add("--budget-s", type=float, default=540.0,
-        help="seconds for everything; rows that do not fit are skipped (the CPU's default shapes want more)")
+    add(
+        "--budget-s",
+        type=float,
+        default=540.0,
+        help="seconds for everything; rows that do not fit are skipped (the CPU's default shapes want more)",
+    )
     add("--out", type=Path, help="JSON lines")
     return parser
 
@@ -81,11 +105,23 @@ def _peers(text: str) -> list[str]:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     tokens, hidden, vocab, dtypes, row_seconds = DEFAULTS[device]
-    return Plan(device, SUITES if args.suite == "all" else (args.suite,), args.tokens or tokens,
-                args.tokens or [tokens[0], MOST_TOKENS], args.hidden or hidden, args.vocab or vocab,
-                args.dtype or dtypes, args.mask, args.rounds or (3 if args.quick else None), row_seconds, args.quick)
+    return Plan(
+        device,
+        SUITES if args.suite == "all" else (args.suite,),
+        args.tokens or tokens,
+        args.tokens or [tokens[0], MOST_TOKENS],
+        args.hidden or hidden,
+        args.vocab or vocab,
+        args.dtype or dtypes,
+        args.mask,
+        args.rounds or (3 if args.quick else None),
+        row_seconds,
+        args.quick,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         report = Report(args.out)
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
-    peers = {name: load_peer(name, plan.device, args.peers_dir, install=True) for name in args.peers}
+    peers = {
+        name: load_peer(name, plan.device, args.peers_dir, install=True) for name in args.peers
+    }
     about = environment(plan.device, args.peers)
     report.write("environment", arguments=sys.argv[1:] if argv is None else argv, **about)
     print(", ".join(f"{name} {value}" for name, value in about.items() if value), flush=True)

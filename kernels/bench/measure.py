@@ -11,12 +11,14 @@ from kernels.bench.oracle import Truth
 from kernels.bench.problem import DTYPES, Problem
 from kernels.bench.rows import Outcome, Provider
 
-# (nats per model, relative L2 of a gradient) by dtype; 0.15 nats is about what bfloat16 logits near 20 cost.
+# (nats per model, relative L2 of a gradient) by dtype; 0.15 nats is about what bfloat16 logits near
+# 20 cost.
 TOLERANCE = {"fp32": (1e-3, 1e-3), "bf16": (0.15, 5e-2), "fp16": (0.15, 5e-2)}
 
 
 class Accuracy(NamedTuple):
-    """Errors against the oracle: nats (max and p99 over tokens) and the worst gradient's relative L2, if any."""
+    """Errors against the oracle: nats (max and p99 over tokens) and the worst gradient's relative
+    L2, if any."""
 
     worst: float
     p99: float
@@ -25,11 +27,13 @@ class Accuracy(NamedTuple):
     def within(self, dtype: str, models: int) -> bool:
         """`models`: how many models' log-probs the values are made of."""
         nats, grad = TOLERANCE[dtype]
-        return self.worst <= models * nats and (self.grad is None or self.grad <= grad)  # False for NaN
+        # False for NaN
+        return self.worst <= models * nats and (self.grad is None or self.grad <= grad)
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches here: GB/s of a large copy, TF/s of a large GEMM in the run's dtype."""
+    """What the device reaches here: GB/s of a large copy, TF/s of a large GEMM in the run's
+    dtype."""
 
     copy: float
     gemm: float
@@ -45,7 +49,9 @@ class Clock:
         self.cuda = device == "cuda"
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 0
         # Large enough that the host has queued the call's launches before the flush is over.
-        self.flush = torch.empty(max(size, 2**29), dtype=torch.uint8, device=device) if self.cuda else None
+        self.flush = (
+            torch.empty(max(size, 2**29), dtype=torch.uint8, device=device) if self.cuda else None
+        )
 
     def time(self, call: Callable[[], object]) -> float:
         if not self.cuda:
@@ -76,7 +82,9 @@ def ceilings(clock: Clock, dtype: str, small: bool) -> Ceilings:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / clock.best(lambda: target.copy_(source), 7) * 1e-6
-    m, k, n = (512, 512, 1024) if small else (8192, 4096, 16384) if clock.cuda else (1024, 512, 4096)
+    m, k, n = (
+        (512, 512, 1024) if small else (8192, 4096, 16384) if clock.cuda else (1024, 512, 4096)
+    )
     a = torch.randn(m, k, device=device).to(DTYPES[dtype])
     b = torch.randn(n, k, device=device).to(DTYPES[dtype])
     return Ceilings(copy, 2.0 * m * k * n / clock.best(lambda: a @ b.t(), 7) * 1e-9)
@@ -84,7 +92,11 @@ def ceilings(clock: Clock, dtype: str, small: bool) -> Ceilings:
 
 def accuracy(p: Problem, outcome: Outcome, truth: Truth) -> Accuracy:
     if outcome.values is None:
-        errors = torch.zeros(1) if outcome.loss is None else (outcome.loss.double() - truth.loss).abs().reshape(1)
+        errors = (
+            torch.zeros(1)
+            if outcome.loss is None
+            else (outcome.loss.double() - truth.loss).abs().reshape(1)
+        )
     else:
         errors = (outcome.values.detach().double() - truth.values).abs()
         errors = errors if p.mask is None else errors[p.mask]
@@ -92,15 +104,23 @@ def accuracy(p: Problem, outcome: Outcome, truth: Truth) -> Accuracy:
     if not errors.isnan().any():
         worst, p99 = errors.max().item(), errors.quantile(0.99).item()
     # A forward has no gradients. NaN is looked for by name: max() passes it over.
-    grads = [((got[at].double() - want).norm() / want.norm()).item()
-             for got, (at, want) in zip(outcome.grads, truth.grads)]
+    grads = [
+        ((got[at].double() - want).norm() / want.norm()).item()
+        for got, (at, want) in zip(outcome.grads, truth.grads)
+    ]
     grad = max(grads, key=lambda g: float("inf") if math.isnan(g) else g, default=None)
     return Accuracy(worst, p99, grad)
 
 
-def interleave(clock: Clock, p: Problem, providers: list[Provider], rounds: Callable[[float], int],
-               more: Callable[[], bool]) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Milliseconds per provider and round, one call each in turn, and the errors of those that dropped out.
+def interleave(
+    clock: Clock,
+    p: Problem,
+    providers: list[Provider],
+    rounds: Callable[[float], int],
+    more: Callable[[], bool],
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Milliseconds per provider and round, one call each in turn, and the errors of those that
+    dropped out.
 
     `rounds` says how many from the milliseconds of the first; none begins where `more` is false.
     """
@@ -108,7 +128,8 @@ def interleave(clock: Clock, p: Problem, providers: list[Provider], rounds: Call
     failed: dict[str, Exception] = {}
     alive, i, count = list(providers), 0, 1
     while alive and i < count and more():
-        for provider in alive[i % len(alive):] + alive[:i % len(alive)]:  # nobody always follows the same one
+        # nobody always follows the same one
+        for provider in alive[i % len(alive) :] + alive[: i % len(alive)]:
             try:
                 if provider.prepare is not None:
                     provider.prepare(p)

@@ -18,24 +18,31 @@ MIB = 2**20
 
 
 class MemoryProbe:
-    """Starts the processes. They may take `share` of the time so far, so that timings are not starved of it."""
+    """Starts the processes. They may take `share` of the time so far, so that timings are not
+    starved of it."""
 
     def __init__(self, folder: Path, share: float) -> None:
         self.folder, self.share = folder, share
         self.started, self.spent = time.perf_counter(), 0.0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch"])  # imported once, before any device is touched
+        # imported once, before any device is touched
+        self.context.set_forkserver_preload(["torch"])
 
     def affordable(self) -> bool:
         return self.spent <= self.share * (time.perf_counter() - self.started)
 
-    def measure(self, row: int, provider: str, point: Point, timeout: float) -> dict[str, float | str]:
-        """temp_mib (peak above inputs, gradients apart) and grads_mib, or a `memory_reason`; timeout in seconds."""
+    def measure(
+        self, row: int, provider: str, point: Point, timeout: float
+    ) -> dict[str, float | str]:
+        """temp_mib (peak above inputs, gradients apart) and grads_mib, or a `memory_reason`;
+        timeout in seconds."""
         if point.device == "cuda":
             torch.cuda.empty_cache()
         started = time.perf_counter()
         here, there = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_child, args=(there, row, provider, point, self.folder), daemon=True)
+        process = self.context.Process(
+            target=_child, args=(there, row, provider, point, self.folder), daemon=True
+        )
         process.start()
         there.close()
         try:
@@ -64,9 +71,12 @@ def _measure(row: int, name: str, point: Point, folder: Path) -> dict[str, float
         if provider.prepare is not None:
             provider.prepare(p)
         return provider.call(p)
+
     call()  # makes the inputs, compiles
     gc.collect()
-    inputs = _storages(x for value in vars(p).values() for x in (value if isinstance(value, tuple) else (value,)))
+    inputs = _storages(
+        x for value in vars(p).values() for x in (value if isinstance(value, tuple) else (value,))
+    )
     before = start_watch(point.device, sum(inputs.values()))
     outcome = call()
     peak = peak_bytes(point.device) - before
@@ -105,5 +115,9 @@ def _status(field: str) -> int:
 
 def available_bytes(device: str) -> float:
     """Room for a call on the CPU, where running out of memory kills; a GPU says so in time."""
-    found = None if device == "cuda" else re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    found = (
+        None
+        if device == "cuda"
+        else re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    )
     return int(found.group(1)) * 1024 if found else float("inf")

@@ -1,8 +1,8 @@
-"""What is right: the same quantities in float64 by other formulas, from the inputs as every provider gets them.
+"""What is right: the same quantities in float64 by other formulas, from the inputs as every
+provider gets them.
 
-Log-probs are compared at sampled tokens, dX at the same tokens, dW at sampled vocabulary ids (whose rows sum
-over all tokens), so that the oracle is cheap beside the providers at any shape.
-"""
+Log-probs are compared at sampled tokens, dX at the same tokens, dW at sampled vocabulary ids (whose
+rows sum over all tokens), so that the oracle is cheap beside the providers at any shape."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,14 +14,17 @@ from kernels.bench.problem import ALPHA, BAND, CLIP, Problem
 
 
 class Truth(NamedTuple):
-    """What the oracle says: values [T] float64 (nats), loss, and (index, gradient rows) per gradient."""
+    """What the oracle says: values [T] float64 (nats), loss, and (index, gradient rows) per
+    gradient."""
 
     values: Tensor
     loss: Tensor
     grads: tuple[tuple[Tensor, Tensor], ...]
 
 
-def _logit_gradient(p: Problem, kind: str, rows: Tensor, z: Tensor, zt: Tensor | None = None) -> tuple[Tensor, ...]:
+def _logit_gradient(
+    p: Problem, kind: str, rows: Tensor, z: Tensor, zt: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """(values [n], loss terms [n], gradient [n, V]) of some rows' float64 logits."""
     ls = z.log_softmax(-1)
     probs = ls.exp()
@@ -30,7 +33,9 @@ def _logit_gradient(p: Problem, kind: str, rows: Tensor, z: Tensor, zt: Tensor |
         values = ls.gather(1, ids).squeeze(1)
         factor = p.upstream[rows].double()
         if kind == "opd":
-            reward = (torch.exp(ALPHA * p.teacher_logprobs[rows].double()) - torch.exp(ALPHA * values)) / ALPHA
+            reward = (
+                torch.exp(ALPHA * p.teacher_logprobs[rows].double()) - torch.exp(ALPHA * values)
+            ) / ALPHA
             factor = -reward / p.active
             if p.mask is not None:
                 factor = factor * p.mask[rows]
@@ -62,6 +67,7 @@ def logits_truth(p: Problem, kind: str) -> Truth:
 
     def keep(rows: Tensor, inside: Tensor, gradient: Tensor) -> None:
         dz[inside] = gradient[p.rows[inside] - rows[0]]
+
     values, loss = _by_chunks(p, kind, lambda rows: [x[rows].double() for x in given], keep)
     return Truth(values, loss, ((p.rows, dz),))
 
@@ -75,13 +81,21 @@ def head_truth(p: Problem, kind: str) -> Truth:
     def keep(rows: Tensor, inside: Tensor, gradient: Tensor) -> None:
         dx[inside] = gradient[p.rows[inside] - rows[0]] @ weight
         dw.addmm_(gradient[:, p.columns].t(), p.hidden[rows].double())
-    values, loss = _by_chunks(p, kind, lambda rows: [h[rows].double() @ w.t() for h, w in heads], keep)
+
+    values, loss = _by_chunks(
+        p, kind, lambda rows: [h[rows].double() @ w.t() for h, w in heads], keep
+    )
     return Truth(values, loss, ((p.rows, dx), (p.columns, dw)))
 
 
-def _by_chunks(p: Problem, kind: str, logits: Callable[[Tensor], list[Tensor]],
-               keep: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
-    """values [T] and loss; `keep(rows, which of p.rows are among them, gradient [n, V])` sees every chunk."""
+def _by_chunks(
+    p: Problem,
+    kind: str,
+    logits: Callable[[Tensor], list[Tensor]],
+    keep: Callable[[Tensor, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor]:
+    """values [T] and loss; `keep(rows, which of p.rows are among them, gradient [n, V])` sees every
+    chunk."""
     values, terms = torch.empty(2, p.T, dtype=torch.float64, device=p.point.device)
     size = max(1, 2**25 // p.V)
     for start in range(0, p.T, size):
@@ -109,8 +123,13 @@ def token_truth(p: Problem, kind: str) -> Truth:
 
 
 def truth_of(p: Problem, kind: str) -> Truth:
-    """Kinds: power, log_ratio, ppo from log-probs; logprobs, opd, reverse_kl, forward_kl, also from logits."""
+    """Kinds: power, log_ratio, ppo from log-probs; logprobs, opd, reverse_kl, forward_kl, also from
+    logits."""
     with torch.no_grad():
         if kind in ("power", "log_ratio", "ppo"):
             return token_truth(p, kind)
-        return logits_truth(p, kind.removeprefix("logits ")) if kind.startswith("logits ") else head_truth(p, kind)
+        return (
+            logits_truth(p, kind.removeprefix("logits "))
+            if kind.startswith("logits ")
+            else head_truth(p, kind)
+        )

@@ -1,9 +1,8 @@
 """Inputs that look like a language model's, the same for every provider.
 
-A token's hidden state points at a few candidate rows of the head, and the head is scaled until the mean
-entropy is ENTROPY nats: gradient filters, clocks and rounding all depend on the data, and zeros or flat
-softmaxes would flatter some kernels.
-"""
+A token's hidden state points at a few candidate rows of the head, and the head is scaled until the
+mean entropy is ENTROPY nats: gradient filters, clocks and rounding all depend on the data, and
+zeros or flat softmaxes would flatter some kernels."""
 
 from copy import copy
 from dataclasses import dataclass, replace
@@ -41,7 +40,8 @@ class Point:
 
 
 class Problem:
-    """Tensors of one point, made when first asked for. The student's are leaves that require gradients."""
+    """Tensors of one point, made when first asked for. The student's are leaves that require
+    gradients."""
 
     def __init__(self, point: Point) -> None:
         self.point, self.T, self.H, self.V = point, point.T, point.H, point.V
@@ -56,14 +56,17 @@ class Problem:
         return other
 
     def rand(self, name: str, *shape: int) -> Tensor:
-        """Normal float32 numbers that depend on the name and the seed alone, not on who asks first."""
+        """Normal float32 numbers that depend on the name and the seed alone, not on who asks
+        first."""
         return torch.randn(*shape, generator=self._generator(name), device=self.point.device)
 
     def integers(self, name: str, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self._generator(name), device=self.point.device)
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator(self.point.device).manual_seed(crc32(name.encode()) + self.point.seed)
+        return torch.Generator(self.point.device).manual_seed(
+            crc32(name.encode()) + self.point.seed
+        )
 
     def _margins(self, name: str, jitter: float = 0.05) -> Tensor:
         """[T, CANDIDATES] logits of the candidates before scaling."""
@@ -71,7 +74,8 @@ class Problem:
         return steps + jitter * self.rand(name, self.T, CANDIDATES)
 
     def _states(self, name: str, margins: Tensor, weight: Tensor) -> Tensor:
-        """[T, H] hidden states of about unit elements whose logits at the candidates are about the margins."""
+        """[T, H] hidden states of about unit elements whose logits at the candidates are about the
+        margins."""
         h = 0.3 / self.H**0.5 * self.rand(name, self.T, self.H)
         for k in range(CANDIDATES):
             h.addcmul_(margins[:, k, None], weight[self._candidates[:, k]])
@@ -108,14 +112,19 @@ class Problem:
 
     @cached_property
     def view_hidden(self) -> Tensor:
-        """The other view of the same model, as in self-distillation; its KL is a few tenths of a nat or more."""
-        return self._store(self._states("view", self._margins("view margins", 0.1), self._student[1]), self.H**0.5)
+        """The other view of the same model, as in self-distillation; its KL is a few tenths of a
+        nat or more."""
+        return self._store(
+            self._states("view", self._margins("view margins", 0.1), self._student[1]), self.H**0.5
+        )
 
     @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:
         weight = self.rand("teacher weight", self.V, self.H).mul_(self.H**-0.5)
         hidden = self._states("teacher hidden", self._margins("teacher margins"), weight)
-        return self._store(hidden, self.H**0.5), self._store(weight, self._student[2] * self.H**-0.5)
+        return self._store(hidden, self.H**0.5), self._store(
+            weight, self._student[2] * self.H**-0.5
+        )
 
     teacher_hidden = property(lambda self: self._teacher[0])
     teacher_weight = property(lambda self: self._teacher[1])
@@ -124,18 +133,21 @@ class Problem:
     def ids(self) -> Tensor:
         """[T] int64, the candidates drawn about as the student would."""
         gumbel = -torch.log(-torch.log(self.rand("draw", self.T, CANDIDATES).sigmoid()))
-        picked = (self._student[2] * self._margins("student margins") + gumbel).argmax(1, keepdim=True)
+        picked = (self._student[2] * self._margins("student margins") + gumbel).argmax(
+            1, keepdim=True
+        )
         return self._candidates.gather(1, picked).squeeze(1)
 
     @cached_property
     def base_logits(self) -> Tensor:
-        """[T + 1, V]: one row more, which Liger's log-softmax wants to see at the end of a sequence."""
+        """[T + 1, V]: one row more, which Liger's log-softmax wants to see at the end of a
+        sequence."""
         z = self.hidden.detach() @ self.weight.detach().t()
         return torch.cat([z, z[-1:]])
 
     @cached_property
     def logits(self) -> Tensor:
-        return self.base_logits[:self.T].detach().requires_grad_()
+        return self.base_logits[: self.T].detach().requires_grad_()
 
     @cached_property
     def scratch_logits(self) -> Tensor:
@@ -157,7 +169,7 @@ class Problem:
             return None
         keep = torch.zeros(self.T, dtype=torch.bool, device=self.point.device)
         order = self.rand("mask", self.T).argsort()
-        keep[order[round(self.point.mask * self.T):]] = True
+        keep[order[round(self.point.mask * self.T) :]] = True
         keep[order[-1]] = True  # never all masked
         return keep
 
@@ -186,4 +198,6 @@ class Problem:
     @cached_property
     def columns(self) -> Tensor:
         """At most SAMPLES vocabulary ids whose dW rows are checked: sampled tokens and others."""
-        return torch.cat([self.ids[self.rows[::2]], self.integers("columns", self.V, SAMPLES // 2)]).unique()
+        return torch.cat(
+            [self.ids[self.rows[::2]], self.integers("columns", self.V, SAMPLES // 2)]
+        ).unique()

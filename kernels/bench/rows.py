@@ -14,7 +14,8 @@ from kernels.bench.problem import ALPHA, BAND, CLIP, Problem
 
 
 class Outcome(NamedTuple):
-    """What a call gives: values [T] in nats (or the loss alone, where a provider has no more) and gradients."""
+    """What a call gives: values [T] in nats (or the loss alone, where a provider has no more) and
+    gradients."""
 
     values: Tensor | None = None
     loss: Tensor | None = None
@@ -26,7 +27,8 @@ Call = Callable[[Problem], Outcome]
 
 @dataclass(frozen=True)
 class Provider:
-    """`call` is None where the provider cannot run, for the `reason`; `prepare` runs untimed before each call."""
+    """`call` is None where the provider cannot run, for the `reason`; `prepare` runs untimed before
+    each call."""
 
     name: str
     call: Call | None
@@ -39,8 +41,8 @@ class Provider:
 class Row:
     """flops and traffic (bytes) are the least that the row's result takes, whoever makes it.
 
-    letters: the sizes that matter to the row; copies: about how many [T, V] float32 tensors the naive code holds.
-    """
+    letters: the sizes that matter to the row; copies: about how many [T, V] float32 tensors the
+    naive code holds."""
 
     suite: str
     kernel: str
@@ -64,7 +66,11 @@ class Row:
             if isinstance(function, str):
                 found.append(Provider(name, None, function))
             elif function is not None:
-                found.append(Provider(name, partial(self.call, function), full_logits=name in ("torch", "compile")))
+                found.append(
+                    Provider(
+                        name, partial(self.call, function), full_logits=name in ("torch", "compile")
+                    )
+                )
         return found
 
 
@@ -108,16 +114,24 @@ def _recompute(f: Callable, p: Problem) -> Outcome:
 
 
 def _one_shot(p: Problem) -> Outcome:
-    out = kernels.fused_linear_opd_loss(p.hidden, p.weight, p.ids, p.teacher_logprobs, denominator=p.active,
-                                        reward="power", alpha=ALPHA, mask=p.mask)
+    out = kernels.fused_linear_opd_loss(
+        p.hidden,
+        p.weight,
+        p.ids,
+        p.teacher_logprobs,
+        denominator=p.active,
+        reward="power",
+        alpha=ALPHA,
+        mask=p.mask,
+    )
     return _scalar(out.loss, out.logprobs, p.hidden, p.weight)
 
 
 def _opd(f: Callable, p: Problem, score_first: bool = False) -> Outcome:
     """Log-probs of a peer, then the reward and the loss in eager torch.
 
-    score_first: a separate pass without gradient makes the reward's log-probs, as PowerOPD's released code does.
-    """
+    score_first: a separate pass without gradient makes the reward's log-probs, as PowerOPD's
+    released code does."""
     scored = _no_grad(f, p.hidden, p.weight, p.ids, p.mask).values if score_first else None
     values = f(p.hidden, p.weight, p.ids, p.mask)
     reward = NAIVE["power"](p.teacher_logprobs, values.detach() if scored is None else scored)
@@ -137,17 +151,26 @@ def _kl(f: Callable, p: Problem) -> Outcome:
 
 
 def _fused_kl(f: Callable, p: Problem) -> Outcome:
-    return _divergence(f(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, True), p.hidden, p.weight)
+    return _divergence(
+        f(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, True), p.hidden, p.weight
+    )
 
 
 def _two_heads(f: Callable, p: Problem) -> Outcome:
     """A kernel for two models, given the one head twice."""
-    return _divergence(f(p.hidden, p.weight, p.view_hidden, p.weight.detach(), False), p.hidden, p.weight)
+    return _divergence(
+        f(p.hidden, p.weight, p.view_hidden, p.weight.detach(), False), p.hidden, p.weight
+    )
 
 
 def _one_head(p: Problem) -> Outcome:
-    return _divergence(kernels.fused_linear_self_distillation_kl(p.hidden, p.view_hidden, p.weight, denominator=p.T),
-                       p.hidden, p.weight)
+    return _divergence(
+        kernels.fused_linear_self_distillation_kl(
+            p.hidden, p.view_hidden, p.weight, denominator=p.T
+        ),
+        p.hidden,
+        p.weight,
+    )
 
 
 def _reward(f: Callable, p: Problem) -> Outcome:
@@ -165,16 +188,30 @@ def _direction(reverse: bool) -> str:
 OURS: Peer = {
     "selective": lambda logits, ids: kernels.selective_logprobs(logits, ids, return_entropy=True),
     "selective_grad": lambda logits, ids: kernels.selective_logprobs(logits, ids).logprobs,
-    "logprobs": lambda x, w, ids, mask: kernels.fused_linear_logprobs(x, w, ids, mask=mask).logprobs,
+    "logprobs": lambda x, w, ids, mask: (
+        kernels.fused_linear_logprobs(x, w, ids, mask=mask).logprobs
+    ),
     "kl": lambda student, teacher, reverse: kernels.distillation_divergence(
-        student, teacher, divergence=_direction(reverse), denominator=len(student)),
+        student, teacher, divergence=_direction(reverse), denominator=len(student)
+    ),
     "fused_kl": lambda x, w, xt, wt, reverse: kernels.fused_linear_distillation_divergence(
-        x, w, xt, wt, divergence=_direction(reverse), denominator=len(x)),
+        x, w, xt, wt, divergence=_direction(reverse), denominator=len(x)
+    ),
     "power": lambda teacher, student: kernels.power_reward(teacher, student, ALPHA),
     "log_ratio": lambda teacher, student: kernels.log_ratio_reward(teacher, student, clip=CLIP),
-    "ppo": lambda lp, old, advantages, mask, n: kernels.policy_gradient_loss(
-        lp, advantages, denominator=n, mask=mask, old_logprobs=old, objective="ppo_clip", clip_low=BAND,
-        clip_high=BAND).loss}
+    "ppo": lambda lp, old, advantages, mask, n: (
+        kernels.policy_gradient_loss(
+            lp,
+            advantages,
+            denominator=n,
+            mask=mask,
+            old_logprobs=old,
+            objective="ppo_clip",
+            clip_low=BAND,
+            clip_high=BAND,
+        ).loss
+    ),
+}
 
 
 def _gemms(count: int) -> Callable[[Problem], float]:
@@ -198,18 +235,118 @@ def _tokens(size: int) -> Callable[[Problem], float]:
 ROWS = (
     Row("reward", "power_reward", "fwd", "T", "power", "power", _reward, _tokens(12)),
     Row("reward", "log_ratio_reward", "fwd", "T", "log_ratio", "log_ratio", _reward, _tokens(12)),
-    Row("reward", "policy_gradient_loss", "fwd+bwd", "T", "ppo", "ppo", _ppo, _tokens(17), masked=True),
-    Row("head", "selective_logprobs", "fwd", "TV", "selective", "logits logprobs", _selective, _logits(1), copies=4),
-    Row("head", "selective_logprobs", "fwd+bwd", "TV", "selective_grad", "logits logprobs", _selective_grad,
-        _logits(3), copies=4, extras=(Provider("ours in place", _in_place, prepare=_restore_scratch),)),
-    Row("head", "scoring", "fwd", "THV", "logprobs", "logprobs", _scoring, _head(1, 1), _gemms(1), copies=3),
-    Row("head", "recompute", "fwd+bwd", "THV", "logprobs", "logprobs", _recompute, _head(2, 2), _gemms(4), copies=5),
-    Row("head", "opd_one_shot", "fwd+bwd", "THV", "logprobs", "opd", _opd, _head(2, 2), _gemms(3), own=_one_shot,
-        masked=True, copies=5, extras=(
-            Provider("poweropd", partial(_opd, NAIVE["logprobs"], score_first=True), full_logits=True),)),
-    Row("kl", "distillation_divergence", "fwd+bwd", "TV", "kl", "logits reverse_kl", _kl, _logits(5), copies=8),
-    Row("kl", "linear_divergence", "fwd+bwd", "THV", "fused_kl", "reverse_kl", _fused_kl, _head(3, 3), _gemms(4),
-        copies=9),
-    Row("kl", "self_distillation", "fwd+bwd", "THV", "fused_kl", "forward_kl", _two_heads, _head(3, 2), _gemms(4),
-        own=_one_head, copies=9, extras=(Provider("ours, two heads", partial(_two_heads, OURS["fused_kl"])),)),
+    Row(
+        "reward",
+        "policy_gradient_loss",
+        "fwd+bwd",
+        "T",
+        "ppo",
+        "ppo",
+        _ppo,
+        _tokens(17),
+        masked=True,
+    ),
+    Row(
+        "head",
+        "selective_logprobs",
+        "fwd",
+        "TV",
+        "selective",
+        "logits logprobs",
+        _selective,
+        _logits(1),
+        copies=4,
+    ),
+    Row(
+        "head",
+        "selective_logprobs",
+        "fwd+bwd",
+        "TV",
+        "selective_grad",
+        "logits logprobs",
+        _selective_grad,
+        _logits(3),
+        copies=4,
+        extras=(Provider("ours in place", _in_place, prepare=_restore_scratch),),
+    ),
+    Row(
+        "head",
+        "scoring",
+        "fwd",
+        "THV",
+        "logprobs",
+        "logprobs",
+        _scoring,
+        _head(1, 1),
+        _gemms(1),
+        copies=3,
+    ),
+    Row(
+        "head",
+        "recompute",
+        "fwd+bwd",
+        "THV",
+        "logprobs",
+        "logprobs",
+        _recompute,
+        _head(2, 2),
+        _gemms(4),
+        copies=5,
+    ),
+    Row(
+        "head",
+        "opd_one_shot",
+        "fwd+bwd",
+        "THV",
+        "logprobs",
+        "opd",
+        _opd,
+        _head(2, 2),
+        _gemms(3),
+        own=_one_shot,
+        masked=True,
+        copies=5,
+        extras=(
+            Provider(
+                "poweropd", partial(_opd, NAIVE["logprobs"], score_first=True), full_logits=True
+            ),
+        ),
+    ),
+    Row(
+        "kl",
+        "distillation_divergence",
+        "fwd+bwd",
+        "TV",
+        "kl",
+        "logits reverse_kl",
+        _kl,
+        _logits(5),
+        copies=8,
+    ),
+    Row(
+        "kl",
+        "linear_divergence",
+        "fwd+bwd",
+        "THV",
+        "fused_kl",
+        "reverse_kl",
+        _fused_kl,
+        _head(3, 3),
+        _gemms(4),
+        copies=9,
+    ),
+    Row(
+        "kl",
+        "self_distillation",
+        "fwd+bwd",
+        "THV",
+        "fused_kl",
+        "forward_kl",
+        _two_heads,
+        _head(3, 2),
+        _gemms(4),
+        own=_one_head,
+        copies=9,
+        extras=(Provider("ours, two heads", partial(_two_heads, OURS["fused_kl"])),),
+    ),
 )

@@ -1,4 +1,5 @@
-"""The run: shapes, then rows; of a row the correctness gate, the timings, the memory and the lines."""
+"""The run: shapes, then rows; of a row the correctness gate, the timings, the memory and the
+lines."""
 
 import itertools
 import time
@@ -35,15 +36,23 @@ class Plan:
 
 
 class Runner:
-    """Runs a plan until a deadline (of time.perf_counter); what comes too late is reported as skipped."""
+    """Runs a plan until a deadline (of time.perf_counter); what comes too late is reported as
+    skipped."""
 
-    def __init__(self, plan: Plan, peers: dict[str, Peer], report: Report, deadline: float,
-                 memory: MemoryProbe | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        peers: dict[str, Peer],
+        report: Report,
+        deadline: float,
+        memory: MemoryProbe | None,
+    ) -> None:
         self.plan, self.peers, self.report, self.memory = plan, peers, report, memory
         self.deadline = deadline
         self.clock = Clock(plan.device)
         self.truths: dict[tuple[Point, str], Truth] = {}
-        self.late: list[tuple[dict, tuple[int, str, Point]]] = []  # memory for which there was no time in its turn
+        # memory for which there was no time in its turn
+        self.late: list[tuple[dict, tuple[int, str, Point]]] = []
 
     def in_time(self) -> bool:
         return time.perf_counter() < self.deadline
@@ -64,12 +73,21 @@ class Runner:
 
     def peak_memory(self, row: int, provider: str, point: Point) -> dict[str, float | str]:
         left = min(120, self.deadline - time.perf_counter())
-        return self.memory.measure(row, provider, point, left) if left > 0 else {"memory_reason": "skipped (time)"}
+        return (
+            self.memory.measure(row, provider, point, left)
+            if left > 0
+            else {"memory_reason": "skipped (time)"}
+        )
 
     def measure_ceilings(self, dtype: str) -> None:
         self.ceilings = ceilings(self.clock, dtype, self.plan.small)
-        self.report.write("ceilings", dtype=dtype, copy_gbs=self.ceilings.copy, gemm_tflops=self.ceilings.gemm)
-        print(f"ceilings {dtype}: copy {self.ceilings.copy:.4g} GB/s, GEMM {self.ceilings.gemm:.4g} TF/s", flush=True)
+        self.report.write(
+            "ceilings", dtype=dtype, copy_gbs=self.ceilings.copy, gemm_tflops=self.ceilings.gemm
+        )
+        print(
+            f"ceilings {dtype}: copy {self.ceilings.copy:.4g} GB/s, GEMM {self.ceilings.gemm:.4g} TF/s",
+            flush=True,
+        )
 
     def shape(self, point: Point, letters: tuple[str, ...]) -> None:
         """The rows of those letters at one shape, on the same inputs."""
@@ -82,10 +100,18 @@ class Runner:
                     self.row(i, row, problem.masked(self.plan.mask))
 
     def row(self, index: int, row: Row, p: Problem) -> None:
-        torch.compiler.reset()  # else shapes run into the recompilation limit and fall back to eager unseen
-        named = {"kernel": row.kernel, "mode": row.mode, "shape": p.point.label(row.letters), "T": p.T,
-                 "H": p.H if "H" in row.letters else None, "V": p.V if "V" in row.letters else None,
-                 "dtype": p.point.dtype, "mask": p.point.mask}
+        # else shapes run into the recompilation limit and fall back to eager unseen
+        torch.compiler.reset()
+        named = {
+            "kernel": row.kernel,
+            "mode": row.mode,
+            "shape": p.point.label(row.letters),
+            "T": p.T,
+            "H": p.H if "H" in row.letters else None,
+            "V": p.V if "V" in row.letters else None,
+            "dtype": p.point.dtype,
+            "mask": p.point.mask,
+        }
         ready: list[tuple[Provider, Accuracy]] = []
         others = []
         for provider in row.providers(self.peers):
@@ -98,11 +124,18 @@ class Runner:
         for provider, error in ready:
             if provider.name not in times:
                 why = broken.get(provider.name)
-                others.append({"provider": provider.name, **(SKIPPED if why is None else _absent(one_line(why)))})
+                others.append(
+                    {
+                        "provider": provider.name,
+                        **(SKIPPED if why is None else _absent(one_line(why))),
+                    }
+                )
                 continue
             record = self.figures(row, p, times[provider.name]) | _errors(error)
             if "ours" in times:
-                record["ratio"] = quantile([x / y for x, y in zip(times[provider.name], times["ours"])], 0.5)
+                record["ratio"] = quantile(
+                    [x / y for x, y in zip(times[provider.name], times["ours"])], 0.5
+                )
             record = {**named, "provider": provider.name, "status": "ok", **record}
             if self.memory is not None and row.copies:
                 late = (index, provider.name, p.point)
@@ -133,7 +166,8 @@ class Runner:
             if provider.prepare is not None:
                 provider.prepare(p)
             error = accuracy(p, provider.call(p), self.truths[key])
-        except Exception as cause:  # out of memory, an unsupported shape, no compiler: not the run's end
+        # out of memory, an unsupported shape, no compiler: not the run's end
+        except Exception as cause:
             return _absent(one_line(cause))
         passed = error.within(p.point.dtype, 2 if row.suite == "kl" else 1)
         return error if passed else {"status": "failed", **_errors(error)}
@@ -142,9 +176,16 @@ class Runner:
         p50 = quantile(times, 0.5)
         flops, traffic = row.flops(p), row.traffic(p)
         floor = self.ceilings.floor_ms(flops, traffic)
-        return {"ms_p50": p50, "ms_p20": quantile(times, 0.2), "ms_p80": quantile(times, 0.8), "rounds": len(times),
-                "tflops": flops / p50 * 1e-9 if flops else None, "gbs": traffic / p50 * 1e-6, "floor_ms": floor,
-                "percent_of_floor": 100 * floor / p50}
+        return {
+            "ms_p50": p50,
+            "ms_p20": quantile(times, 0.2),
+            "ms_p80": quantile(times, 0.8),
+            "rounds": len(times),
+            "tflops": flops / p50 * 1e-9 if flops else None,
+            "gbs": traffic / p50 * 1e-6,
+            "floor_ms": floor,
+            "percent_of_floor": 100 * floor / p50,
+        }
 
 
 def _absent(reason: str) -> dict[str, str]:

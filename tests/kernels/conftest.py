@@ -11,7 +11,8 @@ from kernels.backend import interpreted
 
 @pytest.fixture(autouse=True)
 def backend():
-    """Under TRITON_INTERPRET=1 (test_triton_interpreter.py starts such a process) every test is one of Triton."""
+    """Under TRITON_INTERPRET=1 (test_triton_interpreter.py starts such a process) every test is one
+    of Triton."""
     kernels.set_backend("triton" if interpreted() else "torch")
     yield
     kernels.set_backend("auto")
@@ -25,7 +26,8 @@ def _problem(T=7, V=23, H=5, dtype=torch.float64, seed=0, scale=1.0):
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
     ids = torch.randint(0, V, (T,), generator=g)
-    edges = torch.tensor([0, V - 1, min(2047, V - 1), min(2048, V - 1)])  # both sides of a tile border
+    # both sides of a tile border
+    edges = torch.tensor([0, V - 1, min(2047, V - 1), min(2048, V - 1)])
     ids[: min(T, 4)] = edges[: min(T, 4)]
     mask = torch.ones(T, dtype=torch.bool)
     mask[T // 2] = False
@@ -80,7 +82,8 @@ HEADS = {
 
 @pytest.fixture(params=HEADS, ids=str)
 def head(request):
-    """(problem) -> the options of a head, as the public functions take them and as `naive_logits` does."""
+    """(problem) -> the options of a head, as the public functions take them and as `naive_logits`
+    does."""
     spec = HEADS[request.param]
 
     def make(p):

@@ -1,4 +1,5 @@
-"""The benchmark at tiny shapes on the CPU: what it prints, what it refuses, and what it never invents."""
+"""The benchmark at tiny shapes on the CPU: what it prints, what it refuses, and what it never
+invents."""
 
 import json
 
@@ -10,7 +11,19 @@ from kernels.bench.__main__ import main
 from kernels.bench.oracle import truth_of
 from kernels.bench.problem import ENTROPY, Point, Problem
 
-TINY = ["--device", "cpu", "--tokens", "24", "--hidden", "16", "--vocab", "300", "--dtype", "fp32", "--quick"]
+TINY = [
+    "--device",
+    "cpu",
+    "--tokens",
+    "24",
+    "--hidden",
+    "16",
+    "--vocab",
+    "300",
+    "--dtype",
+    "fp32",
+    "--quick",
+]
 
 
 @pytest.fixture
@@ -19,7 +32,20 @@ def bench(tmp_path, capsys):
 
     def run(*arguments):
         out = tmp_path / "out.jsonl"
-        assert main([*TINY, "--no-memory", "--peers-dir", str(tmp_path / "peers"), "--out", str(out), *arguments]) == 0
+        assert (
+            main(
+                [
+                    *TINY,
+                    "--no-memory",
+                    "--peers-dir",
+                    str(tmp_path / "peers"),
+                    "--out",
+                    str(out),
+                    *arguments,
+                ]
+            )
+            == 0
+        )
         records = [json.loads(line) for line in out.read_text().splitlines()]
         return capsys.readouterr().out.splitlines(), records
 
@@ -33,21 +59,30 @@ def results(records, **wanted):
 
 def test_the_command_ends_with_the_table(run_command, tmp_path):
     out = tmp_path / "out.jsonl"
-    done = run_command("-m", "kernels.bench", *TINY, "--suite", "kl", "--peers", "torch", "--out", out)
+    done = run_command(
+        "-m", "kernels.bench", *TINY, "--suite", "kl", "--peers", "torch", "--out", out
+    )
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     divergence = results(records, kernel="linear_divergence", provider="torch")[0]
     lines = done.stdout.splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert lines[-len(table):] == table and len(table) == 2 + len(results(records))
+    assert lines[-len(table) :] == table and len(table) == 2 + len(results(records))
     memory = [r for r in records if r["type"] == "memory"] + results(records)
-    assert len([r for r in memory if r.get("temp_mib") is not None]) == len(results(records)), memory
-    assert divergence["ms_p20"] <= divergence["ms_p50"] <= divergence["ms_p80"] and divergence["ratio"] > 0
+    assert len([r for r in memory if r.get("temp_mib") is not None]) == len(results(records)), (
+        memory
+    )
+    assert (
+        divergence["ms_p20"] <= divergence["ms_p50"] <= divergence["ms_p80"]
+        and divergence["ratio"] > 0
+    )
 
 
 def test_every_row_passes_the_gate(bench):
     _, records = bench("--peers", "torch")
-    assert [r["type"] for r in records][:2] == ["environment", "ceilings"] and records[-1]["type"] == "end"
+    assert [r["type"] for r in records][:2] == ["environment", "ceilings"] and records[-1][
+        "type"
+    ] == "end"
     assert {r["status"] for r in results(records)} == {"ok"}
     assert len({(r["kernel"], r["mode"]) for r in results(records)}) == 11
     assert {r["mask"] for r in results(records, kernel="opd_one_shot")} == {0.0, 0.2}
@@ -55,8 +90,9 @@ def test_every_row_passes_the_gate(bench):
     assert {r["ratio"] for r in ours} == {1.0} and all(r["percent_of_floor"] > 0 for r in ours)
 
 
-@pytest.mark.parametrize("fault, shown", [
-    ("values", "err 1.0e-02"), ("gradient", "grad 5.0e-01"), ("nan", "err nan")])
+@pytest.mark.parametrize(
+    "fault, shown", [("values", "err 1.0e-02"), ("gradient", "grad 5.0e-01"), ("nan", "err nan")]
+)
 def test_a_wrong_provider_gets_no_ratio(bench, monkeypatch, fault, shown):
     def wrong(hidden, weight, ids, mask):
         if fault == "gradient":
@@ -80,7 +116,9 @@ def test_a_missing_peer_is_not_available(bench, monkeypatch):
     _, records = bench("--suite", "head", "--peers", "trl,cce", "--mask", "0")
     for name, why in (("trl", "trl 1.16.0 cannot be installed"), ("cce", "needs a CUDA device")):
         found = results(records, provider=name)
-        assert found and all(r["status"] == "n/a" and why in r["reason"] and "ratio" not in r for r in found)
+        assert found and all(
+            r["status"] == "n/a" and why in r["reason"] and "ratio" not in r for r in found
+        )
 
 
 def _not_there(name):
@@ -104,10 +142,18 @@ def test_without_time_every_row_is_in_the_table(bench):
     assert "skipped (time)" in lines[-1]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--peers", "torch,nope"], "unknown peer 'nope'"), (["--suite", "nope"], "--suite"), (["--mask", "1"], "[0, 1)"),
-    (["--mask", "-0.1"], "[0, 1)"), (["--tokens", "0"], "at least 1"), (["--dtype", "int8"], "--dtype"),
-    (["--out", "/nowhere/out.jsonl"], "--out")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--peers", "torch,nope"], "unknown peer 'nope'"),
+        (["--suite", "nope"], "--suite"),
+        (["--mask", "1"], "[0, 1)"),
+        (["--mask", "-0.1"], "[0, 1)"),
+        (["--tokens", "0"], "at least 1"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--out", "/nowhere/out.jsonl"], "--out"),
+    ],
+)
 def test_bad_arguments_are_one_line(capsys, arguments, words):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -162,8 +208,11 @@ def test_the_oracle_agrees_with_autograd_from_logits(kind):
     p = Problem(Point("cpu", "fp32", 100, 16, 300))
     z = p.logits.detach().double().requires_grad_()
     ls, lt = z.log_softmax(-1), p.teacher_logits.double().log_softmax(-1)
-    loss = (ls.gather(1, p.ids[:, None]).squeeze(1) * p.upstream).sum() if kind == "logprobs" else \
-        (ls.exp() * (ls - lt)).sum(-1).mean()
+    loss = (
+        (ls.gather(1, p.ids[:, None]).squeeze(1) * p.upstream).sum()
+        if kind == "logprobs"
+        else (ls.exp() * (ls - lt)).sum(-1).mean()
+    )
     (dz,) = torch.autograd.grad(loss, z)
     truth = truth_of(p, f"logits {kind}")
     torch.testing.assert_close(truth.loss, loss)

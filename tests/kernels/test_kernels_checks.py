@@ -1,4 +1,5 @@
-"""Bad input: one clear line that names the argument, and the right type of error. And the backend switch."""
+"""Bad input: one clear line that names the argument, and the right type of error. And the backend
+switch."""
 
 import math
 
@@ -27,7 +28,13 @@ TOP, TOP_LP = torch.zeros(T, K, dtype=torch.int64), -torch.ones(T, K)
 
 
 def opd(**change):
-    given = {"hidden": X, "lm_head_weight": W, "token_ids": IDS, "teacher_logprobs": LP, "denominator": 1.0}
+    given = {
+        "hidden": X,
+        "lm_head_weight": W,
+        "token_ids": IDS,
+        "teacher_logprobs": LP,
+        "denominator": 1.0,
+    }
     return fused_linear_opd_loss(**{**given, **change})
 
 
@@ -48,7 +55,9 @@ def loss(**change):
 
 
 def divergence(**change):
-    return distillation_divergence(**{"student_logits": Z, "teacher_logits": Z, "denominator": 1.0, **change})
+    return distillation_divergence(
+        **{"student_logits": Z, "teacher_logits": Z, "denominator": 1.0, **change}
+    )
 
 
 def linear(**change):
@@ -88,7 +97,12 @@ def ratio(**change):
 
 BAD = [
     (score, {"hidden": [1.0]}, TypeError, "hidden must be a float tensor [T, H], got list"),
-    (score, {"hidden": X.long()}, TypeError, "hidden must be a float tensor [T, H], got dtype torch.int64"),
+    (
+        score,
+        {"hidden": X.long()},
+        TypeError,
+        "hidden must be a float tensor [T, H], got dtype torch.int64",
+    ),
     (score, {"hidden": X[0]}, ValueError, "hidden must be a float tensor [T, H], got shape [3]"),
     (
         score,
@@ -117,7 +131,12 @@ BAD = [
     (score, {"token_ids": IDS + 6}, IndexError, "token_ids must lie in [0, 9)"),
     (score, {"token_ids": IDS - 1}, IndexError, "token_ids must lie in [0, 9)"),
     (score, {"token_ids": IDS, "valid_vocab_size": 3}, IndexError, "token_ids must lie in [0, 3)"),
-    (score, {"mask": LP}, TypeError, "mask must be a bool or uint8 tensor [T], got dtype torch.float32"),
+    (
+        score,
+        {"mask": LP},
+        TypeError,
+        "mask must be a bool or uint8 tensor [T], got dtype torch.float32",
+    ),
     (score, {"mask": MASK[1:]}, ValueError, "mask must be a bool or uint8 tensor [T] with T=4"),
     (score, {"temperature": 0.0}, ValueError, "temperature must be finite, above 0, got 0.0"),
     (score, {"temperature": "1"}, TypeError, "temperature must be a number, got str"),
@@ -150,8 +169,18 @@ BAD = [
         ValueError,
         "alpha must be above 0 with normalization='none'",
     ),
-    (power, {"normalization": "mean"}, ValueError, "normalization must be one of box_cox, none, got 'mean'"),
-    (power, {"student_logprobs": LP[1:]}, ValueError, "student_logprobs must be a float tensor [T] with T=4"),
+    (
+        power,
+        {"normalization": "mean"},
+        ValueError,
+        "normalization must be one of box_cox, none, got 'mean'",
+    ),
+    (
+        power,
+        {"student_logprobs": LP[1:]},
+        ValueError,
+        "student_logprobs must be a float tensor [T] with T=4",
+    ),
     (ratio, {"clip": 0.0}, ValueError, "clip must be finite, above 0, got 0.0"),
     (ratio, {"clip": 1.0, "tanh_scale": 1.0}, ValueError, "clip and tanh_scale exclude each other"),
     (
@@ -160,7 +189,12 @@ BAD = [
         ValueError,
         "objective must be one of reinforce, ppo_clip, cispo, got 'ppo'",
     ),
-    (loss, {"denominator": 0}, ValueError, "denominator must be above 0 (give an empty window 1), got 0.0"),
+    (
+        loss,
+        {"denominator": 0},
+        ValueError,
+        "denominator must be above 0 (give an empty window 1), got 0.0",
+    ),
     (loss, {"denominator": torch.tensor(0)}, ValueError, "denominator must be above 0"),
     (
         loss,
@@ -168,8 +202,18 @@ BAD = [
         ValueError,
         "denominator must be a number or a 0-dim tensor, got shape [1]",
     ),
-    (loss, {"denominator": "9"}, TypeError, "denominator must be a number or a 0-dim tensor, got str"),
-    (loss, {"clip_low": 1.5}, ValueError, "clip_low must be finite, at least 0 and at most 1, got 1.5"),
+    (
+        loss,
+        {"denominator": "9"},
+        TypeError,
+        "denominator must be a number or a 0-dim tensor, got str",
+    ),
+    (
+        loss,
+        {"clip_low": 1.5},
+        ValueError,
+        "clip_low must be finite, at least 0 and at most 1, got 1.5",
+    ),
     (loss, {"clip_high": -0.1}, ValueError, "clip_high must be finite, at least 0, got -0.1"),
     (
         loss,
@@ -184,7 +228,12 @@ BAD = [
         "dual_clip belongs to objective='ppo_clip', got objective='reinforce'",
     ),
     (loss, {"is_cap": 2.0}, ValueError, "rollout_logprobs and is_cap must be given together"),
-    (loss, {"rollout_logprobs": LP}, ValueError, "rollout_logprobs and is_cap must be given together"),
+    (
+        loss,
+        {"rollout_logprobs": LP},
+        ValueError,
+        "rollout_logprobs and is_cap must be given together",
+    ),
     (loss, {"aggregation": "mean"}, ValueError, "aggregation must be one of token_mean"),
     (loss, {"aggregation": "seq_mean_token_mean"}, ValueError, "seq_ids must be given"),
     (
@@ -193,7 +242,12 @@ BAD = [
         ValueError,
         "advantages must be a float tensor [T] with T=4 as in logprobs",
     ),
-    (opd, {"reward": "ratio"}, ValueError, "reward must be one of power, log_ratio, None, got 'ratio'"),
+    (
+        opd,
+        {"reward": "ratio"},
+        ValueError,
+        "reward must be one of power, log_ratio, None, got 'ratio'",
+    ),
     (opd, {"reward": None}, ValueError, "advantages must be given with reward=None"),
     (
         opd,
@@ -207,14 +261,29 @@ BAD = [
         ValueError,
         "teacher_logprobs must be given exactly where there is a reward",
     ),
-    (opd, {"teacher_logprobs": LP[1:]}, ValueError, "teacher_logprobs must be a float tensor [T] with T=4"),
-    (opd, {"clip": 1.0}, ValueError, "clip and tanh_scale belong to reward='log_ratio', got reward='power'"),
+    (
+        opd,
+        {"teacher_logprobs": LP[1:]},
+        ValueError,
+        "teacher_logprobs must be a float tensor [T] with T=4",
+    ),
+    (
+        opd,
+        {"clip": 1.0},
+        ValueError,
+        "clip and tanh_scale belong to reward='log_ratio', got reward='power'",
+    ),
     (opd, {"alpha": -2.0}, ValueError, "alpha must be finite, at least 0, got -2.0"),
     (opd, {"denominator": -1}, ValueError, "denominator must be above 0"),
     (opd, {"loss_scale": "1"}, TypeError, "loss_scale must be a number or a 0-dim tensor, got str"),
     (opd, {"entropy_coef": math.nan}, ValueError, "entropy_coef must be finite"),
     (opd, {"weights": IDS}, TypeError, "weights must be a float tensor [T], got dtype torch.int64"),
-    (opd, {"token_ids": TOP}, ValueError, "token_ids must be an int64 tensor [T], got shape [4, 2]"),
+    (
+        opd,
+        {"token_ids": TOP},
+        ValueError,
+        "token_ids must be an int64 tensor [T], got shape [4, 2]",
+    ),
     (opd, {"token_ids": IDS + 6}, IndexError, "token_ids must lie in [0, 9)"),
     (
         divergence,
@@ -234,7 +303,12 @@ BAD = [
         ValueError,
         "divergence must be one of reverse_kl, forward_kl, jsd, power",
     ),
-    (divergence, {"beta": 1.5}, ValueError, "beta must be finite, at least 0 and at most 1, got 1.5"),
+    (
+        divergence,
+        {"beta": 1.5},
+        ValueError,
+        "beta must be finite, at least 0 and at most 1, got 1.5",
+    ),
     (
         divergence,
         {"divergence": "power", "alpha": 0.0, "normalization": "none"},
@@ -267,21 +341,36 @@ BAD = [
         ValueError,
         "support_ids must be an int64 tensor [T, K] with K=1 as in teacher_logprobs",
     ),
-    (support, {"tail": "drop"}, ValueError, "tail must be one of bucket, ignore, renormalize, got 'drop'"),
+    (
+        support,
+        {"tail": "drop"},
+        ValueError,
+        "tail must be one of bucket, ignore, renormalize, got 'drop'",
+    ),
     (
         support,
         {"tail": "ignore", "teacher_tail_logprob": LP},
         ValueError,
         "teacher_tail_logprob belongs to tail=",
     ),
-    (views, {"teacher_hidden": X[1:]}, ValueError, "teacher_hidden must be a float tensor [T, H] with T=4"),
+    (
+        views,
+        {"teacher_hidden": X[1:]},
+        ValueError,
+        "teacher_hidden must be a float tensor [T, H] with T=4",
+    ),
     (
         views,
         {"divergence": "power"},
         ValueError,
         "divergence must be one of reverse_kl, forward_kl, jsd, got 'power'",
     ),
-    (views, {"stop_grad": "student"}, ValueError, "stop_grad must be one of teacher, none, got 'student'"),
+    (
+        views,
+        {"stop_grad": "student"},
+        ValueError,
+        "stop_grad must be one of teacher, none, got 'student'",
+    ),
     (views, {"top_k": 10}, ValueError, "top_k must lie in [1, 9], got 10"),
 ]
 

@@ -118,7 +118,12 @@ def test_linear_against_oracle(problem, naive_logits, divergence):
     ls = torch.log_softmax(naive_logits(*inputs, softcap=4.0, temperature=1.4, vocab=valid), -1)
     lt = torch.log_softmax(
         naive_logits(
-            p.teacher_hidden, teacher_weight[:2100], p.bias, softcap=3.0, temperature=1.4, vocab=valid
+            p.teacher_hidden,
+            teacher_weight[:2100],
+            p.bias,
+            softcap=3.0,
+            temperature=1.4,
+            vocab=valid,
         ),
         -1,
     ).detach()
@@ -136,8 +141,13 @@ def test_models_of_very_different_width_share_their_tiles(problem, naive_logits,
     p = problem(5, 2100, H, scale=0.1)
     hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_()
     teacher, teacher_weight = p.rand(5, teacher_H), p.rand(2100, teacher_H)
-    out = fused_linear_distillation_divergence(hidden, weight, teacher, teacher_weight, denominator=1)
-    ls, lt = (torch.log_softmax(naive_logits(*x), -1) for x in ((hidden, weight), (teacher, teacher_weight)))
+    out = fused_linear_distillation_divergence(
+        hidden, weight, teacher, teacher_weight, denominator=1
+    )
+    ls, lt = (
+        torch.log_softmax(naive_logits(*x), -1)
+        for x in ((hidden, weight), (teacher, teacher_weight))
+    )
     loss = oracle(ls, lt, divergence="reverse_kl").sum()
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(
@@ -158,7 +168,9 @@ def test_gradcheck(problem, divergence):
     )
     assert torch.autograd.gradcheck(
         lambda z: (
-            distillation_divergence(z, p.rand(3, 11) * 0, mask=p.mask, denominator=2.0, **divergence).loss
+            distillation_divergence(
+                z, p.rand(3, 11) * 0, mask=p.mask, denominator=2.0, **divergence
+            ).loss
         ),
         [p.rand(3, 11).requires_grad_()],
     )
@@ -166,7 +178,8 @@ def test_gradcheck(problem, divergence):
 
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 1.0, 3.0, 20.0])
 def test_power_is_what_the_sampled_reward_optimises(alpha):
-    """E_{y~q}[(p^a - q^a) grad log q(y)] = -a grad B, by enumeration of the vocabulary in float64."""
+    """E_{y~q}[(p^a - q^a) grad log q(y)] = -a grad B, by enumeration of the vocabulary in
+    float64."""
     g = torch.Generator().manual_seed(0)
     z, zt = (
         torch.randn(8, 12, generator=g, dtype=torch.float64) * 2,
@@ -200,7 +213,9 @@ def test_zero_for_identical_and_never_negative(problem, divergence, dtype):
     assert out.loss == 0
     assert (torch.autograd.grad(out.loss, weight)[0] == 0).all()
     for eps in (1e-7, 1e-6, 1e-5, 1e-3, 0.1, 10.0):
-        d = distillation_divergence(zs, zs + eps * p.rand(20, 2500), denominator=1.0, **divergence).divergence
+        d = distillation_divergence(
+            zs, zs + eps * p.rand(20, 2500), denominator=1.0, **divergence
+        ).divergence
         assert (d >= 0).all() and d.isfinite().all()
 
 
@@ -241,11 +256,15 @@ def test_excluded_tokens(divergence):
     # row 1: the student excludes; row 2: the teacher excludes
     name, alpha = divergence["divergence"], divergence.get("alpha", 1.0)
     beta = divergence.get("beta", 0.5)
-    reverse = name == "reverse_kl" or (name == "jsd" and beta == 1) or (name == "power" and alpha == 0)
+    reverse = (
+        name == "reverse_kl" or (name == "jsd" and beta == 1) or (name == "power" and alpha == 0)
+    )
     forward = name == "forward_kl" or (name == "jsd" and beta == 0)
     assert out.divergence.isfinite().tolist() == [True, not forward, not reverse]
     assert not out.divergence.isnan().any()
-    both = distillation_divergence(zs[:1, [0, 1, 3]], zt[:1, [0, 1, 3]], denominator=1.0, **divergence)
+    both = distillation_divergence(
+        zs[:1, [0, 1, 3]], zt[:1, [0, 1, 3]], denominator=1.0, **divergence
+    )
     torch.testing.assert_close(out.divergence[:1], both.divergence)
     for row, fine in enumerate(out.divergence.isfinite().tolist()):
         if fine:
@@ -274,9 +293,16 @@ def test_masked_rows_may_hold_anything(problem, divergence):
     junk = ~p.mask
 
     def run(poison):
-        hidden, teacher, weights, ids = (x.clone() for x in (p.hidden, p.teacher_hidden, p.weights, p.ids))
+        hidden, teacher, weights, ids = (
+            x.clone() for x in (p.hidden, p.teacher_hidden, p.weights, p.ids)
+        )
         if poison:
-            hidden[junk], teacher[junk], weights[junk], ids[junk] = torch.nan, torch.inf, torch.nan, 9999
+            hidden[junk], teacher[junk], weights[junk], ids[junk] = (
+                torch.nan,
+                torch.inf,
+                torch.nan,
+                9999,
+            )
         inputs = [hidden.requires_grad_(), p.weight.clone().requires_grad_()]
         out = fused_linear_distillation_divergence(
             *inputs,
@@ -342,7 +368,9 @@ def test_the_teacher_gets_no_gradient_and_a_frozen_head_none(problem):
     distillation_divergence(logits, teacher_logits, denominator=1).loss.backward()
     assert teacher_logits.grad is None
     with torch.no_grad():
-        out = fused_linear_distillation_divergence(hidden, p.weight, teacher, teacher_weight, denominator=1)
+        out = fused_linear_distillation_divergence(
+            hidden, p.weight, teacher, teacher_weight, denominator=1
+        )
     assert not out.loss.requires_grad
 
 
@@ -439,7 +467,9 @@ def test_self_distillation_of_both_views(problem, naive_logits, kind):
     ls, lt = (torch.log_softmax(naive_logits(x, p.weight, p.bias), -1) for x in (p.hidden, teacher))
     loss = (oracle(ls, lt, divergence=kind) * p.mask).sum() / 3
     torch.testing.assert_close(out.loss, loss)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(loss, inputs))
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, inputs), torch.autograd.grad(loss, inputs)
+    )
 
 
 def test_loss_scale_and_denominator_may_be_tensors(problem):

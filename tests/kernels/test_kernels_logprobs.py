@@ -101,11 +101,14 @@ def test_gradcheck(problem, K):
 
 
 def test_gradient_over_tiles_and_blocks(problem, naive_logits, head):
-    """Against autograd of the naive log-probs, over tiles, row blocks and chunks; any upstream gradient."""
+    """Against autograd of the naive log-probs, over tiles, row blocks and chunks; any upstream
+    gradient."""
     p = problem(300, 2100, 4)
     options, naive = head(p)
     inputs = [
-        x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options
+        x.requires_grad_()
+        for x in (p.hidden, p.weight, p.bias)
+        if x is not p.bias or "bias" in options
     ]
     upstream = [p.rand(p.T) for _ in range(3)]
     out = fused_linear_logprobs(
@@ -142,7 +145,10 @@ def test_rows_do_not_depend_on_the_split(problem):
 
         whole = score(slice(None))
         for cut in (1, 3, 17, 63, 64, 65, 149):
-            assert torch.equal(torch.cat([score(slice(cut)), score(slice(cut, None))], 1), whole), (H, cut)
+            assert torch.equal(torch.cat([score(slice(cut)), score(slice(cut, None))], 1), whole), (
+                H,
+                cut,
+            )
         assert torch.equal(torch.cat([score(slice(i, i + 1)) for i in range(40)], 1), whole[:, :40])
         mask = torch.rand(150) < 0.5
         assert torch.equal(score(slice(None), mask), whole * mask)
@@ -219,13 +225,22 @@ def test_extreme_logits():
     assert (z.grad[3:, ::3] == 0).all()
     dead = torch.full((2, 5), -torch.inf, requires_grad=True)
     out = selective_logprobs(dead, torch.tensor([0, 1]), **ALL)
-    assert (out.logprobs == -torch.inf).all() and (out.lse == -torch.inf).all() and (out.entropy == 0).all()
+    assert (
+        (out.logprobs == -torch.inf).all()
+        and (out.lse == -torch.inf).all()
+        and (out.entropy == 0).all()
+    )
     bias = torch.zeros(2500)
     bias[::2] = -torch.inf  # suppressed by the head itself, over two tiles
     hidden, weight = torch.randn(6, 3, generator=g), torch.randn(2500, 3, generator=g)
     hidden.requires_grad_()
     out = fused_linear_logprobs(hidden, weight, ids * 0 + 2499, bias=bias, **ALL)
-    close(out, oracle((hidden @ weight.t() + bias).detach().double(), ids * 0 + 2499), rtol=1e-5, atol=1e-5)
+    close(
+        out,
+        oracle((hidden @ weight.t() + bias).detach().double(), ids * 0 + 2499),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert hidden.grad.isfinite().all()
 
@@ -234,7 +249,9 @@ def test_true_class_gradient_keeps_its_digits():
     z = torch.tensor([[15.0, 0.0, 1.0]], requires_grad=True)
     selective_logprobs(z, torch.tensor([0])).logprobs.sum().backward()
     exact = torch.softmax(z.detach().double(), -1)
-    torch.testing.assert_close(z.grad[0, 0].double(), exact[0, 1] + exact[0, 2], rtol=0, atol=1.2e-7)
+    torch.testing.assert_close(
+        z.grad[0, 0].double(), exact[0, 1] + exact[0, 2], rtol=0, atol=1.2e-7
+    )
 
 
 def test_inplace_backward_writes_into_the_logits(problem):
@@ -246,7 +263,12 @@ def test_inplace_backward_writes_into_the_logits(problem):
         leaf = z.clone().requires_grad_()
         logits = leaf * 1.0
         out = selective_logprobs(
-            logits, ids, mask=mask, valid_vocab_size=28, inplace_backward=inplace, return_entropy=True
+            logits,
+            ids,
+            mask=mask,
+            valid_vocab_size=28,
+            inplace_backward=inplace,
+            return_entropy=True,
         )
         (out.logprobs.sum() + out.entropy.sum()).backward()
         grads.append(leaf.grad)

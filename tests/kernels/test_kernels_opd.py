@@ -31,7 +31,9 @@ OBJECTIVES = {
 }
 
 
-def naive_reward(lt, ls, *, reward="power", alpha=1.0, normalization="box_cox", clip=None, tanh_scale=None):
+def naive_reward(
+    lt, ls, *, reward="power", alpha=1.0, normalization="box_cox", clip=None, tanh_scale=None
+):
     p, q, d = lt.exp(), ls.detach().exp(), lt - ls.detach()
     if reward is None:
         return torch.zeros_like(lt)
@@ -43,7 +45,15 @@ def naive_reward(lt, ls, *, reward="power", alpha=1.0, normalization="box_cox", 
 
 
 def naive_loss(
-    lp, adv, old, rollout, objective="reinforce", clip_low=0.2, clip_high=0.2, dual_clip=None, is_cap=None
+    lp,
+    adv,
+    old,
+    rollout,
+    objective="reinforce",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    is_cap=None,
 ):
     ratio = torch.exp(lp - old)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -53,7 +63,9 @@ def naive_loss(
     elif objective == "ppo_clip":
         gain = torch.minimum(ratio * adv, clipped * adv)
         loss = -(
-            gain if dual_clip is None else torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain)
+            gain
+            if dual_clip is None
+            else torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain)
         )
     return loss if is_cap is None else loss * torch.exp(old - rollout).clamp(max=is_cap)
 
@@ -122,20 +134,33 @@ def test_is_the_unfused_composition(problem, naive_logits, reward, objective):
 def test_head_options_over_tiles_blocks_and_chunks(problem, naive_logits, head, objective):
     p = problem(300, 2100, 4)
     options, naive = head(p)
-    run(p, naive_logits, naive, REWARDS["power"], OBJECTIVES[objective], entropy_coef=0.01, **options)
+    run(
+        p,
+        naive_logits,
+        naive,
+        REWARDS["power"],
+        OBJECTIVES[objective],
+        entropy_coef=0.01,
+        **options,
+    )
 
 
 def test_cross_entropy_is_the_special_case(problem):
     p = problem(20, 50, 6)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight)]
-    out = fused_linear_opd_loss(*inputs, p.ids, reward=None, advantages=torch.ones(20), denominator=20)
+    out = fused_linear_opd_loss(
+        *inputs, p.ids, reward=None, advantages=torch.ones(20), denominator=20
+    )
     want = torch.nn.functional.cross_entropy(p.hidden @ p.weight.t(), p.ids)
     torch.testing.assert_close(out.loss, want)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(want, inputs))
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, inputs), torch.autograd.grad(want, inputs)
+    )
 
 
 def test_gradcheck(problem):
-    """With given advantages only: a reward is a constant, which a numerical derivative does not know."""
+    """With given advantages only: a reward is a constant, which a numerical derivative does not
+    know."""
     p = problem(3, 11, 5)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     old = torch.full((3,), -2.4)
@@ -164,9 +189,12 @@ def test_gradcheck(problem):
 
 
 def test_equals_the_kernels_it_fuses_bitwise(problem):
-    """Same log-probs to the bit as scoring, so an on-policy ratio is exactly 1; same reward, same loss."""
+    """Same log-probs to the bit as scoring, so an on-policy ratio is exactly 1; same reward, same
+    loss."""
     p = problem(150, 2500, 16, torch.float32)
-    score = fused_linear_logprobs(p.hidden, p.weight, p.ids, return_entropy=True, return_max_logprob=True)
+    score = fused_linear_logprobs(
+        p.hidden, p.weight, p.ids, return_entropy=True, return_max_logprob=True
+    )
     old = score.logprobs
     for rows in (slice(None), slice(0, 65), slice(3, 4)):
         out = fused_linear_opd_loss(
@@ -222,7 +250,9 @@ def test_tied_embedding_and_repeated_backward(problem):
     def loss(fused):
         hidden = torch.tanh(weight[inputs])
         if fused:
-            return fused_linear_opd_loss(hidden, weight, p.ids, p.teacher_logprobs, denominator=12).loss
+            return fused_linear_opd_loss(
+                hidden, weight, p.ids, p.teacher_logprobs, denominator=12
+            ).loss
         lp = torch.log_softmax(hidden @ weight.t(), -1).gather(1, p.ids[:, None])[:, 0]
         return -((p.teacher_logprobs.exp() - lp.detach().exp()) * lp).sum() / 12
 
@@ -284,7 +314,9 @@ def test_masked_rows_may_hold_anything(problem):
             for x in extra.values():
                 x[junk] = torch.nan
         inputs = [hidden.requires_grad_(), p.weight.clone().requires_grad_()]
-        out = fused_linear_opd_loss(*inputs, ids, lt, mask=p.mask, denominator=8, entropy_coef=0.1, **extra)
+        out = fused_linear_opd_loss(
+            *inputs, ids, lt, mask=p.mask, denominator=8, entropy_coef=0.1, **extra
+        )
         return out, torch.autograd.grad(out.loss, inputs)
 
     (clean, want), (out, grads) = run(False), run(True)
@@ -299,7 +331,12 @@ def test_no_rows(problem):
     for rows, mask in ((slice(0, 0), None), (slice(None), torch.zeros(4, dtype=torch.uint8))):
         inputs = [p.hidden[rows].clone().requires_grad_(), p.weight.clone().requires_grad_()]
         out = fused_linear_opd_loss(
-            *inputs, p.ids[rows], p.teacher_logprobs[rows], mask=mask, denominator=1, entropy_coef=0.1
+            *inputs,
+            p.ids[rows],
+            p.teacher_logprobs[rows],
+            mask=mask,
+            denominator=1,
+            entropy_coef=0.1,
         )
         assert out.loss == 0
         out.loss.backward()
@@ -335,10 +372,18 @@ def test_expected_gradient_is_that_of_the_full_vocabulary_loss(problem, alpha):
     lq = torch.log_softmax(p.hidden.detach() @ p.weight.detach().t(), -1)[0]
     lt = torch.log_softmax(p.teacher_hidden @ p.teacher_weight.t(), -1)[0]
     sampled = fused_linear_opd_loss(
-        p.hidden.expand(13, 5), p.weight, torch.arange(13), lt, alpha=alpha, weights=lq.exp(), denominator=1
+        p.hidden.expand(13, 5),
+        p.weight,
+        torch.arange(13),
+        lt,
+        alpha=alpha,
+        weights=lq.exp(),
+        denominator=1,
     )
     full = fused_linear_distillation_divergence(
         *inputs, p.teacher_hidden, p.teacher_weight, divergence="power", alpha=alpha, denominator=1
     )
     want = torch.autograd.grad(full.loss, inputs)
-    torch.testing.assert_close(torch.autograd.grad(sampled.loss, inputs), want, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(sampled.loss, inputs), want, rtol=1e-10, atol=1e-13
+    )

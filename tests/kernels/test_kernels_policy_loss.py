@@ -104,7 +104,10 @@ def test_gradcheck():
     lp, old, rollout, adv = tokens(5, seed=3)
     for options in ({"objective": "ppo_clip"}, {"objective": "ppo_clip", "dual_clip": 1.2}, {}):
         assert torch.autograd.gradcheck(
-            lambda x: policy_gradient_loss(x, adv, old_logprobs=old, denominator=2.0, **options).loss, [lp]
+            lambda x: (
+                policy_gradient_loss(x, adv, old_logprobs=old, denominator=2.0, **options).loss
+            ),
+            [lp],
         )
 
 
@@ -161,7 +164,9 @@ def test_masked_nan_empty_and_extreme_tokens():
     assert (bad.grad[~mask] == 0).all()
     for m in (torch.zeros(6, dtype=torch.bool), None):
         x = lp if m is not None else lp[:0]
-        out = policy_gradient_loss(x, adv[: len(x)], mask=m, denominator=1.0, old_logprobs=old[: len(x)])
+        out = policy_gradient_loss(
+            x, adv[: len(x)], mask=m, denominator=1.0, old_logprobs=old[: len(x)]
+        )
         assert out.loss == 0 and all(s == 0 for s in out.stats.values())
         (grad,) = torch.autograd.grad(out.loss, lp)
         assert (grad == 0).all()

@@ -10,12 +10,18 @@ def log(*p):
     return torch.tensor(p, dtype=torch.float64).log()
 
 
-@pytest.mark.parametrize(("alpha", "reward"), [(1, 0.4), (5, 0.55924), (10, 0.34770), (50, 5.1538e-3)])
+@pytest.mark.parametrize(
+    ("alpha", "reward"), [(1, 0.4), (5, 0.55924), (10, 0.34770), (50, 5.1538e-3)]
+)
 def test_test_vectors_of_the_paper(alpha, reward):
     for dtype in (torch.float32, torch.float64):
         p, q = log(0.9).to(dtype), log(0.5).to(dtype)
-        assert power_reward(p, q, alpha, normalization="none").item() == pytest.approx(reward, rel=1e-4)
-        assert power_reward(q, p, alpha, normalization="none").item() == pytest.approx(-reward, rel=1e-4)
+        assert power_reward(p, q, alpha, normalization="none").item() == pytest.approx(
+            reward, rel=1e-4
+        )
+        assert power_reward(q, p, alpha, normalization="none").item() == pytest.approx(
+            -reward, rel=1e-4
+        )
         assert power_reward(p, q, alpha).item() == pytest.approx(reward / alpha, rel=1e-4)
 
 
@@ -26,7 +32,9 @@ def test_small_alpha_is_the_log_ratio():
     assert torch.equal(power_reward(p, q, 0.0), d)
     for alpha in (1e-9, 1e-4, 1e-2):
         # r = d (1 - alpha |d| / 2 + ...) e^(alpha m), and |m| <= 8
-        assert ((power_reward(p, q, alpha) - d).abs() <= alpha * (d.square() + 8 * d.abs()) + 1e-15).all()
+        assert (
+            (power_reward(p, q, alpha) - d).abs() <= alpha * (d.square() + 8 * d.abs()) + 1e-15
+        ).all()
 
 
 def test_near_equal_pairs_keep_sign_and_digits_in_float32():

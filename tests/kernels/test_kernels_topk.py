@@ -50,11 +50,14 @@ def oracle(ls, lt, *, divergence, alpha=1.0, beta=0.5):
 @pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypatch):
-    monkeypatch.setattr("kernels.topk_divergence._GATHER_BYTES", 4000)  # several chunks of gathered head rows
+    # several chunks of gathered head rows
+    monkeypatch.setattr("kernels.topk_divergence._GATHER_BYTES", 4000)
     p = problem(70, 2100, 4)
     options, naive = head(p)
     inputs = [
-        x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not p.bias or "bias" in options
+        x.requires_grad_()
+        for x in (p.hidden, p.weight, p.bias)
+        if x is not p.bias or "bias" in options
     ]
     top = fused_linear_topk_logprobs(
         p.teacher_hidden,
@@ -80,7 +83,10 @@ def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypat
     ls = torch.log_softmax(naive_logits(p.hidden, p.weight, **naive), -1)
     lt = torch.log_softmax(
         naive_logits(
-            p.teacher_hidden, p.teacher_weight, temperature=naive["temperature"], vocab=naive["vocab"]
+            p.teacher_hidden,
+            p.teacher_weight,
+            temperature=naive["temperature"],
+            vocab=naive["vocab"],
         ),
         -1,
     )
@@ -207,15 +213,21 @@ def test_self_distillation_on_the_teacher_views_top(problem, naive_logits, tail,
         temperature=1.3,
         denominator=3.0,
     )
-    ls, lt = (torch.log_softmax(naive_logits(x, p.weight, p.bias, 1.3), -1) for x in (p.hidden, teacher))
+    ls, lt = (
+        torch.log_softmax(naive_logits(x, p.weight, p.bias, 1.3), -1) for x in (p.hidden, teacher)
+    )
     lt = lt if stop_grad == "none" else lt.detach()
     ids = lt.detach().topk(7, dim=1).indices
-    loss = (oracle(masses(ls, ids, tail), masses(lt, ids, tail), divergence="forward_kl") * p.mask).sum() / 3
+    loss = (
+        oracle(masses(ls, ids, tail), masses(lt, ids, tail), divergence="forward_kl") * p.mask
+    ).sum() / 3
     torch.testing.assert_close(out.loss, loss)
     got = torch.autograd.grad(out.loss, inputs, allow_unused=True)
     want = torch.autograd.grad(loss, inputs, allow_unused=True)
     assert (got[1] is None) == (stop_grad == "teacher")
-    torch.testing.assert_close([g for g in got if g is not None], [w for w in want if w is not None])
+    torch.testing.assert_close(
+        [g for g in got if g is not None], [w for w in want if w is not None]
+    )
 
 
 def test_autocast_does_not_round(problem):
@@ -226,6 +238,8 @@ def test_autocast_does_not_round(problem):
         results = []
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                out = topk_distillation_divergence(*inputs, top.ids, top.logprobs, tail=tail, denominator=9)
+                out = topk_distillation_divergence(
+                    *inputs, top.ids, top.logprobs, tail=tail, denominator=9
+                )
                 results.append([out.loss, *torch.autograd.grad(out.loss, inputs)])
         assert all(torch.equal(a, b) for a, b in zip(*results))

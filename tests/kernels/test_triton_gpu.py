@@ -1,11 +1,15 @@
-"""What only a GPU can show: parity at full size, offsets beyond 2^31, run-to-run bits, memory, CUDA graphs."""
+"""What only a GPU can show: parity at full size, offsets beyond 2^31, run-to-run bits, memory, CUDA
+graphs."""
 
 import pytest
 import torch
 
 import kernels
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 V, H = 151_936, 1024
 
 
@@ -29,8 +33,12 @@ def test_scoring_at_full_vocabulary(dtype):
     got = kernels.fused_linear_logprobs(hidden, weight, ids, return_entropy=True)
     at = torch.arange(0, 2048, 32, device="cuda")
     lp = torch.log_softmax(hidden[at].double() @ weight.double().t(), 1)
-    torch.testing.assert_close(got.logprobs[at].double(), lp.gather(1, ids[at, None])[:, 0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(got.entropy[at].double(), -(lp.exp() * lp).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got.logprobs[at].double(), lp.gather(1, ids[at, None])[:, 0], rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        got.entropy[at].double(), -(lp.exp() * lp).sum(1), rtol=1e-4, atol=1e-4
+    )
     error = (got.logprobs[at].double() - lp.gather(1, ids[at, None])[:, 0]).abs()
     assert error.quantile(0.99) <= 2e-5
 
@@ -53,8 +61,10 @@ def test_bits_do_not_depend_on_the_split_or_the_run():
     whole = kernels.fused_linear_logprobs(hidden, weight, ids).logprobs
     assert torch.equal(whole, kernels.fused_linear_logprobs(hidden, weight, ids).logprobs)
     for cut in (1, 1024, 1777):
-        parts = [kernels.fused_linear_logprobs(hidden[at], weight, ids[at]).logprobs
-                 for at in (slice(0, cut), slice(cut, None))]
+        parts = [
+            kernels.fused_linear_logprobs(hidden[at], weight, ids[at]).logprobs
+            for at in (slice(0, cut), slice(cut, None))
+        ]
         assert torch.equal(whole, torch.cat(parts))
 
 
@@ -76,12 +86,20 @@ def test_memory_of_scoring_and_of_one_shot():
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
     with torch.no_grad():
         assert extra(lambda: kernels.fused_linear_logprobs(hidden, weight, ids)) <= 64
     h, w = hidden.requires_grad_(), weight.requires_grad_()
-    gradients = (H * 8192 * 2 + H * V * (4 + 2)) / 2**20  # dX, dW in float32 and once more as the parameter's dtype
-    assert extra(lambda: kernels.fused_linear_opd_loss(h, w, ids, -torch.rand(8192, device="cuda"), denominator=8192
-                                                       ).loss.backward()) <= gradients + 1.3 * 1024
+    # dX, dW in float32 and once more as the parameter's dtype
+    gradients = (H * 8192 * 2 + H * V * (4 + 2)) / 2**20
+    assert (
+        extra(
+            lambda: kernels.fused_linear_opd_loss(
+                h, w, ids, -torch.rand(8192, device="cuda"), denominator=8192
+            ).loss.backward()
+        )
+        <= gradients + 1.3 * 1024
+    )
 
 
 def test_cuda_graph():

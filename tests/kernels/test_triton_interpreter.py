@@ -1,5 +1,5 @@
-"""Starts the Triton tests in a process with the interpreter on, and proves that they can fail: with one of three
-classic mistakes written into a copy of the kernels, they do."""
+"""Starts the Triton tests in a process with the interpreter on, and proves that they can fail: with
+one of three classic mistakes written into a copy of the kernels, they do."""
 
 import os
 import re
@@ -17,8 +17,20 @@ HERE = ROOT / "tests" / "kernels"
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "--rootdir", str(root), "-c", str(ROOT / "setup.cfg"),
-               "-o", f"pythonpath={root}", "-p", "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--rootdir",
+        str(root),
+        "-c",
+        str(ROOT / "setup.cfg"),
+        "-o",
+        f"pythonpath={root}",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
     return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
 
 
@@ -31,19 +43,35 @@ def test_triton_equals_its_twins():
 
 
 MUTATIONS = {
-    "no_tail_mask": ("triton_rows.py", 'z = tl.where(inside, z, float("-inf"))', "z = z", "test_logits"),
-    "target_off_by_one_split": ("triton_rows.py", "local = tl.load(ids_ptr + base + k) - v0\n            inside",
-                                "local = tl.load(ids_ptr + base + k) - v0 + N\n            inside", "test_head"),
-    "32_bit_offsets": ("triton_rows.py", "row = i.to(tl.int64)\n    if HAS_ROWS:\n        row = tl.load(rows_ptr + i)\n",
-                       "row = i\n    if HAS_ROWS:\n        row = tl.load(rows_ptr + i).to(tl.int32)\n",
-                       "test_offsets_beyond_32_bits"),
+    "no_tail_mask": (
+        "triton_rows.py",
+        'z = tl.where(inside, z, float("-inf"))',
+        "z = z",
+        "test_logits",
+    ),
+    "target_off_by_one_split": (
+        "triton_rows.py",
+        "local = tl.load(ids_ptr + base + k) - v0\n            inside",
+        "local = tl.load(ids_ptr + base + k) - v0 + N\n            inside",
+        "test_head",
+    ),
+    "32_bit_offsets": (
+        "triton_rows.py",
+        "row = i.to(tl.int64)\n    if HAS_ROWS:\n        row = tl.load(rows_ptr + i)\n",
+        "row = i\n    if HAS_ROWS:\n        row = tl.load(rows_ptr + i).to(tl.int32)\n",
+        "test_offsets_beyond_32_bits",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mistake_is_noticed(tmp_path, name):
     file, right, wrong, test = MUTATIONS[name]
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    shutil.copytree(
+        ROOT / "kernels",
+        tmp_path / "kernels",
+        ignore=shutil.ignore_patterns("__pycache__", "bench"),
+    )
     source = (tmp_path / "kernels" / file).read_text()
     assert source.count(right) == 1
     select = f"{test} or ({test} and 129)"

@@ -1,4 +1,6 @@
-"""Lag of a written text: cases worked out by hand, closed forms of known policies, SimulEval's corner cases."""
+"""Lag of a written text: cases worked out by hand, closed forms of known policies, SimulEval's
+corner cases."""
+
 import numpy as np
 import pytest
 
@@ -6,12 +8,14 @@ from rewards.lag import ail, average_lagging, laal, lags, rco
 
 
 def wait(k: int, source: int, length: int) -> list[int]:
-    """Delays of wait-k: k units are read before the first word, one more before each further word."""
+    """Delays of wait-k: k units are read before the first word, one more before each further
+    word."""
     return [min(k + t, source) for t in range(length)]
 
 
 def simuleval(delays, source, length) -> float:
-    """The published formula, word by word: the sum ends with the first word written when all was read."""
+    """The published formula, word by word: the sum ends with the first word written when all was
+    read."""
     if delays[0] > source:
         return delays[0]
     total = 0.0
@@ -23,7 +27,8 @@ def simuleval(delays, source, length) -> float:
 
 
 def test_by_hand():
-    # M = 6, L = 4, three words in the reference, which is 2 units a word for AL and 1.5 for LAAL and AIL.
+    # M = 6, L = 4, three words in the reference, which is 2 units a word for AL and 1.5 for LAAL
+    # and AIL.
     delays = [2, 3, 6, 6]
     assert rco(delays, 6) == pytest.approx(17 / 24)
     # (2 - 0) + (3 - 1.5) + (6 - 3) + (6 - 4.5) = 8
@@ -32,16 +37,20 @@ def test_by_hand():
     assert average_lagging(delays, 6, 3) == pytest.approx(5 / 3)
     # The text is the longer one: (2 - 0) + (3 - 1.5) + (6 - 3) = 6.5
     assert laal(delays, 6, 3) == pytest.approx(6.5 / 3) == average_lagging(delays, 6)
-    # The reference is the longer one, 8 words of 0.75 units: (2 - 0) + (3 - 0.75) + (6 - 1.5) = 8.75
+    # The reference is the longer one, 8 words of 0.75 units: (2 - 0) + (3 - 0.75) + (6 - 1.5) =
+    # 8.75
     assert laal(delays, 6, 8) == average_lagging(delays, 6, 8) == pytest.approx(8.75 / 3)
-    assert lags(delays, 6, 3) == pytest.approx({"rco": 17 / 24, "ail": 2, "al": 5 / 3, "laal": 6.5 / 3})
+    assert lags(delays, 6, 3) == pytest.approx(
+        {"rco": 17 / 24, "ail": 2, "al": 5 / 3, "laal": 6.5 / 3}
+    )
 
 
 @pytest.mark.parametrize("k, n", [(1, 1), (1, 9), (3, 9), (8, 9), (9, 9)])
 def test_wait_k_lags_k_behind_a_text_of_equal_length(k, n):
     delays = wait(k, n, n)
     assert average_lagging(delays, n, n) == laal(delays, n, n) == pytest.approx(k)
-    # The last k - 1 words wait for nothing, which AIL counts: they lag k - 1, k - 2, .. 1 units behind.
+    # The last k - 1 words wait for nothing, which AIL counts: they lag k - 1, k - 2, .. 1 units
+    # behind.
     assert ail(delays, n) == pytest.approx((k * (n - k + 1) + k * (k - 1) / 2) / n)
     assert rco(delays, n) == pytest.approx(1 - (n - k) * (n - k + 1) / (2 * n * n))
 
@@ -75,21 +84,30 @@ def test_against_the_formula_and_the_bounds():
         found = lags(delays, source, reference)
         assert found["al"] == pytest.approx(simuleval(delays, source, reference))
         assert found["laal"] == pytest.approx(simuleval(delays, source, max(length, reference)))
-        assert found["al"] <= found["laal"] + 1e-9 and found["laal"] <= source and 0 <= found["rco"] <= 1
+        assert (
+            found["al"] <= found["laal"] + 1e-9
+            and found["laal"] <= source
+            and 0 <= found["rco"] <= 1
+        )
         late = np.sort(np.append(delays, source))[1:]  # each word at the delay of the next one
         assert rco(late, source) >= found["rco"] and ail(late, source) >= found["ail"]
         scaled = lags(10 * delays, 10 * source, reference)  # units ten times as small
-        assert scaled == pytest.approx({key: value * (1 if key == "rco" else 10) for key, value in found.items()})
+        assert scaled == pytest.approx(
+            {key: value * (1 if key == "rco" else 10) for key, value in found.items()}
+        )
 
 
-@pytest.mark.parametrize("delays, source, said", [
-    ([], 5, "at least one target word and a source, not 0 words of a source of 5"),
-    ([1], 0, "not 1 words of a source of 0"),
-    ([1, 3, 2], 5, "never decrease: word 3 has 2 after 3"),
-    ([-1, 3], 5, "must be 0 or more and never decrease: word 1 has -1"),
-    ([1, float("nan")], 5, "never decrease: word 2 has nan after 1"),
-    ([1, 6], 5, "must not pass the source of 5 units: word 2 has 6 after 1"),
-])
+@pytest.mark.parametrize(
+    "delays, source, said",
+    [
+        ([], 5, "at least one target word and a source, not 0 words of a source of 5"),
+        ([1], 0, "not 1 words of a source of 0"),
+        ([1, 3, 2], 5, "never decrease: word 3 has 2 after 3"),
+        ([-1, 3], 5, "must be 0 or more and never decrease: word 1 has -1"),
+        ([1, float("nan")], 5, "never decrease: word 2 has nan after 1"),
+        ([1, 6], 5, "must not pass the source of 5 units: word 2 has 6 after 1"),
+    ],
+)
 def test_errors(delays, source, said):
     for call in (rco, ail, lambda *given: lags(*given, 3)):
         with pytest.raises(ValueError, match=said) as error:

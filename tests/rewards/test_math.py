@@ -9,7 +9,8 @@ from recipes.errors import OnstreamError
 from rewards import math as rewards_math
 from rewards.math import VERIFIERS, extract_answer, extract_boxed, grade
 
-# Completion, reference answer. References are as in the files of GSM8K, MATH-500, AIME and OlympiadBench.
+# Completion, reference answer. References are as in the files of GSM8K, MATH-500, AIME and
+# OlympiadBench.
 RIGHT = [
     (r"34 + 12 = 46. The answer is \boxed{46}.", "46"),
     (r"\boxed{046}", "46"),
@@ -47,8 +48,10 @@ RIGHT = [
     (r"\boxed{84, 69}", "$69$,$84$"),
     (r"\boxed{(3,2),(1,1)}", "$(1,1), (3,2)$"),
     (r"\boxed{1+\sqrt{19}, 1-\sqrt{19}}", r"1 \pm \sqrt{19}"),
-    (r"\boxed{\begin{pmatrix} -\frac13 \\ \frac{2}{3} \end{pmatrix}}",
-     r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}"),
+    (
+        r"\boxed{\begin{pmatrix} -\frac13 \\ \frac{2}{3} \end{pmatrix}}",
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+    ),
     (r"\boxed{\text{Evelyn}}", "Evelyn"),
     (r"\boxed{(C)}", "C"),
     (r"\boxed{\frac{1}{2n+2}}", r"$\frac{1}{2 n+2}$"),
@@ -98,10 +101,19 @@ def test_wrong(completion, answer):
     assert grade(completion, answer) == 0.0
 
 
-@pytest.mark.parametrize("completion, found", [
-    (r"\boxed{\frac{a}{b}}", r"\frac{a}{b}"), (r"{ \boxed{ 1 } }}", "1"), (r"\boxed {3}", "3"),
-    (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."), (r"\boxed{1} \boxed{2", "1"), (r"\boxed{1", None),
-    ("none", None), (r"\mbox{4}", None)])
+@pytest.mark.parametrize(
+    "completion, found",
+    [
+        (r"\boxed{\frac{a}{b}}", r"\frac{a}{b}"),
+        (r"{ \boxed{ 1 } }}", "1"),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."),
+        (r"\boxed{1} \boxed{2", "1"),
+        (r"\boxed{1", None),
+        ("none", None),
+        (r"\mbox{4}", None),
+    ],
+)
 def test_extract_boxed(completion, found):
     assert extract_boxed(completion) == found
 
@@ -117,9 +129,26 @@ def test_registered_by_name():
     assert VERIFIERS.resolve("math") is grade
 
 
-@pytest.mark.parametrize("garbage", [
-    "\\boxed{" * 5000, "{" * 5000, "}" * 5000, "(" * 500, r"\frac{" * 100, "1" * 5000, "1e999999999",
-    "\x00\ud800\n\n", r"\frac{1}{0}", r"2^{100000000}", "9" * 60 + "!", "$" * 99, "\\", r"\left(", "٣"])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "\\boxed{" * 5000,
+        "{" * 5000,
+        "}" * 5000,
+        "(" * 500,
+        r"\frac{" * 100,
+        "1" * 5000,
+        "1e999999999",
+        "\x00\ud800\n\n",
+        r"\frac{1}{0}",
+        r"2^{100000000}",
+        "9" * 60 + "!",
+        "$" * 99,
+        "\\",
+        r"\left(",
+        "٣",
+    ],
+)
 def test_garbage_is_wrong_and_nothing_is_raised(impatient, garbage):
     assert grade(garbage, "46") == grade(f"\\boxed{{{garbage}}}", "46") == 0.0
     assert grade(r"\boxed{46}", garbage) == 0.0
@@ -187,6 +216,8 @@ def test_repeated_and_integer_answers_need_no_parsing(monkeypatch):
 
 def test_missing_library_is_one_line(monkeypatch):
     monkeypatch.setattr(rewards_math.sys, "executable", "/bin/false")
-    with pytest.raises(OnstreamError, match="reward.verifier=math cannot start math-verify") as error:
+    with pytest.raises(
+        OnstreamError, match="reward.verifier=math cannot start math-verify"
+    ) as error:
         rewards_math._Process().ask("equal", "1/2", "0.5")
     assert "\n" not in str(error.value)

@@ -11,7 +11,12 @@ def test_avg_at_k_weighs_prompts_equally():
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_success():
-    rows = [[True, False, False, True, False], [False] * 5, [True] * 5, [False, False, True, False, False]]
+    rows = [
+        [True, False, False, True, False],
+        [False] * 5,
+        [True] * 5,
+        [False, False, True, False, False],
+    ]
     for k in range(1, 6):
         by_counting = [sum(map(any, s)) / len(s) for s in ([*combinations(row, k)] for row in rows)]
         assert pass_at_k(rows, k) == pytest.approx(sum(by_counting) / 4, abs=1e-12)
@@ -29,9 +34,14 @@ def test_pass_at_k_of_many_completions():
     assert pass_at_k([row], n) == 1.0 and pass_at_k([[False] * n], n) == 0.0
 
 
-@pytest.mark.parametrize("correct, k, said", [
-    ([[True, False], [True]], 2, "needs 2 completions of each prompt; one has 1"),
-    ([], 1, "at least one prompt"), ([[True]], 0, "k of 1 or more")])
+@pytest.mark.parametrize(
+    "correct, k, said",
+    [
+        ([[True, False], [True]], 2, "needs 2 completions of each prompt; one has 1"),
+        ([], 1, "at least one prompt"),
+        ([[True]], 0, "k of 1 or more"),
+    ],
+)
 def test_pass_at_k_errors(correct, k, said):
     with pytest.raises(ValueError, match=said):
         pass_at_k(correct, k)

@@ -1,4 +1,5 @@
 """The rewards of a streaming completion, worked out by hand."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,8 +27,13 @@ def stages(tokenizer):
         sampled = numbers >= 0
         for slot in forced:
             sampled[np.flatnonzero(numbers == slot)[-1]] = False
-        trajectory = Trajectory(0, 0, [1], sum(parts, []), finish, score=score, sampled=sampled, slots=numbers)
-        return judge(trajectory, Protocol.of(tokenizer), tokenizer.decode, [tokenizer.eos_token_id], 10, 40)
+        trajectory = Trajectory(
+            0, 0, [1], sum(parts, []), finish, score=score, sampled=sampled, slots=numbers
+        )
+        return judge(
+            trajectory, Protocol.of(tokenizer), tokenizer.decode, [tokenizer.eos_token_id], 10, 40
+        )
+
     return make
 
 
@@ -37,14 +43,22 @@ DEEP = "7 <EOR> \\boxed{7}.<EOA>"
 def test_a_good_completion_by_hand(stages, tokenizer):
     made = stages(["<skip>", "1 2 3<EOT>"], DEEP)
     deep = len(tokenizer(DEEP).input_ids)
-    assert made.lengths.tolist() == [1, 4] and made.skipped.tolist() == [True, False] and made.deep_length == deep
+    assert (
+        made.lengths.tolist() == [1, 4]
+        and made.skipped.tolist() == [True, False]
+        and made.deep_length == deep
+    )
     assert made.closed.all() and made.deep_format == made.streaming_format == made.format == 1
     np.testing.assert_allclose(made.thoughts, [0.9, 0.6])  # 1 - 1/10, 1 - 4/10; together 1 - 5/20
     assert made.deep_thought == pytest.approx(1 - deep / 40)
     brevity = 0.5 * (1 - deep / 40)
-    assert made.rewards(OPTIONS) == pytest.approx((1.2, 0.2 + 0.3 * 0.75 + 0.8 * brevity, 0.2 + 1 + brevity))
-    np.testing.assert_allclose(made.sentence_rewards(OPTIONS),
-                               [0.2 + 0.3 * 0.9 + 0.8 * brevity, 0.2 + 0.3 * 0.6 + 0.8 * brevity])
+    assert made.rewards(OPTIONS) == pytest.approx(
+        (1.2, 0.2 + 0.3 * 0.75 + 0.8 * brevity, 0.2 + 1 + brevity)
+    )
+    np.testing.assert_allclose(
+        made.sentence_rewards(OPTIONS),
+        [0.2 + 0.3 * 0.9 + 0.8 * brevity, 0.2 + 0.3 * 0.6 + 0.8 * brevity],
+    )
     assert made.sentence_rewards(OPTIONS).mean() == pytest.approx(made.rewards(OPTIONS)[1])
 
 
@@ -57,25 +71,46 @@ def test_without_weights_accuracy_is_all(stages):
     assert stages(["1 <EOR><EOT>", "<skip>"], DEEP).rewards(options) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("slot, forced, right", [
-    ("1<EOT>", (), True), ("<skip>", (), True), ("<EOT>", (), True),
-    ("1<EOT>", (0,), False),  # closed at the limit, not by the model
-    ("1<skip>", (), False), ("1<EOR>2<EOT>", (), False), ("<|endoftext|>1<EOT>", (), False), ("<SEP><EOT>", (), False)])
+@pytest.mark.parametrize(
+    "slot, forced, right",
+    [
+        ("1<EOT>", (), True),
+        ("<skip>", (), True),
+        ("<EOT>", (), True),
+        ("1<EOT>", (0,), False),  # closed at the limit, not by the model
+        ("1<skip>", (), False),
+        ("1<EOR>2<EOT>", (), False),
+        ("<|endoftext|>1<EOT>", (), False),
+        ("<SEP><EOT>", (), False),
+    ],
+)
 def test_the_form_of_a_slot(stages, slot, forced, right):
     made = stages([slot, "<skip>"], DEEP, forced=forced)
-    assert made.closed.tolist() == [right, True] and made.streaming_format == (2 if right else 1) / 2
+    assert (
+        made.closed.tolist() == [right, True] and made.streaming_format == (2 if right else 1) / 2
+    )
     assert made.rewards(OPTIONS)[0] == pytest.approx(1 + 0.2 * made.streaming_format)
     assert made.skipped.tolist() == [slot == "<skip>", True]
 
 
-@pytest.mark.parametrize("deep, finish, right", [
-    (DEEP, "stop", True), ("<EOR>\\boxed{7}<EOA>", "stop", True),
-    ("7 <EOR> \\boxed{7}.<|endoftext|>", "stop", True),
-    (DEEP, "length", False), ("7 \\boxed{7}<EOA>", "stop", False), ("<EOR> 7 <EOR> \\boxed{7}<EOA>", "stop", False),
-    ("<EOR> 7<EOA>", "stop", False), ("<EOR> \\boxed{<EOA>", "stop", False),
-    ("<EOR> \\boxed{7} \\boxed{8}<EOA>", "stop", False), ("\\boxed{7} <EOR> \\boxed{7}<EOA>", "stop", False),
-    ("1 <EOT> <EOR> \\boxed{7}<EOA>", "stop", False), ("<EOR> <skip> \\boxed{7}<EOA>", "stop", False),
-    ("<EOA>", "stop", False)])
+@pytest.mark.parametrize(
+    "deep, finish, right",
+    [
+        (DEEP, "stop", True),
+        ("<EOR>\\boxed{7}<EOA>", "stop", True),
+        ("7 <EOR> \\boxed{7}.<|endoftext|>", "stop", True),
+        (DEEP, "length", False),
+        ("7 \\boxed{7}<EOA>", "stop", False),
+        ("<EOR> 7 <EOR> \\boxed{7}<EOA>", "stop", False),
+        ("<EOR> 7<EOA>", "stop", False),
+        ("<EOR> \\boxed{<EOA>", "stop", False),
+        ("<EOR> \\boxed{7} \\boxed{8}<EOA>", "stop", False),
+        ("\\boxed{7} <EOR> \\boxed{7}<EOA>", "stop", False),
+        ("1 <EOT> <EOR> \\boxed{7}<EOA>", "stop", False),
+        ("<EOR> <skip> \\boxed{7}<EOA>", "stop", False),
+        ("<EOA>", "stop", False),
+    ],
+)
 def test_the_form_of_the_deep_segment(stages, deep, finish, right):
     made = stages(["<skip>"], deep, finish=finish)
     assert made.deep_format == made.format == right
@@ -85,7 +120,15 @@ def test_the_form_of_the_deep_segment(stages, deep, finish, right):
 def test_the_source_between_thoughts_does_not_count(tokenizer):
     protocol = Protocol.of(tokenizer)
     ids = [9, protocol.eot, 8, protocol.eos, protocol.skip, protocol.eor, protocol.eoa]
-    trajectory = Trajectory(0, 0, [1], ids, "stop", score=1.0, slots=np.array([0, 0, -1, -1, 1, 2, 2]),
-                            sampled=np.array([1, 1, 0, 0, 1, 1, 1], dtype=bool))
+    trajectory = Trajectory(
+        0,
+        0,
+        [1],
+        ids,
+        "stop",
+        score=1.0,
+        slots=np.array([0, 0, -1, -1, 1, 2, 2]),
+        sampled=np.array([1, 1, 0, 0, 1, 1, 1], dtype=bool),
+    )
     made = judge(trajectory, protocol, tokenizer.decode, [], 10, 40)
     assert made.lengths.tolist() == [2, 1] and made.deep_length == 2 and made.closed.all()

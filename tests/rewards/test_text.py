@@ -1,40 +1,69 @@
-"""Quality of written texts: SQuAD's answers scored by hand, BLEU and chrF against sacrebleu's own call."""
+"""Quality of written texts: SQuAD's answers scored by hand, BLEU and chrF against sacrebleu's own
+call."""
+
 import pytest
 import sacrebleu
 
 from rewards.text import bleu, chrf, exact, f1, text_scores
 
 TEXTS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
-REFERENCES = [["The dog bit the man.", "The dog had bit the man."], ["It was not unexpected.", "No one was surprised."],
-              ["The man bit him first.", "The man had bitten the dog."]]
+REFERENCES = [
+    ["The dog bit the man.", "The dog had bit the man."],
+    ["It was not unexpected.", "No one was surprised."],
+    ["The man bit him first.", "The man had bitten the dog."],
+]
 
 
-@pytest.mark.parametrize("text, references, f, e", [
-    ("Denver Broncos", ["Denver Broncos", "The Denver Broncos"], 1, 1),
-    ("the  denver\tbroncos!", ["Denver Broncos"], 1, 1),
-    ("Broncos of Denver", ["Denver Broncos"], 4 / 5, 0),  # 2 of 3 and 2 of 2: order does not count for F1
-    ("at Levi's Stadium in Santa Clara", ["Levi's Stadium", "Santa Clara, California."], 1 / 2, 0),  # 2 of 6 and 2 of 2
-    ("New York", ["Denver"], 0, 0),
-    ("gold gold gold", ["gold"], 1 / 2, 0),  # one counts: 1 of 3 and 1 of 1
-    ("gold gold", ["gold gold medals"], 4 / 5, 0),  # both count: 2 of 2 and 2 of 3
-    ("Super Bowl L", ["L", "Super Bowl 50"], 2 / 3, 0),  # the second is closer: 2 of 3 both ways
-    ("U.S.A.", ["usa"], 1, 1),  # punctuation joins
-    ("theatre", ["the atre"], 0, 0),  # articles are whole words
-    ("a-b", ["A. b"], 0, 0),  # "ab", and "b" after its article
-    ("", ["the"], 1, 1), ("", ["Denver"], 0, 0), ("the", ["Denver"], 0, 0),  # no words left
-])
+@pytest.mark.parametrize(
+    "text, references, f, e",
+    [
+        ("Denver Broncos", ["Denver Broncos", "The Denver Broncos"], 1, 1),
+        ("the  denver\tbroncos!", ["Denver Broncos"], 1, 1),
+        # 2 of 3 and 2 of 2: order does not count for F1
+        ("Broncos of Denver", ["Denver Broncos"], 4 / 5, 0),
+        # 2 of 6 and 2 of 2
+        (
+            "at Levi's Stadium in Santa Clara",
+            ["Levi's Stadium", "Santa Clara, California."],
+            1 / 2,
+            0,
+        ),
+        ("New York", ["Denver"], 0, 0),
+        ("gold gold gold", ["gold"], 1 / 2, 0),  # one counts: 1 of 3 and 1 of 1
+        ("gold gold", ["gold gold medals"], 4 / 5, 0),  # both count: 2 of 2 and 2 of 3
+        (
+            "Super Bowl L",
+            ["L", "Super Bowl 50"],
+            2 / 3,
+            0,
+        ),  # the second is closer: 2 of 3 both ways
+        ("U.S.A.", ["usa"], 1, 1),  # punctuation joins
+        ("theatre", ["the atre"], 0, 0),  # articles are whole words
+        ("a-b", ["A. b"], 0, 0),  # "ab", and "b" after its article
+        ("", ["the"], 1, 1),
+        ("", ["Denver"], 0, 0),
+        ("the", ["Denver"], 0, 0),  # no words left
+    ],
+)
 def test_answers_as_squad_scores_them(text, references, f, e):
     assert f1(text, references) == pytest.approx(f) and exact(text, references) == e
 
 
 def test_bleu_and_chrf_are_sacrebleus():
-    streams = [list(stream) for stream in zip(*REFERENCES)]  # sacrebleu's order: all first ones, then all second ones
+    # sacrebleu's order: all first ones, then all second ones
+    streams = [list(stream) for stream in zip(*REFERENCES)]
     score, signature = bleu(TEXTS, REFERENCES)
-    assert score == sacrebleu.corpus_bleu(TEXTS, streams).score == pytest.approx(48.53, abs=0.01)  # its manual's
-    assert signature == f"nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    # its manual's
+    assert score == sacrebleu.corpus_bleu(TEXTS, streams).score == pytest.approx(48.53, abs=0.01)
+    assert (
+        signature == f"nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    )
     score, signature = chrf(TEXTS, REFERENCES)
     assert score == sacrebleu.corpus_chrf(TEXTS, streams).score
-    assert signature == f"nrefs:2|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}"
+    assert (
+        signature
+        == f"nrefs:2|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}"
+    )
 
 
 @pytest.mark.parametrize("score", [bleu, chrf])
@@ -49,10 +78,13 @@ def test_numbers_of_references_may_differ(score):
 
 def test_scales():
     same = [[text] for text in TEXTS]
-    assert text_scores(TEXTS, same) == pytest.approx({"bleu": 100, "chrf": 100, "f1": 1, "exact": 1})
+    assert text_scores(TEXTS, same) == pytest.approx(
+        {"bleu": 100, "chrf": 100, "f1": 1, "exact": 1}
+    )
     other = text_scores(TEXTS[1:] + TEXTS[:1], same)  # each text against the reference of another
     assert other["bleu"] < 30 and other["chrf"] < 50 and other["f1"] < 0.5 and other["exact"] == 0
-    backwards = [" ".join(reversed(text.split())) for text in TEXTS]  # the order of words matters to BLEU, not to F1
+    # the order of words matters to BLEU, not to F1
+    backwards = [" ".join(reversed(text.split())) for text in TEXTS]
     assert bleu(backwards, same)[0] < 30 and text_scores(backwards, same)["f1"] == pytest.approx(1)
     nothing = text_scores([""] * 3, same)
     assert nothing == {"bleu": 0, "chrf": 0, "f1": 0, "exact": 0}
@@ -63,9 +95,15 @@ def test_f1_and_exact_are_means_over_texts():
     assert (scores["f1"], scores["exact"]) == (0.75, 0.5)
 
 
-@pytest.mark.parametrize("texts, references, said", [
-    ([], [], "at least one text"), (["a"], [], "there are 1 texts and 0 lists"),
-    (["a"], [[]], r"one or more texts, not \[\]"), (["a"], ["abc"], "a list of one or more texts, not 'abc'")])
+@pytest.mark.parametrize(
+    "texts, references, said",
+    [
+        ([], [], "at least one text"),
+        (["a"], [], "there are 1 texts and 0 lists"),
+        (["a"], [[]], r"one or more texts, not \[\]"),
+        (["a"], ["abc"], "a list of one or more texts, not 'abc'"),
+    ],
+)
 def test_errors(texts, references, said):
     for score in (bleu, chrf, text_scores):
         with pytest.raises(ValueError, match=said) as error:

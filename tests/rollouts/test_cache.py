@@ -1,4 +1,5 @@
 """The cache that appends in place holds what transformers' own does, and keeps windowed layers."""
+
 import torch
 from transformers import Qwen3Config
 from transformers.cache_utils import DynamicLayer
@@ -31,6 +32,8 @@ def test_it_appends_in_place():
 
 
 def test_windowed_layers_stay_as_they_are():
-    config = Qwen3Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    config = Qwen3Config(
+        num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    )
     kinds = [type(layer).__name__ for layer in growing_cache(config).layers]
     assert kinds[0] == "GrowingLayer" and "Sliding" in kinds[1]

@@ -41,45 +41,106 @@ def message_of(*arguments, **keys):
 
 # A row as such files have it, and the messages, answer and solution it must give.
 ROWS = {
-    "verl": ({"prompt": user("2+2?"), "reward_model": {"ground_truth": "4", "style": "rule"}, "id": "0"},
-             user("2+2?"), "4", None),
-    "olympiadbench": ({"prompt": user("n?"), "solution": ["As $n=2$.", "Otherwise."], "context": None,
-                       "reward_model": {"ground_truth": "$2$", "style": "rule"}},
-                      user("n?"), "$2$", "As $n=2$."),
-    "olympiadbench list": ({"question": "n?", "final_answer": ["$2$", "$3$"], "solution": ["So."]},
-                           user("n?"), "$2$, $3$", "So."),
-    "gsm8k": ({"question": "Price?", "answer": "It is <<700*2=1400>>1,400.\n#### 1,400"},
-              user("Price?"), "1400", "It is <<700*2=1400>>1,400."),
-    "math": ({"problem": "x?", "solution": r"As $x=\frac12$, it is $\boxed{\frac{1}{2}}$."},
-             user("x?"), r"\frac{1}{2}", r"As $x=\frac12$, it is $\boxed{\frac{1}{2}}$."),
-    "math with answer": ({"problem": "x?", "solution": r"Thus \boxed{3}.", "answer": "3.0"},
-                         user("x?"), "3.0", r"Thus \boxed{3}."),
+    "verl": (
+        {"prompt": user("2+2?"), "reward_model": {"ground_truth": "4", "style": "rule"}, "id": "0"},
+        user("2+2?"),
+        "4",
+        None,
+    ),
+    "olympiadbench": (
+        {
+            "prompt": user("n?"),
+            "solution": ["As $n=2$.", "Otherwise."],
+            "context": None,
+            "reward_model": {"ground_truth": "$2$", "style": "rule"},
+        },
+        user("n?"),
+        "$2$",
+        "As $n=2$.",
+    ),
+    "olympiadbench list": (
+        {"question": "n?", "final_answer": ["$2$", "$3$"], "solution": ["So."]},
+        user("n?"),
+        "$2$, $3$",
+        "So.",
+    ),
+    "gsm8k": (
+        {"question": "Price?", "answer": "It is <<700*2=1400>>1,400.\n#### 1,400"},
+        user("Price?"),
+        "1400",
+        "It is <<700*2=1400>>1,400.",
+    ),
+    "math": (
+        {"problem": "x?", "solution": r"As $x=\frac12$, it is $\boxed{\frac{1}{2}}$."},
+        user("x?"),
+        r"\frac{1}{2}",
+        r"As $x=\frac12$, it is $\boxed{\frac{1}{2}}$.",
+    ),
+    "math with answer": (
+        {"problem": "x?", "solution": r"Thus \boxed{3}.", "answer": "3.0"},
+        user("x?"),
+        "3.0",
+        r"Thus \boxed{3}.",
+    ),
     "only a box": ({"question": "x?", "answer": r"\boxed{285}"}, user("x?"), "285", None),
     "prose solution": ({"problem": "Why?", "solution": "Because."}, user("Why?"), None, "Because."),
-    "messages": ({"messages": [*user("2+2?"), {"role": "assistant", "content": r"\boxed{4}, I think."}]},
-                 user("2+2?"), "4", r"\boxed{4}, I think."),
-    "conversation": ({"messages": [{"role": "system", "content": "Be brief."}, *user("a"),
-                                   {"role": "assistant", "content": "b"}, *user("c")]},
-                     [{"role": "system", "content": "Be brief."}, *user("a"),
-                      {"role": "assistant", "content": "b"}, *user("c")], None, None),
+    "messages": (
+        {"messages": [*user("2+2?"), {"role": "assistant", "content": r"\boxed{4}, I think."}]},
+        user("2+2?"),
+        "4",
+        r"\boxed{4}, I think.",
+    ),
+    "conversation": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *user("a"),
+                {"role": "assistant", "content": "b"},
+                *user("c"),
+            ]
+        },
+        [
+            {"role": "system", "content": "Be brief."},
+            *user("a"),
+            {"role": "assistant", "content": "b"},
+            *user("c"),
+        ],
+        None,
+        None,
+    ),
     "alpaca": ({"instruction": "Say hi.", "output": "Hi."}, user("Say hi."), None, "Hi."),
     "number": ({"input": "2+2?", "answer": 4}, user("2+2?"), "4", None),
-    "precedence": ({"input": "no", "problem": "no", "question": "no", "prompt": "yes", "solution": "no",
-                    "ground_truth": "no", "final_answer": "no", "answer": "yes"}, user("yes"), "yes", "no"),
+    "precedence": (
+        {
+            "input": "no",
+            "problem": "no",
+            "question": "no",
+            "prompt": "yes",
+            "solution": "no",
+            "ground_truth": "no",
+            "final_answer": "no",
+            "answer": "yes",
+        },
+        user("yes"),
+        "yes",
+        "no",
+    ),
 }
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @pytest.mark.parametrize("row, messages, answer, solution", ROWS.values(), ids=ROWS)
 def test_columns(tmp_path, suffix, row, messages, answer, solution):
-    example, = load_examples(write(tmp_path / f"data{suffix}", [row]))
+    (example,) = load_examples(write(tmp_path / f"data{suffix}", [row]))
     assert (example.messages, example.answer, example.solution) == (messages, answer, solution)
     assert example.index == 0 and example.sentences is None and example.thoughts is None
 
 
 def test_csv(tmp_path):
-    path = write(tmp_path / "data.csv", [{"question": "2+2?", "answer": 4},
-                                         {"question": '"a, b\nc"', "answer": ""}])
+    path = write(
+        tmp_path / "data.csv",
+        [{"question": "2+2?", "answer": 4}, {"question": '"a, b\nc"', "answer": ""}],
+    )
     first, second = load_examples(path)
     assert (first.messages, first.answer) == (user("2+2?"), "4")
     assert (second.messages, second.answer) == (user("a, b\nc"), None)
@@ -94,7 +155,7 @@ def test_a_gap_does_not_turn_integers_into_floats(tmp_path):
 def test_named_columns_win(tmp_path):
     row = {"prompt": "no", "answer": "no", "task": {"text": "yes"}, "solution": "prose"}
     path = write(tmp_path / "x.jsonl", [row])
-    example, = load_examples(path, prompt_column="task.text", answer_column="solution")
+    (example,) = load_examples(path, prompt_column="task.text", answer_column="solution")
     assert example.messages == user("yes") and example.answer == "prose"
 
 
@@ -121,7 +182,9 @@ def test_a_folder_with_splits(tmp_path):
     def found(split):
         return [e.messages[0]["content"] for e in load_examples(str(tmp_path), split=split)]
 
-    assert found("train") == ["train-00000-of-00001"] and found("validation") == ["data/validation/0"]
+    assert found("train") == ["train-00000-of-00001"] and found("validation") == [
+        "data/validation/0"
+    ]
     said = message_of(tmp_path, split="heldout")
     assert str(tmp_path) in said and "'heldout'" in said and "test, train, validation" in said
     # A file by itself is whole, whatever its name.
@@ -136,7 +199,7 @@ def test_hub(monkeypatch):
         return datasets.Dataset.from_list([{"question": "2+2?", "answer": "#### 4"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    example, = load_examples("openai/gsm8k:main", split="test")
+    (example,) = load_examples("openai/gsm8k:main", split="test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
     assert (example.messages, example.answer) == (user("2+2?"), "4")
 
@@ -147,39 +210,76 @@ def test_hub_failure_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     said = message_of("my-data", split="validation")
-    assert all(part in said for part in ("my-data: no such file", "split 'validation'", "no route to host"))
+    assert all(
+        part in said for part in ("my-data: no such file", "split 'validation'", "no route to host")
+    )
 
 
-@pytest.mark.parametrize("path", ["./data", "../data", "/nowhere/data", "~/nowhere", "data.jsonl",
-                                  "data.parquet", "org/name.json", "name.csv", "a/b/c"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./data",
+        "../data",
+        "/nowhere/data",
+        "~/nowhere",
+        "data.jsonl",
+        "data.parquet",
+        "org/name.json",
+        "name.csv",
+        "a/b/c",
+    ],
+)
 def test_a_missing_path_does_not_ask_the_hub(monkeypatch, tmp_path, path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     assert message_of(path) == f"{path}: no such file or folder; check data.path"
 
 
-@pytest.mark.parametrize("name, text, said", [
-    ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .parquet, .csv"]),
-    ("x.jsonl", "", ["x.jsonl", "no rows"]),
-    ("x.json", "[]", ["x.json", "no rows"]),
-    ("x.csv", "question,answer\n", ["x.csv", "no rows"]),
-    ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n', ["x.jsonl line 3", "malformed JSON"]),
-    ("x.jsonl", '{"prompt": "a"}\n["b"]\n', ["x.jsonl line 2", "not a JSON object"]),
-    ("x.json", '[{"prompt": "a"},\n{"prompt" "b"}]', ["x.json line 2", "malformed JSON"]),
-    ("x.json", '[{"prompt": "a"}, 3]', ["x.json row 2", "not a JSON object"]),
-    ("x.json", '{\n "prompt": "a"\n}', ["x.json line 1", "malformed JSON", "one object per line"]),
-    ("x.jsonl", '{"prompt": "a"}\n{"other": "b"}\n', ["x.jsonl line 2", "no 'prompt'"]),
-    ("x.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', ["x.jsonl line 2", "no 'prompt'"]),
-    ("x.jsonl", '{"prompt": "a"}\n{"prompt": " \\n"}\n', ["x.jsonl line 2", "'prompt' is empty"]),
-    ("x.jsonl", '{"prompt": []}\n', ["x.jsonl line 1", "'prompt' is empty"]),
-    ("x.jsonl", '{"prompt": [{"role": "user"}]}\n', ["x.jsonl line 1", "'prompt'", "role", "content"]),
-    ("x.jsonl", '{"prompt": 3}\n', ["x.jsonl line 1", "'prompt' is neither"]),
-    ("x.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}\n', ["line 1", "'messages' is empty"]),
-    ("x.csv", "question,answer\na,1\nb,2,3\n", ["x.csv row 2", "cells"]),
-    ("x.csv", 'question,answer\na,"1\n', ["x.csv", "cannot be read as .csv"]),
-    ("x.jsonl", '{"text": "a", "label": 1}\n', ["x.jsonl", "text, label", "data.prompt_column"]),
-    ("x.parquet", "not parquet", ["x.parquet", "cannot be read as .parquet"]),
-])
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .parquet, .csv"]),
+        ("x.jsonl", "", ["x.jsonl", "no rows"]),
+        ("x.json", "[]", ["x.json", "no rows"]),
+        ("x.csv", "question,answer\n", ["x.csv", "no rows"]),
+        ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n', ["x.jsonl line 3", "malformed JSON"]),
+        ("x.jsonl", '{"prompt": "a"}\n["b"]\n', ["x.jsonl line 2", "not a JSON object"]),
+        ("x.json", '[{"prompt": "a"},\n{"prompt" "b"}]', ["x.json line 2", "malformed JSON"]),
+        ("x.json", '[{"prompt": "a"}, 3]', ["x.json row 2", "not a JSON object"]),
+        (
+            "x.json",
+            '{\n "prompt": "a"\n}',
+            ["x.json line 1", "malformed JSON", "one object per line"],
+        ),
+        ("x.jsonl", '{"prompt": "a"}\n{"other": "b"}\n', ["x.jsonl line 2", "no 'prompt'"]),
+        ("x.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', ["x.jsonl line 2", "no 'prompt'"]),
+        (
+            "x.jsonl",
+            '{"prompt": "a"}\n{"prompt": " \\n"}\n',
+            ["x.jsonl line 2", "'prompt' is empty"],
+        ),
+        ("x.jsonl", '{"prompt": []}\n', ["x.jsonl line 1", "'prompt' is empty"]),
+        (
+            "x.jsonl",
+            '{"prompt": [{"role": "user"}]}\n',
+            ["x.jsonl line 1", "'prompt'", "role", "content"],
+        ),
+        ("x.jsonl", '{"prompt": 3}\n', ["x.jsonl line 1", "'prompt' is neither"]),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "assistant", "content": "b"}]}\n',
+            ["line 1", "'messages' is empty"],
+        ),
+        ("x.csv", "question,answer\na,1\nb,2,3\n", ["x.csv row 2", "cells"]),
+        ("x.csv", 'question,answer\na,"1\n', ["x.csv", "cannot be read as .csv"]),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": 1}\n',
+            ["x.jsonl", "text, label", "data.prompt_column"],
+        ),
+        ("x.parquet", "not parquet", ["x.parquet", "cannot be read as .parquet"]),
+    ],
+)
 def test_errors_say_what_and_where(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     message = message_of(tmp_path / name)
@@ -197,7 +297,9 @@ def test_errors_of_parquet_rows_and_encodings(tmp_path):
 def test_a_named_column_that_is_missing(tmp_path, key):
     path = write(tmp_path / "x.parquet", [{"question": "a", "answer": "b"}])
     message = message_of(path, **{key: "label"})
-    assert all(part in message for part in (path, "'label'", f"data.{key}", "question, answer")), message
+    assert all(part in message for part in (path, "'label'", f"data.{key}", "question, answer")), (
+        message
+    )
 
 
 def test_an_empty_folder(tmp_path):
@@ -210,29 +312,46 @@ def test_stories():
     made = story(1, 49, "train", 2)
     last = train[-1]
     assert len(train) == 50 and last == train[49] and [e.index for e in train[48:]] == [48, 49]
-    assert last.messages == user(made.prompt) and (last.answer, last.solution) == (made.answer, made.solution)
+    assert last.messages == user(made.prompt) and (last.answer, last.solution) == (
+        made.answer,
+        made.solution,
+    )
     assert (last.sentences, last.thoughts, last.question, last.final) == (
-        made.sentences, made.thoughts, made.question, made.final)
+        made.sentences,
+        made.thoughts,
+        made.question,
+        made.final,
+    )
     with pytest.raises(IndexError):
         train[50]
     heldout = load_examples("stories", split="heldout", size=300, limit=200)
     assert len(heldout) == 200 and len({e.thoughts for e in heldout}) == 200
-    assert not {e.thoughts for e in heldout} & {e.thoughts for e in load_examples("stories", size=3000)}
+    assert not {e.thoughts for e in heldout} & {
+        e.thoughts for e in load_examples("stories", size=3000)
+    }
     assert len(load_examples("stories")) == 20000
-    assert "Check: " in " ".join(e.solution for e in load_examples("stories", size=20, verbose=True))
+    assert "Check: " in " ".join(
+        e.solution for e in load_examples("stories", size=20, verbose=True)
+    )
     assert "split 'test'" in message_of("stories", split="test")
     assert "data.difficulty" in message_of("stories", difficulty=0)
 
 
-TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
-            "{% if enable_thinking %} <think>{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
+    "{% if enable_thinking %} <think>{% endif %}"
+)
 
 
 def make_tokenizer(template=None):
     words = ["[UNK]", "[BOS]", *"abcdefgh", "<user>", "<system>", "<assistant>", "<think>"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("[BOS] $A", special_tokens=[("[BOS]", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[BOS] $A", special_tokens=[("[BOS]", 1)]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="[BOS]")
     fast.chat_template = template
     return fast
@@ -240,9 +359,16 @@ def make_tokenizer(template=None):
 
 @pytest.fixture
 def examples(tmp_path):
-    return load_examples(write(tmp_path / "x.jsonl", [
-        {"prompt": "a b"}, {"prompt": "a b c d e f"},
-        {"prompt": [{"role": "system", "content": "h"}, *user("c")]}]))
+    return load_examples(
+        write(
+            tmp_path / "x.jsonl",
+            [
+                {"prompt": "a b"},
+                {"prompt": "a b c d e f"},
+                {"prompt": [{"role": "system", "content": "h"}, *user("c")]},
+            ],
+        )
+    )
 
 
 def words(tokenizer, prompts):
@@ -260,10 +386,18 @@ def test_plain_prompts(examples):
 
 def test_chat_prompts(examples):
     tokenizer = make_tokenizer(TEMPLATE)
-    prompts, dropped = tokenize_prompts(examples, tokenizer, max_prompt_tokens=99, suffix=" g", system="f")
-    assert words(tokenizer, prompts) == [  # no [BOS]: the template has the word on special tokens
-        "<system> f <user> a b g <assistant>", "<system> f <user> a b c d e f g <assistant>",
-        "<system> f <user> c g <assistant>"] and dropped == 0
+    prompts, dropped = tokenize_prompts(
+        examples, tokenizer, max_prompt_tokens=99, suffix=" g", system="f"
+    )
+    assert (
+        words(tokenizer, prompts)
+        == [  # no [BOS]: the template has the word on special tokens
+            "<system> f <user> a b g <assistant>",
+            "<system> f <user> a b c d e f g <assistant>",
+            "<system> f <user> c g <assistant>",
+        ]
+        and dropped == 0
+    )
     prompts, _ = tokenize_prompts(examples, tokenizer, max_prompt_tokens=99, enable_thinking=True)
     assert words(tokenizer, prompts)[2] == "<system> h <user> c <assistant> <think>"
     prompts, _ = tokenize_prompts(examples, tokenizer, max_prompt_tokens=99, template="plain")
@@ -274,7 +408,9 @@ def test_the_longest_prompt_that_is_kept(examples):
     tokenizer = make_tokenizer()
     assert tokenize_prompts(examples, tokenizer, max_prompt_tokens=7)[1] == 0
     assert tokenize_prompts(examples, tokenizer, max_prompt_tokens=6)[1] == 1
-    with pytest.raises(DataError, match="all 3 .* longer than 2 tokens, .* has 3; raise data.max_prompt_tok"):
+    with pytest.raises(
+        DataError, match="all 3 .* longer than 2 tokens, .* has 3; raise data.max_prompt_tok"
+    ):
         tokenize_prompts(examples, tokenizer, max_prompt_tokens=2)
 
 
@@ -282,7 +418,8 @@ def test_template_errors(examples):
     with pytest.raises(ConfigError, match="data.template=chat.* no chat template"):
         tokenize_prompts(examples, make_tokenizer(), max_prompt_tokens=9, template="chat")
     refusing = make_tokenizer(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a")
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+    )
     with pytest.raises(DataError, match="example 2: the chat template refuses it: no system"):
         tokenize_prompts(examples, refusing, max_prompt_tokens=9)
 
@@ -293,8 +430,10 @@ def test_sampler_visits_every_prompt_once_per_epoch(count, per_step):
     steps = [sampler.indices(step) for step in range(3 * count)]
     assert all(len(step) == per_step for step in steps)
     taken = [i for step in steps for i in step]
-    epochs = [taken[i:i + count] for i in range(0, len(taken), count)]
-    assert len(epochs) == 3 * per_step and all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    epochs = [taken[i : i + count] for i in range(0, len(taken), count)]
+    assert len(epochs) == 3 * per_step and all(
+        sorted(epoch) == list(range(count)) for epoch in epochs
+    )
     if count == 10:
         assert len(set(map(tuple, epochs))) == len(epochs)
 

@@ -1,4 +1,6 @@
-"""Both rollout engines, for real: the same contract, the trainer's log-probs, seeds, stops, and verified weights."""
+"""Both rollout engines, for real: the same contract, the trainer's log-probs, seeds, stops, and
+verified weights."""
+
 import math
 
 import numpy as np
@@ -21,7 +23,9 @@ SAMPLING = Sampling(max_new_tokens=20, stop_ids=(7, 11))
 def engine(request, tiny_models):
     kind = {"vllm": VllmEngine, "hf": HuggingFaceEngine}[request.param]
     config = compose(["rollout.batch_size=16"])
-    made = kind(str(tiny_models["student"]), config, torch.device("cpu"), torch.float32, max_length=128)
+    made = kind(
+        str(tiny_models["student"]), config, torch.device("cpu"), torch.float32, max_length=128
+    )
     yield made
     made.close()
 
@@ -33,8 +37,10 @@ def model(tiny_models):
 
 def requests(count=24, step=1):
     rng = np.random.default_rng(0)
-    return [Request(i, 0, tuple(rng.integers(20, 400, 3 + i % 9).tolist()), sample_seed(0, step, i, 0))
-            for i in range(count)]
+    return [
+        Request(i, 0, tuple(rng.integers(20, 400, 3 + i % 9).tolist()), sample_seed(0, step, i, 0))
+        for i in range(count)
+    ]
 
 
 def everything(model):
@@ -51,7 +57,9 @@ def test_log_probs_are_those_of_the_full_forward(engine, model):
         with torch.no_grad():
             logits = model(torch.tensor([trajectory.token_ids])).logits[0].log_softmax(-1)
         start = len(trajectory.prompt_ids)
-        expected = [float(logits[start + t - 1, token]) for t, token in enumerate(trajectory.completion_ids)]
+        expected = [
+            float(logits[start + t - 1, token]) for t, token in enumerate(trajectory.completion_ids)
+        ]
         np.testing.assert_allclose(trajectory.logprobs, expected, atol=2e-5)
 
 
@@ -84,7 +92,7 @@ def test_greedy_is_the_argmax(engine, model):
         with torch.no_grad():
             best = model(torch.tensor([trajectory.token_ids])).logits[0].argmax(-1)
         start = len(trajectory.prompt_ids)
-        assert trajectory.completion_ids == best[start - 1:-1].tolist()
+        assert trajectory.completion_ids == best[start - 1 : -1].tolist()
 
 
 def test_new_weights_arrive_and_a_tensor_not_sent_is_named(engine, model):
@@ -100,10 +108,16 @@ def test_new_weights_arrive_and_a_tensor_not_sent_is_named(engine, model):
     with torch.no_grad():
         logits = model(torch.tensor([after[0].token_ids])).logits[0].log_softmax(-1)
     start = len(after[0].prompt_ids)
-    np.testing.assert_allclose(after[0].logprobs[0], float(logits[start - 1, after[0].completion_ids[0]]), atol=2e-5)
+    np.testing.assert_allclose(
+        after[0].logprobs[0], float(logits[start - 1, after[0].completion_ids[0]]), atol=2e-5
+    )
 
-    for missing in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
-                    "model.layers.0.self_attn.o_proj.weight"):
+    for missing in (
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+    ):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01)
@@ -114,6 +128,7 @@ def test_new_weights_arrive_and_a_tensor_not_sent_is_named(engine, model):
             @staticmethod
             def load_weights(weights):
                 engine.load_weights((n, stale[n] if n == missing else w) for n, w in weights)
+
         stale = {n: p.detach() / 1.01 for n, p in everything(model)}
         with pytest.raises(SyncError, match=missing.replace(".", r"\.")) as caught:
             sync_weights(Drops, lambda: ((n, p.detach()) for n, p in everything(model)), salt=3)
@@ -121,20 +136,29 @@ def test_new_weights_arrive_and_a_tensor_not_sent_is_named(engine, model):
 
 
 def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(tiny_models, model):
-    """vLLM on a CPU keeps a packed copy of a tied head that a reload of the embedding alone does not touch."""
-    engine = VllmEngine(str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64)
+    """vLLM on a CPU keeps a packed copy of a tied head that a reload of the embedding alone does
+    not touch."""
+    engine = VllmEngine(
+        str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.1)
     names = [(n, p.detach()) for n, p in model.named_parameters()]
     assert "lm_head.weight" not in dict(names)
     with pytest.raises(SyncError, match="lm_head.weight"):
+
         class WithoutHead:
             fingerprints = engine.fingerprints
 
             @staticmethod
             def load_weights(weights):
                 engine.load_weights((n, w) for n, w in weights if n != "lm_head.weight")
-        sync_weights(WithoutHead, lambda: iter([*names, ("lm_head.weight", model.lm_head.weight.detach())]), salt=1)
+
+        sync_weights(
+            WithoutHead,
+            lambda: iter([*names, ("lm_head.weight", model.lm_head.weight.detach())]),
+            salt=1,
+        )
     engine.close()
 
 
@@ -159,12 +183,17 @@ def test_the_hf_sampler_draws_from_the_distribution():
     logits = torch.randn(12) * 1.5
     count = 200_000
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    for sampling in (Sampling(1, temperature=0.7), Sampling(1, top_k=3), Sampling(1, top_p=0.6), Sampling(1, 1.3, 0.8, 5)):
+    for sampling in (
+        Sampling(1, temperature=0.7),
+        Sampling(1, top_k=3),
+        Sampling(1, top_p=0.6),
+        Sampling(1, 1.3, 0.8, 5),
+    ):
         scaled = (logits.double() / sampling.temperature).softmax(-1)
         expected = scaled.clone()
         order = expected.argsort(descending=True)
         if sampling.top_k > 0:
-            expected[order[sampling.top_k:]] = 0
+            expected[order[sampling.top_k :]] = 0
         if sampling.top_p < 1:
             expected /= expected.sum()
             before = expected[order].cumsum(0) - expected[order]
@@ -198,7 +227,9 @@ def test_a_weight_of_zero_is_never_drawn():
 
 
 def test_a_diverged_models_draw_is_a_token_of_the_vocabulary():
-    drawn = invert_cdf(torch.full((2, 130), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64))
+    drawn = invert_cdf(
+        torch.full((2, 130), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64)
+    )
     assert all(0 <= token < 130 for token in drawn.tolist())
 
 
@@ -210,8 +241,14 @@ def test_finished_completions_are_told(engine):
 
 
 def test_seeds_differ_by_step_prompt_sample_and_purpose():
-    seeds = {sample_seed(r, s, p, n, w) for r in (0, 1) for s in (1, 2) for p in (1, 12) for n in (0, 2)
-             for w in ("train", "eval")}
+    seeds = {
+        sample_seed(r, s, p, n, w)
+        for r in (0, 1)
+        for s in (1, 2)
+        for p in (1, 12)
+        for n in (0, 2)
+        for w in ("train", "eval")
+    }
     assert len(seeds) == 32 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -220,7 +257,17 @@ def test_both_engines_decode_the_same_greedy_text(tiny_models):
     ids = tuple(tokenizer("Mia has 34 shells.").input_ids)
     texts = []
     for kind in (VllmEngine, HuggingFaceEngine):
-        engine = kind(str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64)
-        texts.append(engine.generate([Request(0, 0, ids, 0)], Sampling(16, temperature=0.0))[0].completion_ids)
+        engine = kind(
+            str(tiny_models["student"]),
+            compose([]),
+            torch.device("cpu"),
+            torch.float32,
+            max_length=64,
+        )
+        texts.append(
+            engine.generate([Request(0, 0, ids, 0)], Sampling(16, temperature=0.0))[
+                0
+            ].completion_ids
+        )
         engine.close()
     assert texts[0] == texts[1]

@@ -1,4 +1,6 @@
-"""Layouts: the golden mask of methods.md, random ones against an oracle that loops over every pair, other schedules."""
+"""Layouts: the golden mask of methods.md, random ones against an oracle that loops over every pair,
+other schedules."""
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,9 @@ def oracle(source, targets):
                 mask[row, column] = row >= column
             else:
                 token = row - count
-                segment = owner[min(token + 1, len(owner) - 1)]  # of the token that the row predicts
-                mask[row, column] = column < sum(source[:segment + 1])
+                # of the token that the row predicts
+                segment = owner[min(token + 1, len(owner) - 1)]
+                mask[row, column] = column < sum(source[: segment + 1])
     return mask, [*range(count), *range(sum(targets))]
 
 
@@ -90,10 +93,20 @@ def test_a_long_layout_is_built_without_python_loops():
     lengths = [10] * 400
     mask = grouped(lengths, lengths).mask()
     assert mask.shape == (8000, 8000) and torch.from_numpy(mask).sum() == (
-        8 * 10**6 + 2000 + 8 * 10**6 + 2000 + sum(10 * min(10 * (j + 1), 4000) for j in range(400)) + 10 * 399)
+        8 * 10**6
+        + 2000
+        + 8 * 10**6
+        + 2000
+        + sum(10 * min(10 * (j + 1), 4000) for j in range(400))
+        + 10 * 399
+    )
 
 
-SEGMENTS, OPENING, WRITTEN = [[1, 2], [3], [4, 5], [6]], [[10], [11, 12]], [[20, 21], [22], [30, 31, 32]]
+SEGMENTS, OPENING, WRITTEN = (
+    [[1, 2], [3], [4, 5], [6]],
+    [[10], [11, 12]],
+    [[20, 21], [22], [30, 31, 32]],
+)
 
 
 def test_what_was_read_and_written_is_laid_out():
@@ -105,7 +118,9 @@ def test_what_was_read_and_written_is_laid_out():
     expected = grouped([2, 1, 2, 1], [1, 2, 2, 1, 3], 3)
     np.testing.assert_array_equal(fields["layout"].table(), expected.table())
     assert fields["layout"].offset == 3
-    np.testing.assert_array_equal(arrange("batch", SEGMENTS, OPENING, WRITTEN)["layout"].mask(), batch(6, 9).mask())
+    np.testing.assert_array_equal(
+        arrange("batch", SEGMENTS, OPENING, WRITTEN)["layout"].mask(), batch(6, 9).mask()
+    )
 
 
 def test_interleaved_tokens_are_in_order_of_arrival():

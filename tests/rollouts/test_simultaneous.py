@@ -1,4 +1,6 @@
-"""Simultaneous generation: its log-probs under one masked forward, its decisions against a row read alone."""
+"""Simultaneous generation: its log-probs under one masked forward, its decisions against a row read
+alone."""
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,16 @@ STARTS[STOP] = True
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.4)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.4,
+    )
     folder = tmp_path_factory.mktemp("model")
     Qwen3ForCausalLM(config).save_pretrained(folder)
     settings = compose(["recipe=proactivellm", f"model.path={folder}", "rollout.batch_size=16"])
@@ -34,37 +44,67 @@ def requests(count: int = 9) -> list[Request]:
     for index in range(count):
         lengths = [rng.integers(1, 4) for _ in range(2 + index % 7)]
         segments = tuple(tuple(rng.integers(2, VOCAB, n).tolist()) for n in lengths)
-        made.append(Request(index, 0, tuple(t for s in segments for t in s), seed=index, segments=segments,
-                            opening=((2, 3)[:1 + index % 2],)))
+        made.append(
+            Request(
+                index,
+                0,
+                tuple(t for s in segments for t in s),
+                seed=index,
+                segments=segments,
+                opening=((2, 3)[: 1 + index % 2],),
+            )
+        )
     return made
 
 
 def sampling(head, **options) -> Sampling:
-    return Sampling(**{"max_new_tokens": 12, "stop_ids": (STOP,), "head": head, "word_starts": STARTS} | options)
+    return Sampling(
+        **{"max_new_tokens": 12, "stop_ids": (STOP,), "head": head, "word_starts": STARTS} | options
+    )
 
 
 def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[int]]:
-    """Tokens and reads of one row, written out: a full masked forward for every proposal, greedy."""
+    """Tokens and reads of one row, written out: a full masked forward for every proposal,
+    greedy."""
     ends = np.cumsum([len(s) for s in request.segments])
     opening = [t for part in request.opening for t in part]
     tokens, reads, read, waited, words = [], [], 1, 1, 0
     while len(tokens) < options.max_new_tokens:
         had = [ends[0]] * len(opening) + [ends[r] for r in reads] + [ends[read]]
-        layout = from_visible(ends[-1], had)  # of one token more: its place is what the last row predicts
+        # of one token more: its place is what the last row predicts
+        layout = from_visible(ends[-1], had)
         ids = [*request.prompt_ids, *opening, *tokens, 0]
         hidden = masked_states(engine.model, ids, layout)[-2]
         logits = engine.model.lm_head(hidden).float()
         proposal = int(logits.argmax())
         begins = bool(STARTS[proposal]) or not tokens
-        state = State(logits[None], torch.tensor([read]), torch.tensor([words if begins else words - 1]),
-                      torch.tensor([read == len(ends) - 1]), torch.tensor([begins or not options.whole_words]))
+        state = State(
+            logits[None],
+            torch.tensor([read]),
+            torch.tensor([words if begins else words - 1]),
+            torch.tensor([read == len(ends) - 1]),
+            torch.tensor([begins or not options.whole_words]),
+        )
         if options.head.needs_attention:
             state.attention = by_unit(engine, ids, layout, ends)[:, None]
-        lag, fixed = read - int(state.written), name_of(options.head) in ("batch", "wait_k", "ratio")
-        write = (read == len(ends) - 1 or (options.whole_words and not begins)
-                 or (fixed and bool(options.head.writes(state)[0])) or (not fixed and lag >= options.min_lag and (
-                     bool(options.head.writes(state)[0]) or waited >= (options.max_reads or 99)
-                     or lag >= (options.max_lag or 99))))
+        lag, fixed = (
+            read - int(state.written),
+            name_of(options.head) in ("batch", "wait_k", "ratio"),
+        )
+        write = (
+            read == len(ends) - 1
+            or (options.whole_words and not begins)
+            or (fixed and bool(options.head.writes(state)[0]))
+            or (
+                not fixed
+                and lag >= options.min_lag
+                and (
+                    bool(options.head.writes(state)[0])
+                    or waited >= (options.max_reads or 99)
+                    or lag >= (options.max_lag or 99)
+                )
+            )
+        )
         if not write:
             read, waited = read + 1, waited + 1
             continue
@@ -85,20 +125,39 @@ def by_unit(engine, ids, layout, ends) -> torch.Tensor:
     before = engine.model.config._attn_implementation
     engine.model.set_attn_implementation("eager")
     mask = additive(torch.from_numpy(layout.mask()), torch.float32)[None, None]
-    output = engine.model(input_ids=torch.tensor([ids]), attention_mask=mask,
-                          position_ids=torch.from_numpy(layout.positions())[None], output_attentions=True)
+    output = engine.model(
+        input_ids=torch.tensor([ids]),
+        attention_mask=mask,
+        position_ids=torch.from_numpy(layout.positions())[None],
+        output_attentions=True,
+    )
     engine.model.set_attn_implementation(before)
     rows = torch.stack([layer[0, :, -2] for layer in output.attentions])
     return torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
 
 
-HEADS_TRIED = [("entropy", 1.5), ("entropy", 0.0), ("attention", 0.8), ("edatt", 0.4), ("wait_k", 2), ("ratio", 1.5),
-               ("batch", 0)]
+HEADS_TRIED = [
+    ("entropy", 1.5),
+    ("entropy", 0.0),
+    ("attention", 0.8),
+    ("edatt", 0.4),
+    ("wait_k", 2),
+    ("ratio", 1.5),
+    ("batch", 0),
+]
 
 
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
-@pytest.mark.parametrize("extra", [{}, {"max_reads": 2}, {"whole_words": False}, {"min_lag": 2, "max_lag": 3},
-                                   {"min_lag": 2, "max_reads": 1}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"max_reads": 2},
+        {"whole_words": False},
+        {"min_lag": 2, "max_lag": 3},
+        {"min_lag": 2, "max_reads": 1},
+    ],
+)
 def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
     options = sampling(HEADS.resolve(name)(setting), temperature=0.0, **extra)
     asked = requests()
@@ -114,7 +173,9 @@ def test_log_probs_are_those_of_one_masked_forward(engine, name, setting):
     asked = requests()
     for made in engine.generate(asked, sampling(HEADS.resolve(name)(setting))):
         hidden = masked_states(engine.model, made.token_ids, made.layout)
-        logprobs = engine.model.lm_head(hidden).float().log_softmax(-1)[len(made.prompt_ids) - 1:-1]
+        logprobs = (
+            engine.model.lm_head(hidden).float().log_softmax(-1)[len(made.prompt_ids) - 1 : -1]
+        )
         exact = logprobs.gather(-1, torch.tensor(made.completion_ids)[:, None])[:, 0].numpy()
         own = made.sampled_mask
         assert own.sum() > 0 and np.abs(exact - made.logprobs)[own].max() < 1e-5
@@ -124,10 +185,13 @@ def test_wait_k_reads_k_units_ahead_of_the_words(engine):
     options = sampling(HEADS.resolve("wait_k")(2), temperature=0.0)
     for request, made in zip(requests(), engine.generate(requests(), options)):
         own, words = made.sampled_mask, -1
-        for place, (token, read) in enumerate(zip(np.asarray(made.completion_ids)[own], made.reads[own])):
+        for place, (token, read) in enumerate(
+            zip(np.asarray(made.completion_ids)[own], made.reads[own])
+        ):
             begins = bool(STARTS[token]) or place == 0
             words += begins
-            if begins:  # more of the source may turn a new word that was proposed into more of the old one
+            # more of the source may turn a new word that was proposed into more of the old one
+            if begins:
                 assert read == min(2 + words, len(request.segments) - 1)
 
 
@@ -148,7 +212,7 @@ def test_attention_by_unit_is_that_of_the_masked_forward(engine):
         layout = from_visible(ends[-1], [ends[0]] * len(opening) + [ends[int(read)]])
         expected = by_unit(engine, [*request.prompt_ids, *opening, 0], layout, ends)
         assert torch.allclose(attention[:, 0], expected, atol=1e-5)
-        assert expected[..., int(read):].abs().max() == 0 if int(read) < len(ends) - 1 else True
+        assert expected[..., int(read) :].abs().max() == 0 if int(read) < len(ends) - 1 else True
     assert len(made.completion_ids) == len(request.opening[0]) + 1
 
 
@@ -158,13 +222,19 @@ def test_a_recorder_keeps_the_scores_with_all_read(engine):
     begun = [STARTS[np.asarray(t.completion_ids)[t.sampled_mask]] for t in made]
     assert len(recorder.scores) == sum(int(b[1:].sum()) + 1 for b in begun)  # words, not tokens
     assert len(recorder.scores) < sum(map(len, begun))
-    assert all((t.reads[t.sampled_mask] == len(r.segments) - 1).all() for t, r in zip(made, requests()))
-    assert recorder.quantile(0) == min(recorder.scores) and recorder.quantile(1) == max(recorder.scores)
+    assert all(
+        (t.reads[t.sampled_mask] == len(r.segments) - 1).all() for t, r in zip(made, requests())
+    )
+    assert recorder.quantile(0) == min(recorder.scores) and recorder.quantile(1) == max(
+        recorder.scores
+    )
 
 
 def test_scores_of_attention_by_hand():
-    attention = torch.tensor([[[[0.1, 0.3, 0.0]], [[0.2, 0.1, 0.1]]],  # [2 layers, 2 rows, 1 head, 3 units]
-                              [[[0.3, 0.1, 0.0]], [[0.2, 0.1, 0.3]]]])
+    # [2 layers, 2 rows, 1 head, 3 units]
+    attention = torch.tensor(
+        [[[[0.1, 0.3, 0.0]], [[0.2, 0.1, 0.1]]], [[[0.3, 0.1, 0.0]], [[0.2, 0.1, 0.3]]]]
+    )
     state = State(None, torch.tensor([2, 3]), None, None, None, attention)
     newest = HEADS.resolve("edatt")(0.45).score(state)
     assert newest.tolist() == pytest.approx([0.4 / 0.8, 0.4 / 1.0])
@@ -172,8 +242,10 @@ def test_scores_of_attention_by_hand():
     assert HEADS.resolve("attention")(0.5).score(state).tolist() == pytest.approx([0.7, 0.75])
 
 
-@pytest.mark.parametrize("name, setting", [
-    ("entropy", -0.1), ("attention", 1.5), ("edatt", -0.1), ("wait_k", 0), ("ratio", 0)])
+@pytest.mark.parametrize(
+    "name, setting",
+    [("entropy", -0.1), ("attention", 1.5), ("edatt", -0.1), ("wait_k", 0), ("ratio", 0)],
+)
 def test_a_setting_out_of_range(name, setting):
     with pytest.raises(ConfigError, match=f"proactive.setting={setting:g} must be"):
         HEADS.resolve(name)(setting)

@@ -1,4 +1,6 @@
-"""The generated translation: its rules, its schedule against a search over all sentences, its splits, its data set."""
+"""The generated translation: its rules, its schedule against a search over all sentences, its
+splits, its data set."""
+
 import os
 import subprocess
 import sys
@@ -44,7 +46,9 @@ def test_sentences_follow_the_rules():
         made = translation(3, index, "train")
         cut = phrases(made.source)
         assert made.target.split() == translate(made.source)
-        assert made.schedule == ideal_schedule(made.source) and len(made.schedule) == len(made.target.split())
+        assert made.schedule == ideal_schedule(made.source) and len(made.schedule) == len(
+            made.target.split()
+        )
         assert all(len(set(phrase)) == len(phrase) for phrase in cut)
         modifiers.update(len(phrase) - 1 for phrase in cut)
         lengths[len(cut)] += 1
@@ -55,9 +59,15 @@ def test_sentences_follow_the_rules():
 
 
 def test_the_schedule_is_the_shortest_source_that_determines_the_target():
-    """Over every sentence of a smaller language: what all the sentences that go on alike have in common."""
+    """Over every sentence of a smaller language: what all the sentences that go on alike have in
+    common."""
     nouns, modifiers = list(NOUNS)[:2], list(MODIFIERS)[:2]
-    every = [[*before, noun] for count in range(3) for before in permutations(modifiers, count) for noun in nouns]
+    every = [
+        [*before, noun]
+        for count in range(3)
+        for before in permutations(modifiers, count)
+        for noun in nouns
+    ]
     sentences = [sum(chosen, []) for count in (2, 3, 4) for chosen in product(every, repeat=count)]
     common: dict = {}  # by the words read: the target words that are the same in all sentences
     for words in sentences:
@@ -68,7 +78,9 @@ def test_the_schedule_is_the_shortest_source_that_determines_the_target():
     assert len(sentences) == 11100
     for words in sentences:
         known = [len(common[tuple(words[:read])]) for read in range(len(words) + 1)]
-        shortest = tuple(next(read for read, count in enumerate(known) if count > t) for t in range(len(words)))
+        shortest = tuple(
+            next(read for read, count in enumerate(known) if count > t) for t in range(len(words))
+        )
         assert ideal_schedule(" ".join(words)) == shortest
 
 
@@ -82,23 +94,35 @@ def test_splits_share_no_source():
     held_out = {translation(seed, i, "heldout").source for seed in (0, 1) for i in range(1000)}
     train = {seed: {translation(seed, i, "train").source for i in range(5000)} for seed in (0, 2)}
     assert len(held_out) > 1950 and min(map(len, train.values())) > 4950
-    assert train[0] & train[2]  # short and bare sentences do come again: within a split, and only there
+    # short and bare sentences do come again: within a split, and only there
+    assert train[0] & train[2]
     assert not (train[0] | train[2]) & held_out
 
 
 def test_the_same_in_every_process_and_for_ever():
-    assert translation(0, 1, "heldout") == translation(0, 1, "heldout") != translation(1, 1, "heldout")
+    assert (
+        translation(0, 1, "heldout") == translation(0, 1, "heldout") != translation(1, 1, "heldout")
+    )
     expected = [translation(5, i, split) for split in ("train", "heldout") for i in (0, 7)]
-    code = ("from rollouts.translation import translation\n"
-            "print([translation(5, i, s) for s in ('train', 'heldout') for i in (0, 7)])")
+    code = (
+        "from rollouts.translation import translation\n"
+        "print([translation(5, i, s) for s in ('train', 'heldout') for i in (0, 7)])"
+    )
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env).strip() == repr(expected)
+    assert subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env=env
+    ).strip() == repr(expected)
     # Results are comparable only while these stay as they are.
     assert [translation(0, i, "heldout").source for i in range(2)] == [
-        "nebi lage nuna soda gota", "nako bibe bodo tolo"]
+        "nebi lage nuna soda gota",
+        "nako bibe bodo tolo",
+    ]
     made = translation(0, 3, "train")
     assert (made.source, made.target, made.schedule) == (
-        "rula mosi neke seni lade kimo damo", "rarin fahun luros ruros riret livas felam", (1, 6, 6, 6, 6, 6, 7))
+        "rula mosi neke seni lade kimo damo",
+        "rarin fahun luros ruros riret livas felam",
+        (1, 6, 6, 6, 6, 6, 7),
+    )
 
 
 def test_the_data_set():
@@ -114,10 +138,17 @@ def test_the_data_set():
     assert len(load_examples("translation")) == 20000
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: load_examples("translation", split="test"), "no split 'test'; use one of: train, heldout"),
-    (lambda: ideal_schedule(f"{next(iter(NOUNS))} horse"), "'horse' is no word"),
-    (lambda: ideal_schedule(next(iter(MODIFIERS))), "has no noun")])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (
+            lambda: load_examples("translation", split="test"),
+            "no split 'test'; use one of: train, heldout",
+        ),
+        (lambda: ideal_schedule(f"{next(iter(NOUNS))} horse"), "'horse' is no word"),
+        (lambda: ideal_schedule(next(iter(MODIFIERS))), "has no noun"),
+    ],
+)
 def test_errors(call, said):
     with pytest.raises(DataError, match=said) as error:
         call()

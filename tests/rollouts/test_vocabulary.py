@@ -1,4 +1,5 @@
 """Heads with more rows than the tokenizer has tokens, and tokenizers with holes in their ids."""
+
 import json
 import shutil
 
@@ -21,14 +22,19 @@ def padded(tmp_path_factory):
     """A student and a teacher of random weights, half of whose rows no token has."""
     folder = tmp_path_factory.mktemp("padded")
     for name, end, seed in (("student", "<|endoftext|>", 1), ("teacher", "<|im_end|>", 2)):
-        initialise(folder / name, TinyModel(end=end, steps=0, seed=seed, hidden=64, layers=2, vocab_size=ROWS))
+        initialise(
+            folder / name,
+            TinyModel(end=end, steps=0, seed=seed, hidden=64, layers=2, vocab_size=ROWS),
+        )
     return folder
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
 def engine(request, padded):
     kind = {"hf": HuggingFaceEngine, "vllm": VllmEngine}[request.param]
-    made = kind(str(padded / "student"), compose([]), torch.device("cpu"), torch.float32, max_length=64)
+    made = kind(
+        str(padded / "student"), compose([]), torch.device("cpu"), torch.float32, max_length=64
+    )
     yield made
     made.close()
 
@@ -51,7 +57,7 @@ def test_only_tokens_of_the_tokenizer_are_drawn(engine, padded, temperature):
 def test_log_probs_are_over_the_tokens_alone(engine, padded):
     vocab = token_count(AutoTokenizer.from_pretrained(padded / "student"))
     model = AutoModelForCausalLM.from_pretrained(padded / "student", dtype=torch.float32)
-    one, = engine.generate(requests(1), Sampling(12, vocab=vocab))
+    (one,) = engine.generate(requests(1), Sampling(12, vocab=vocab))
     with torch.no_grad():
         logits = model(torch.tensor([[5, 6, 7, *one.completion_ids]])).logits[0, 2:-1, :vocab]
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(one.completion_ids)[:, None])[:, 0]
@@ -61,10 +67,18 @@ def test_log_probs_are_over_the_tokens_alone(engine, padded):
 @pytest.mark.parametrize("sampler", ["hf", "vllm"])
 def test_a_run_with_padded_heads(padded, overrides, run_command, tmp_path, sampler):
     """It died in the kernels at the first id that the tokenizer does not have."""
-    done = run_command("train.py", *overrides(model__path=padded / "student", teacher__path=padded / "teacher",
-                                              rollout__engine=sampler))
+    done = run_command(
+        "train.py",
+        *overrides(
+            model__path=padded / "student",
+            teacher__path=padded / "teacher",
+            rollout__engine=sampler,
+        ),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     gaps = [row["mismatch/logp_abs_mean"] for row in rows if "train/loss" in row]
     assert len(gaps) == 2 and max(gaps) < 1e-5
 
@@ -87,6 +101,12 @@ def test_a_tokenizer_with_holes(padded, overrides, run_command, tmp_path):
             (folder / config).write_text(json.dumps(values))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert tokenizer.eos_token_id == 900 > len(tokenizer) and token_count(tokenizer) == 902
-    done = run_command("train.py", *overrides(model__path=tmp_path / "student", teacher__path=tmp_path / "teacher",
-                                              rollout__engine="hf"))
+    done = run_command(
+        "train.py",
+        *overrides(
+            model__path=tmp_path / "student",
+            teacher__path=tmp_path / "teacher",
+            rollout__engine="hf",
+        ),
+    )
     assert done.returncode == 0, done.stderr[-2000:]

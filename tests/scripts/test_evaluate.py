@@ -1,21 +1,41 @@
-"""`scripts.evaluate` with `mode`, on a streaming model with random weights; without it, tests/trainers/test_run.py."""
+"""`scripts.evaluate` with `mode`, on a streaming model with random weights; without it,
+tests/trainers/test_run.py."""
+
 import json
 
 import pytest
 
 from scripts.evaluate import main
 
-FIGURES = {"streaming_length_mean", "deep_length_mean", "skip_frac", "wait_tokens", "latency_s", "seconds_per_token"}
+FIGURES = {
+    "streaming_length_mean",
+    "deep_length_mean",
+    "skip_frac",
+    "wait_tokens",
+    "latency_s",
+    "seconds_per_token",
+}
 
 
 @pytest.fixture
 def evaluate(streaming_model, capsys):
     def run(*arguments) -> dict:
-        status = main([f"model={streaming_model}", "data=stories", "k=2", "size=5", "max_new_tokens=9",
-                       "data.distractors=2", "streaming.max_thought_tokens=5", *arguments])
+        status = main(
+            [
+                f"model={streaming_model}",
+                "data=stories",
+                "k=2",
+                "size=5",
+                "max_new_tokens=9",
+                "data.distractors=2",
+                "streaming.max_thought_tokens=5",
+                *arguments,
+            ]
+        )
         printed = capsys.readouterr()
         assert status == 0, printed.err
         return json.loads(printed.out.splitlines()[-1])
+
     return run
 
 
@@ -25,13 +45,18 @@ def test_both_modes(evaluate):
     for found in (streaming, first):
         assert FIGURES <= set(found) and 0 <= found["avg@2"] <= found["pass@2"] <= 1
         assert found["prompts"] == 5 and found["samples"] == 2 and found["seconds_per_token"] == 0.1
-        assert 1 <= found["deep_length_mean"] <= 9 and found["streaming_length_mean"] > found["skip_frac"]
+        assert (
+            1 <= found["deep_length_mean"] <= 9
+            and found["streaming_length_mean"] > found["skip_frac"]
+        )
     assert (streaming["mode"], first["mode"]) == ("streaming", "read_then_think")
     assert streaming["wait_tokens"] < first["wait_tokens"]
-    # All of the thinking is exposed if reading comes first, less the answer's tokens after its first.
+    # All of the thinking is exposed if reading comes first, less the answer's tokens after its
+    # first.
     whole = 0.1 * (first["streaming_length_mean"] + first["deep_length_mean"])
     assert whole - 0.9 < first["latency_s"] <= whole + 1e-9
-    # 5 tokens are written in half a second, while two words come: what is streamed is hidden but for the last thought.
+    # 5 tokens are written in half a second, while two words come: what is streamed is hidden but
+    # for the last thought.
     assert streaming["latency_s"] <= 0.1 * (5 + streaming["deep_length_mean"]) + 1e-9
 
 
@@ -41,13 +66,28 @@ def test_measured_speed_and_interleaved(evaluate):
     assert not FIGURES & set(evaluate("engine=hf", "size=2"))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["mode=stream"], "mode=stream is not known; did you mean 'streaming'?"),
-    (["mode=batch"], "mode=batch is not known; one of: read_then_think, simultaneous, streaming"),
-    (["mode=streaming", "engine=hf"], "rollout.engine=hf cannot sample with streaming.layout=grouped"),
-    (["mode=streaming", "data.distractor=1"], "there is no key 'data.distractor'; did you mean 'data.distractors'?"),
-    (["mode=streaming", "fast"], "'fast' is not KEY=VALUE; see python -m scripts.evaluate's first lines"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mode=stream"], "mode=stream is not known; did you mean 'streaming'?"),
+        (
+            ["mode=batch"],
+            "mode=batch is not known; one of: read_then_think, simultaneous, streaming",
+        ),
+        (
+            ["mode=streaming", "engine=hf"],
+            "rollout.engine=hf cannot sample with streaming.layout=grouped",
+        ),
+        (
+            ["mode=streaming", "data.distractor=1"],
+            "there is no key 'data.distractor'; did you mean 'data.distractors'?",
+        ),
+        (
+            ["mode=streaming", "fast"],
+            "'fast' is not KEY=VALUE; see python -m scripts.evaluate's first lines",
+        ),
+    ],
+)
 def test_mistakes_are_one_line(arguments, message, streaming_model, capsys):
     assert main([f"model={streaming_model}", "data=stories", *arguments]) == 1
     printed = capsys.readouterr()
@@ -56,4 +96,7 @@ def test_mistakes_are_one_line(arguments, message, streaming_model, capsys):
 
 def test_a_model_without_the_protocol(tiny_models, capsys):
     assert main([f"model={tiny_models['student']}", "data=stories", "mode=streaming"]) == 1
-    assert "has no token <SEP>, which streaming needs; run recipe=streaming_sft first" in capsys.readouterr().err
+    assert (
+        "has no token <SEP>, which streaming needs; run recipe=streaming_sft first"
+        in capsys.readouterr().err
+    )

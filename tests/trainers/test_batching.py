@@ -1,4 +1,5 @@
 """Packing: every token once, budgets kept, what goes in comes out."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,15 @@ def trajectories(count=40, seed=0):
     made = []
     for index in range(count):
         completion = rng.integers(3, 99, rng.integers(1, 30)).tolist()
-        made.append(Trajectory(index, 0, rng.integers(3, 99, rng.integers(1, 30)).tolist(), completion, "stop"))
-        made[-1].annotations = {"mask": rng.random(len(completion)) > 0.2,
-                                "wide": rng.random((len(completion), 3)).astype(np.float32)}
+        made.append(
+            Trajectory(
+                index, 0, rng.integers(3, 99, rng.integers(1, 30)).tolist(), completion, "stop"
+            )
+        )
+        made[-1].annotations = {
+            "mask": rng.random(len(completion)) > 0.2,
+            "wide": rng.random((len(completion), 3)).astype(np.float32),
+        }
     return made
 
 

@@ -1,4 +1,5 @@
 """Checkpoints: only whole ones count, and a broken one is named."""
+
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from trainers.tracking import keep_through
 
 
 class Writes:
-    """Stands where the policy engine stands in `checkpoint.save`: it writes files of known content."""
+    """Stands where the policy engine stands in `checkpoint.save`: it writes files of known
+    content."""
 
     def __init__(self, fail=False):
         self.fail = fail
@@ -64,13 +66,16 @@ def test_without_a_checkpoint_auto_starts_and_a_path_is_refused(tmp_path):
         checkpoint.find(str(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda p: (p / "state" / "weights.pt").write_bytes(b"x" * 1000), "weights.pt is corrupt"),
-    (lambda p: (p / "state" / "weights.pt").write_bytes(b"w" * 10), "weights.pt is corrupt"),
-    (lambda p: (p / "model" / "config.json").unlink(), "config.json is missing"),
-    (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: (p / "state" / "weights.pt").write_bytes(b"x" * 1000), "weights.pt is corrupt"),
+        (lambda p: (p / "state" / "weights.pt").write_bytes(b"w" * 10), "weights.pt is corrupt"),
+        (lambda p: (p / "model" / "config.json").unlink(), "config.json is missing"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
+    ],
+)
 def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, message):
     folder = save(tmp_path, 2)
     damage(folder)

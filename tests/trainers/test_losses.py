@@ -1,4 +1,5 @@
 """The three primitives against autograd of the formula, and the stop modes, on a toy head."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,11 +25,23 @@ def toy():
     hidden, teacher_hidden = make(T, H).requires_grad_(), make(T, HT)
     targets = torch.randint(V, (T,))
     mask = torch.rand(T) > 0.3
-    teacher_logprobs = (teacher_hidden @ teacher.weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    notes = {"mask": mask, "teacher_logprobs": teacher_logprobs, "teacher_hidden": teacher_hidden,
-             "advantages": make(T), "ce_weights": torch.rand(T, dtype=torch.float64)}
-    return SimpleNamespace(head=head, teacher=teacher, hidden=hidden, mask=mask,
-                           batch=SimpleNamespace(targets=targets, mask=mask, annotations=notes))
+    teacher_logprobs = (
+        (teacher_hidden @ teacher.weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    )
+    notes = {
+        "mask": mask,
+        "teacher_logprobs": teacher_logprobs,
+        "teacher_hidden": teacher_hidden,
+        "advantages": make(T),
+        "ce_weights": torch.rand(T, dtype=torch.float64),
+    }
+    return SimpleNamespace(
+        head=head,
+        teacher=teacher,
+        hidden=hidden,
+        mask=mask,
+        batch=SimpleNamespace(targets=targets, mask=mask, annotations=notes),
+    )
 
 
 def gradients(toy, loss):
@@ -48,12 +61,20 @@ def test_policy_gradient_is_reinforce_with_the_token_reward(toy, name, fused):
     toy.batch.annotations = notes
     sampled = logprobs(toy).gather(-1, toy.batch.targets[:, None])[:, 0]
     lp, lq = notes["teacher_logprobs"], sampled.detach()
-    r = {"power": lp.exp() ** 3 - lq.exp() ** 3, "log_ratio": lp - lq, "clip": (lp - lq).clamp(-0.5, 0.5),
-         "tanh": torch.tanh((lp - lq) / 5)}[name]
+    r = {
+        "power": lp.exp() ** 3 - lq.exp() ** 3,
+        "log_ratio": lp - lq,
+        "clip": (lp - lq).clamp(-0.5, 0.5),
+        "tanh": torch.tanh((lp - lq) / 5),
+    }[name]
     expected = gradients(toy, -(sampled * r * toy.mask).sum() / 7)
     if not fused:
         plain = reward
-        reward = type("Custom", (), {"fused": None, "window": False, "__call__": lambda self, a, b: plain(a, b)})()
+        reward = type(
+            "Custom",
+            (),
+            {"fused": None, "window": False, "__call__": lambda self, a, b: plain(a, b)},
+        )()
     output = Loss(policy_gradient=True, reward=reward)(toy.head, toy.hidden, toy.batch, 7.0)
     torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-10, rtol=1e-8)
     torch.testing.assert_close(output["rewards"][toy.mask], r[toy.mask], atol=1e-10, rtol=1e-8)
@@ -62,12 +83,16 @@ def test_policy_gradient_is_reinforce_with_the_token_reward(toy, name, fused):
 def test_cross_entropy_and_policy_gradient_add_up(toy):
     notes = toy.batch.annotations
     sampled = logprobs(toy).gather(-1, toy.batch.targets[:, None])[:, 0]
-    expected = gradients(toy, -(sampled * (notes["advantages"] + notes["ce_weights"]) * toy.mask).sum() / 5)
+    expected = gradients(
+        toy, -(sampled * (notes["advantages"] + notes["ce_weights"]) * toy.mask).sum() / 5
+    )
     output = Loss(policy_gradient=True, cross_entropy=True)(toy.head, toy.hidden, toy.batch, 5.0)
     torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-10, rtol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "power", "topk_teacher", "topk_student"])
+@pytest.mark.parametrize(
+    "kind", ["reverse_kl", "forward_kl", "jsd", "power", "topk_teacher", "topk_student"]
+)
 def test_divergences_are_the_formula_on_full_distributions(toy, kind):
     ls = logprobs(toy)
     lt = (toy.batch.annotations["teacher_hidden"] @ toy.teacher.weight.T).log_softmax(-1)
@@ -83,26 +108,42 @@ def test_divergences_are_the_formula_on_full_distributions(toy, kind):
         options["beta"] = 0.5
     elif kind == "power":
         a = 2.0
-        values = (q ** (a + 1) - (a + 1) * q * p**a + a * p ** (a + 1)).sum(-1) / (a + 1)  # alpha * B
+        # alpha * B
+        values = (q ** (a + 1) - (a + 1) * q * p**a + a * p ** (a + 1)).sum(-1) / (a + 1)
         options |= {"alpha": a, "normalization": "none"}
     else:
         support = (lt if kind == "topk_teacher" else ls.detach()).topk(4).indices
         s, t = (x.gather(-1, support) for x in (ls, lt))
         s, t = s - s.logsumexp(-1, keepdim=True), t - t.logsumexp(-1, keepdim=True)
         values = (s.exp() * (s - t)).sum(-1)
-        options = {"divergence": "reverse_kl", "top_k": 4, "support": kind[5:], "tail": "renormalize"}
+        options = {
+            "divergence": "reverse_kl",
+            "top_k": 4,
+            "support": kind[5:],
+            "tail": "renormalize",
+        }
     expected = gradients(toy, (values * toy.mask).sum() / 7)
-    output = Loss(divergence=options, teacher_head=toy.teacher)(toy.head, toy.hidden, toy.batch, 7.0)
+    output = Loss(divergence=options, teacher_head=toy.teacher)(
+        toy.head, toy.hidden, toy.batch, 7.0
+    )
     torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-8, rtol=1e-6)
-    torch.testing.assert_close(output["divergence"][toy.mask], values.detach()[toy.mask], atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        output["divergence"][toy.mask], values.detach()[toy.mask], atol=1e-8, rtol=1e-6
+    )
 
 
 STOP, TEACHER_STOP = 9, 8
 
 
-@pytest.mark.parametrize("mode, mask, target, teacher_target", [
-    ("raw", True, STOP, STOP), ("mask", False, STOP, STOP), ("relabel", True, TEACHER_STOP, TEACHER_STOP),
-    ("cross_eos", True, STOP, TEACHER_STOP)])
+@pytest.mark.parametrize(
+    "mode, mask, target, teacher_target",
+    [
+        ("raw", True, STOP, STOP),
+        ("mask", False, STOP, STOP),
+        ("relabel", True, TEACHER_STOP, TEACHER_STOP),
+        ("cross_eos", True, STOP, TEACHER_STOP),
+    ],
+)
 def test_the_terminal_stop_modes_touch_the_last_token_alone(mode, mask, target, teacher_target):
     trajectory = Trajectory(0, 0, [1], [4, 5, STOP], "stop")
     annotate_stop(trajectory, mode, TEACHER_STOP)
@@ -126,9 +167,11 @@ def test_zscore_has_mean_zero_and_unit_spread_over_unmasked_tokens():
     made = []
     for count in (5, 9, 3):
         trajectory = Trajectory(0, 0, [1], [1] * count, "length")
-        trajectory.annotations = {"mask": rng.random(count) > 0.3,
-                                  "teacher_logprobs": -rng.random(count).astype(np.float32) * 4,
-                                  "student_logprobs": -rng.random(count).astype(np.float32) * 4}
+        trajectory.annotations = {
+            "mask": rng.random(count) > 0.3,
+            "teacher_logprobs": -rng.random(count).astype(np.float32) * 4,
+            "student_logprobs": -rng.random(count).astype(np.float32) * 4,
+        }
         made.append(trajectory)
     standardise(made, reward)
     kept = np.concatenate([t.annotations["advantages"][t.annotations["mask"]] for t in made])
@@ -137,4 +180,6 @@ def test_zscore_has_mean_zero_and_unit_spread_over_unmasked_tokens():
 
 def test_a_full_distribution_objective_has_no_sampled_stop_to_rescore():
     with pytest.raises(ConfigError, match="reward.terminal_stop=cross_eos"):
-        OnPolicyDistillation.check(compose(["objective=reverse_kl", "reward.terminal_stop=cross_eos"]))
+        OnPolicyDistillation.check(
+            compose(["objective=reverse_kl", "reward.terminal_stop=cross_eos"])
+        )

@@ -1,4 +1,6 @@
-"""On-policy SFT: what is kept, whose gradient that is, whatever the split; nothing to keep; each refusal's line."""
+"""On-policy SFT: what is kept, whose gradient that is, whatever the split; nothing to keep; each
+refusal's line."""
+
 import json
 import os
 from pathlib import Path
@@ -25,8 +27,8 @@ STOP, BOX = 1, 2
 
 
 class Rollout:
-    """Completions of three to seven tokens. Sample 0 is right and ends, 1 is right and cut, 2 is wrong and ends; in
-    every third prompt sample 2 is right too."""
+    """Completions of three to seven tokens. Sample 0 is right and ends, 1 is right and cut, 2 is
+    wrong and ends; in every third prompt sample 2 is right too."""
 
     def __init__(self):
         self.calls = 0
@@ -40,19 +42,45 @@ class Rollout:
             if r.sample_index < 2 or r.prompt_index % 3 == 0:
                 ids[-1] = BOX
             cut = r.sample_index == 1
-            made.append(Trajectory(r.prompt_index, r.sample_index, list(r.prompt_ids), ids + [STOP] * (not cut),
-                                   "length" if cut else "stop"))
+            made.append(
+                Trajectory(
+                    r.prompt_index,
+                    r.sample_index,
+                    list(r.prompt_ids),
+                    ids + [STOP] * (not cut),
+                    "length" if cut else "stop",
+                )
+            )
         return made
 
 
 def trainer(*overrides, count: int = 6):
-    config = compose(["recipe=onpolicy_sft", f"rollout.samples_per_prompt={N}", "train.prompts_per_step=6",
-                      "train.minibatches=1", *overrides])
+    config = compose(
+        [
+            "recipe=onpolicy_sft",
+            f"rollout.samples_per_prompt={N}",
+            "train.prompts_per_step=6",
+            "train.minibatches=1",
+            *overrides,
+        ]
+    )
     OnPolicySFT.check(config)
-    prompts = [Prompt(i, (3 + i % 5, 4), f"prompt {i}", Example(i, [], answer=str(BOX))) for i in range(count)]
+    prompts = [
+        Prompt(i, (3 + i % 5, 4), f"prompt {i}", Example(i, [], answer=str(BOX)))
+        for i in range(count)
+    ]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    parts = Parts(config, torch.device("cpu"), tokenizer, (STOP,), V, prompts, PromptSampler(count, 6, 0),
-                  verifier=lambda text, answer: float(answer in text.split()), rollout=Rollout())
+    parts = Parts(
+        config,
+        torch.device("cpu"),
+        tokenizer,
+        (STOP,),
+        V,
+        prompts,
+        PromptSampler(count, 6, 0),
+        verifier=lambda text, answer: float(answer in text.split()),
+        rollout=Rollout(),
+    )
     return OnPolicySFT(parts)
 
 
@@ -61,10 +89,15 @@ def test_a_sample_counts_if_it_is_correct_and_ended_by_itself():
     drawn = made.draw(0)
     for t in drawn:
         assert t.score == float(t.sample_index < 2 or t.prompt_index % 3 == 0)
-        assert made.keeps(t) == (t.sample_index == 0 or (t.sample_index == 2 and t.prompt_index % 3 == 0))
+        assert made.keeps(t) == (
+            t.sample_index == 0 or (t.sample_index == 2 and t.prompt_index % 3 == 0)
+        )
     cut = [t for t in drawn if t.finish_reason == "length"]
     assert len(cut) == 6 and all(t.score == 1 and not made.keeps(t) for t in cut)
-    assert made.metrics(drawn) == {"rollout/kept_frac": pytest.approx(8 / 18), "rollout/prompts_with_none": 0}
+    assert made.metrics(drawn) == {
+        "rollout/kept_frac": pytest.approx(8 / 18),
+        "rollout/prompts_with_none": 0,
+    }
     for t in drawn[:N]:
         t.reward = 0.0
     assert made.metrics(drawn)["rollout/prompts_with_none"] == 1
@@ -74,7 +107,7 @@ def token_logprobs(embedding, weight, trajectory):
     """A bigram model: [T] log-probs of a completion."""
     ids = torch.tensor(trajectory.token_ids)
     start = len(trajectory.prompt_ids)
-    logprobs = (embedding[ids[start - 1:-1]] @ weight.T).log_softmax(-1)
+    logprobs = (embedding[ids[start - 1 : -1]] @ weight.T).log_softmax(-1)
     return logprobs.gather(-1, ids[start:, None])[:, 0]
 
 
@@ -90,8 +123,11 @@ def test_the_gradient_is_the_policy_gradient_of_a_reward_of_one_for_a_kept_sampl
     lengths = [len(t.completion_ids) for t in drawn if good(t)]
     total = 0.0
     for t in drawn:  # all samples, kept or not
-        size = {"max_length": len(lengths) * max(lengths), "token_mean": sum(lengths),
-                "sequence_mean": len(lengths) * len(t.completion_ids)}[normalizer]
+        size = {
+            "max_length": len(lengths) * max(lengths),
+            "token_mean": sum(lengths),
+            "sequence_mean": len(lengths) * len(t.completion_ids),
+        }[normalizer]
         total = total - float(good(t)) * token_logprobs(embedding, weight, t).sum() / size
     expected = torch.autograd.grad(total, (embedding, weight))
 
@@ -101,15 +137,23 @@ def test_the_gradient_is_the_policy_gradient_of_a_reward_of_one_for_a_kept_sampl
     head, loss = SimpleNamespace(weight=weight, bias=None, softcap=None), 0.0
     for members in (range(0, 3), range(3, len(mine))):
         batch = pack(mine, list(members), torch.device("cpu"))
-        loss = loss + made.loss()(head, embedding[batch.input_ids[0, batch.rows]], batch, denominator)["loss"]
+        loss = (
+            loss
+            + made.loss()(head, embedding[batch.input_ids[0, batch.rows]], batch, denominator)[
+                "loss"
+            ]
+        )
     assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-6)
     for ours, theirs in zip(torch.autograd.grad(loss, (embedding, weight)), expected):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 FEW, ALL = "3", "-".join(map(str, range(8)))  # with one kept sample, one of two ranks has none
-SPLIT = [f"zero1/{normalizer}/1/{kept}" for normalizer in ("max_length", "token_mean", "sequence_mean")
-         for kept in (FEW, ALL)] + [f"zero3/max_length/1/{FEW}", f"zero1/max_length/2/{FEW}"]
+SPLIT = [
+    f"zero1/{normalizer}/1/{kept}"
+    for normalizer in ("max_length", "token_mean", "sequence_mean")
+    for kept in (FEW, ALL)
+] + [f"zero3/max_length/1/{FEW}", f"zero1/max_length/2/{FEW}"]
 NONE = "zero1/max_length/2/"
 
 
@@ -118,13 +162,16 @@ def steps(tiny_models, run_command, tmp_path_factory):
     out = tmp_path_factory.mktemp("steps")
     os.environ["PYTHONPATH"] = str(ROOT)
     for ranks in (0, 2):
-        done = run_command(WORKER, tiny_models["student"], out, *SPLIT, NONE, ranks=ranks, timeout=200)
+        done = run_command(
+            WORKER, tiny_models["student"], out, *SPLIT, NONE, ranks=ranks, timeout=200
+        )
         assert done.returncode == 0, done.stderr[-3000:]
 
     def read(setting, ranks):
         name = f"{setting.replace('/', '_')}_{ranks}"
         row = json.loads((out / f"{name}.json").read_text())
         return row, [dict(np.load(path)) for path in sorted(out.glob(f"{name}_*.npz"))]
+
     return read
 
 
@@ -133,11 +180,17 @@ def test_two_ranks_one_of_them_without_a_kept_sample_make_the_gradient_of_one(st
     (one, reference), (two, ours) = steps(setting, 1), steps(setting, 2)
     assert len(reference) == len(ours) == 1
     assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
-    assert two["rollout/kept_frac"] == one["rollout/kept_frac"] == (1 if setting.endswith(ALL) else 1 / 8)
+    assert (
+        two["rollout/kept_frac"]
+        == one["rollout/kept_frac"]
+        == (1 if setting.endswith(ALL) else 1 / 8)
+    )
     for name, expected in reference[0].items():
         scale = np.abs(expected).max()
         assert scale > 0
-        np.testing.assert_allclose(ours[0][name], expected, atol=2e-6 * scale + 1e-9, rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(
+            ours[0][name], expected, atol=2e-6 * scale + 1e-9, rtol=2e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -154,7 +207,13 @@ def test_a_rank_without_a_trajectory_gets_padding_and_nothing_is_dropped():
     made = [Trajectory(i, 0, [1], [2] * n, "stop") for i, n in enumerate((5, 2, 4))]
     shares = [share(made, rank, 5) for rank in range(5)]
     assert sorted(t.prompt_index for part in shares for t in part if not t.padding) == [0, 1, 2]
-    assert [[t.padding for t in part] for part in shares] == [[False], [False], [False], [True], [True]]
+    assert [[t.padding for t in part] for part in shares] == [
+        [False],
+        [False],
+        [False],
+        [True],
+        [True],
+    ]
     assert len(shares[4][0].completion_ids) == 2 and not made[1].padding
     assert share([], 0, 2) == []
 
@@ -169,7 +228,9 @@ def test_the_fixed_set_is_drawn_once_from_the_starting_model():
 
 
 def test_the_limit_follows_its_schedule():
-    rollout = compose(["rollout.max_new_tokens=90", "rollout.max_new_tokens_schedule=[[3,60],[5,40]]"]).rollout
+    rollout = compose(
+        ["rollout.max_new_tokens=90", "rollout.max_new_tokens_schedule=[[3,60],[5,40]]"]
+    ).rollout
     assert [max_new_tokens(rollout, step) for step in range(6)] == [90, 90, 60, 60, 40, 40]
 
 
@@ -180,21 +241,45 @@ def refused(kind, overrides) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key, value, said", [
-    ("rollout__samples_per_prompt", 0, "rollout.samples_per_prompt=0 must be 1 or more"),
-    ("rollout__max_new_tokens", 4000, "rollout.max_new_tokens or eval.max_new_tokens=4000 after prompts"),
-    ("rollout__max_new_tokens_schedule", "[[2,3000]]", "eval.max_new_tokens=3000 after prompts"),
-    ("rollout__max_new_tokens_schedule", "[[5,60],[2,40]]", "in the order of their steps"),
-    ("rollout__temperature", 0.7, "rollout.temperature=0.7: recipe=onpolicy_sft needs samples of the policy itself"),
-    ("rollout__top_p", 0.9, "allow_biased_sampling=true"),
-    ("train__minibatches", 3, "train.prompts_per_step=8 must be a multiple of train.minibatches=3"),
-    ("train__normalizer", "max_len", "did you mean 'max_length'?")])
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("rollout__samples_per_prompt", 0, "rollout.samples_per_prompt=0 must be 1 or more"),
+        (
+            "rollout__max_new_tokens",
+            4000,
+            "rollout.max_new_tokens or eval.max_new_tokens=4000 after prompts",
+        ),
+        (
+            "rollout__max_new_tokens_schedule",
+            "[[2,3000]]",
+            "eval.max_new_tokens=3000 after prompts",
+        ),
+        ("rollout__max_new_tokens_schedule", "[[5,60],[2,40]]", "in the order of their steps"),
+        (
+            "rollout__temperature",
+            0.7,
+            "rollout.temperature=0.7: recipe=onpolicy_sft needs samples of the policy itself",
+        ),
+        ("rollout__top_p", 0.9, "allow_biased_sampling=true"),
+        (
+            "train__minibatches",
+            3,
+            "train.prompts_per_step=8 must be a multiple of train.minibatches=3",
+        ),
+        ("train__normalizer", "max_len", "did you mean 'max_length'?"),
+    ],
+)
 def test_impossible_settings(overrides, key, value, said):
     assert said in refused(ConfigError, overrides(recipe="onpolicy_sft", **{key: value}))
 
 
 def test_another_temperature_can_be_insisted_on(overrides):
-    prepare(compose(overrides(recipe="onpolicy_sft", rollout__temperature=0.7, allow_biased_sampling="true")))
+    prepare(
+        compose(
+            overrides(recipe="onpolicy_sft", rollout__temperature=0.7, allow_biased_sampling="true")
+        )
+    )
 
 
 def test_data_without_answers(overrides, tmp_path):
@@ -202,28 +287,52 @@ def test_data_without_answers(overrides, tmp_path):
     path.write_text('{"question": "a"}\n')
     assert refused(DataError, overrides(recipe="onpolicy_sft", data__path=path)) == (
         f"data.path={path}: no row has an answer, and recipe=onpolicy_sft learns from correct answers only; "
-        "name its column with data.answer_column")
+        "name its column with data.answer_column"
+    )
     path.write_text('{"question": "a"}\n{"question": "b", "answer": "1"}\n')
     prepared = prepare(compose(overrides(recipe="onpolicy_sft", data__path=path)))
-    assert len(prepared.prompts) == 1 and "1 of 2 rows have no answer and were dropped" in " ".join(prepared.notes)
+    assert len(prepared.prompts) == 1 and "1 of 2 rows have no answer and were dropped" in " ".join(
+        prepared.notes
+    )
 
 
 def test_a_whole_run_with_a_verifier_of_ones_own(overrides, run_command, tmp_path, monkeypatch):
-    (tmp_path / "my_verifier.py").write_text("def even(text, answer):\n    return float(len(text) % 2 == 0)\n")
+    (tmp_path / "my_verifier.py").write_text(
+        "def even(text, answer):\n    return float(len(text) % 2 == 0)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     stops = "[" + ",".join(map(str, range(3, 40))) + "]"  # a random model would hardly ever stop
-    done = run_command("train.py", *overrides(recipe="onpolicy_sft", reward__verifier="my_verifier.even",
-                       rollout__stop_ids=stops, rollout__engine="hf", train__minibatches=2))
+    done = run_command(
+        "train.py",
+        *overrides(
+            recipe="onpolicy_sft",
+            reward__verifier="my_verifier.even",
+            rollout__stop_ids=stops,
+            rollout__engine="hf",
+            train__minibatches=2,
+        ),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for row in rows[1:3]:
-        assert 0 < row["rollout/kept_frac"] < row["reward/accuracy"] < 1 and row["train/grad_norm"] > 0
+        assert (
+            0 < row["rollout/kept_frac"] < row["reward/accuracy"] < 1 and row["train/grad_norm"] > 0
+        )
         assert row["reward/mean"] == row["rollout/kept_frac"] and row["train/skipped"] == 0
-        assert row["mismatch/logp_abs_mean"] < 1e-5  # the second update's weights are not those that sampled
-        assert row["rollout/efficiency"] == pytest.approx(100 * row["reward/accuracy"] / row["rollout/length_mean"])
+        # the second update's weights are not those that sampled
+        assert row["mismatch/logp_abs_mean"] < 1e-5
+        assert row["rollout/efficiency"] == pytest.approx(
+            100 * row["reward/accuracy"] / row["rollout/length_mean"]
+        )
     assert rows[0]["eval/stories/efficiency"] == pytest.approx(
-        100 * rows[0]["eval/stories/avg@2"] / rows[0]["eval/stories/length_mean"])
-    samples = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+        100 * rows[0]["eval/stories/avg@2"] / rows[0]["eval/stories/length_mean"]
+    )
+    samples = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    ]
     assert {s["reward"] for s in samples} == {0.0, 1.0}  # what was rejected is shown too
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Kept samples" in report and "Accuracy and length" in report

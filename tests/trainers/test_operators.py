@@ -1,4 +1,6 @@
-"""Operators compiled on first use: locks of killed processes are removed, living ones are waited for, in words."""
+"""Operators compiled on first use: locks of killed processes are removed, living ones are waited
+for, in words."""
+
 import os
 import subprocess
 import sys
@@ -24,7 +26,9 @@ def folder(monkeypatch, tmp_path):
 
 
 def hold(lock):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -72,7 +76,8 @@ def test_an_old_lock_of_somebody_whose_processes_cannot_be_seen_is_abandoned(fol
 
 
 def test_a_run_compiles_nothing(overrides, run_command, tmp_path, monkeypatch):
-    """Nor would it find a compiler. Stale locks of what DeepSpeed would compile do not matter: nobody asks for it."""
+    """Nor would it find a compiler. Stale locks of what DeepSpeed would compile do not matter:
+    nobody asks for it."""
     for name in ("deepspeed_shm_comm", "shm_comm", "cpu_adam"):
         (tmp_path / "extensions" / name).mkdir(parents=True)
         (tmp_path / "extensions" / name / "lock").touch()
@@ -81,7 +86,9 @@ def test_a_run_compiles_nothing(overrides, run_command, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     done = run_command("train.py", *overrides(train__steps=1, rollout__engine="vllm"), timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    built = [path for folder in ("extensions", "inductor") for path in (tmp_path / folder).rglob("*.*")]
+    built = [
+        path for folder in ("extensions", "inductor") for path in (tmp_path / folder).rglob("*.*")
+    ]
     assert built == []
 
 
@@ -89,4 +96,8 @@ def test_offloading_without_a_compiler_is_one_line(overrides, run_command, monke
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     done = run_command("train.py", *overrides(), "engine=zero2_offload", timeout=60)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: engine.offload_optimizer=true compiles DeepSpeed's")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: engine.offload_optimizer=true compiles DeepSpeed's")
+    )

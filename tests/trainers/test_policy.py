@@ -1,4 +1,6 @@
-"""What a model's own configs say: its end tokens, and sampling settings that transformers refuses to save."""
+"""What a model's own configs say: its end tokens, and sampling settings that transformers refuses
+to save."""
+
 import json
 import shutil
 
@@ -26,9 +28,14 @@ def test_end_tokens_of_both_configs_count(model):
     assert {7, 8} <= set(check_model("model.path", str(model))[0].stop_ids)
 
 
-@pytest.mark.parametrize("settings", [
-    {"temperature": 0.6, "top_p": 0.9, "top_k": 20}, {"do_sample": False, "temperature": 0.6, "min_p": 0.1},
-    {"do_sample": True, "temperature": 0.6, "top_k": 20}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+        {"do_sample": False, "temperature": 0.6, "min_p": 0.1},
+        {"do_sample": True, "temperature": 0.6, "top_k": 20},
+    ],
+)
 def test_a_model_with_sampling_settings_can_be_saved(model, tmp_path, settings):
     change(model / "generation_config.json", **settings)
     policy = load_policy(str(model), torch.float32, torch.device("cpu"))

@@ -1,4 +1,5 @@
 """Bad input: each ends in one line that names the key or file, before a model loads."""
+
 import json
 import shutil
 
@@ -26,8 +27,10 @@ def test_a_sound_run_is_prepared(overrides, tiny_models):
 
 @pytest.mark.parametrize("key", ["model__path", "teacher__path"])
 def test_a_missing_model(overrides, key):
-    assert refused(ModelError, overrides(**{key: "/no/such/model"})) == \
-        f"{key.replace('__', '.')}=/no/such/model: no such folder"
+    assert (
+        refused(ModelError, overrides(**{key: "/no/such/model"}))
+        == f"{key.replace('__', '.')}=/no/such/model: no such folder"
+    )
 
 
 def test_a_folder_that_is_no_model(overrides, tmp_path):
@@ -56,15 +59,27 @@ def test_an_empty_dataset(overrides, tmp_path):
 
 
 def test_a_row_without_a_prompt(overrides, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": null, "answer": "1"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "a", "answer": "1"}\n{"question": null, "answer": "1"}\n'
+    )
     message = refused(DataError, overrides(data__path=tmp_path / "rows.jsonl"))
     assert "rows.jsonl" in message and "2" in message
 
 
-@pytest.mark.parametrize("recipe, said", [
-    ("sft", "solution, which recipe=sft learns to write; name its column with data.target_column"),
-    ("proactivellm", "solution, which recipe=proactivellm learns to write; name its column with data.target_column"),
-    ("streaming_sft", "thoughts, which recipe=streaming_sft learns to write")])
+@pytest.mark.parametrize(
+    "recipe, said",
+    [
+        (
+            "sft",
+            "solution, which recipe=sft learns to write; name its column with data.target_column",
+        ),
+        (
+            "proactivellm",
+            "solution, which recipe=proactivellm learns to write; name its column with data.target_column",
+        ),
+        ("streaming_sft", "thoughts, which recipe=streaming_sft learns to write"),
+    ],
+)
 def test_a_row_without_a_target(overrides, tmp_path, recipe, said):
     (tmp_path / "rows.jsonl").write_text('{"question": "Is it? It is."}\n')
     message = refused(DataError, overrides(recipe=recipe, data__path=tmp_path / "rows.jsonl"))
@@ -76,8 +91,10 @@ def test_a_streaming_row_without_a_part_of_its_target(overrides, monkeypatch, mi
     parts = {"thoughts": ("So.",), "final": "37"} | {missing: None}
     example = Example(4, [{"role": "user", "content": "Is it? It is."}], **parts)
     monkeypatch.setattr("trainers.prepare.configured_examples", lambda *_: [example])
-    assert f"data.path=d: row 4 has no {missing}, which recipe=streaming_sft learns to write" == refused(
-        DataError, overrides(recipe="streaming_sft", data__path="d"))
+    assert (
+        f"data.path=d: row 4 has no {missing}, which recipe=streaming_sft learns to write"
+        == refused(DataError, overrides(recipe="streaming_sft", data__path="d"))
+    )
 
 
 def test_no_answers_to_evaluate_against(overrides, tmp_path):
@@ -95,16 +112,27 @@ def test_a_corrupt_checkpoint(overrides, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step_2"
     folder.mkdir(parents=True)
     (folder / "weights.pt").write_bytes(b"1")
-    (folder / "manifest.json").write_text(json.dumps({"step": 2, "files": {"weights.pt": [1, "0" * 32]}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"step": 2, "files": {"weights.pt": [1, "0" * 32]}})
+    )
     assert "weights.pt is corrupt" in refused(CheckpointError, overrides(resume="auto"))
 
 
 def test_completions_longer_than_the_context(overrides):
-    assert "exceeds the model's context of 2048" in refused(ConfigError, overrides(rollout__max_new_tokens=4000))
+    assert "exceeds the model's context of 2048" in refused(
+        ConfigError, overrides(rollout__max_new_tokens=4000)
+    )
 
 
-@pytest.mark.parametrize("key, value", [("rollout__engine", "vlm"), ("reward__token", "powr"), ("trainer", "odp"),
-                                        ("reward__verifier", "maths")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rollout__engine", "vlm"),
+        ("reward__token", "powr"),
+        ("trainer", "odp"),
+        ("reward__verifier", "maths"),
+    ],
+)
 def test_an_unknown_component_names_the_nearest(overrides, key, value):
     message = refused(ConfigError, overrides(**{key: value}))
     assert key.replace("__", ".") in message and "did you mean" in message
@@ -119,16 +147,22 @@ def test_the_command_itself_prints_one_line_and_no_traceback(overrides, run_comm
 
 def test_dry_run_checks_and_prints_without_a_run(overrides, run_command, tmp_path):
     done = run_command("train.py", *overrides(dry_run="true"))
-    assert done.returncode == 0 and "alpha: 5.0" in done.stdout and "# ok: 64 prompts" in done.stdout
+    assert (
+        done.returncode == 0 and "alpha: 5.0" in done.stdout and "# ok: 64 prompts" in done.stdout
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_every_error_of_ours_is_one_kind():
-    assert all(issubclass(kind, OnstreamError) for kind in (CheckpointError, ConfigError, DataError, ModelError))
+    assert all(
+        issubclass(kind, OnstreamError)
+        for kind in (CheckpointError, ConfigError, DataError, ModelError)
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton can run")
 def test_triton_without_a_gpu(overrides, monkeypatch):
     monkeypatch.setattr("kernels.backend._selected", "auto")  # put back what the run selects
-    assert ("kernels.backend=triton: backend triton needs an NVIDIA GPU"
-            in refused(ConfigError, overrides(kernels__backend="triton")))
+    assert "kernels.backend=triton: backend triton needs an NVIDIA GPU" in refused(
+        ConfigError, overrides(kernels__backend="triton")
+    )

@@ -1,4 +1,5 @@
 """ProactiveLLM: one forward against one per view, the schedules, and what each term may touch."""
+
 import functools
 from dataclasses import replace
 
@@ -22,14 +23,18 @@ VOCAB = 64
 
 
 class Letters:
-    """A tokenizer of one token per letter; words are at most three tokens, with the space in the first."""
+    """A tokenizer of one token per letter; words are at most three tokens, with the space in the
+    first."""
 
     eos_token_id = 1
     all_special_ids = [1]
 
     def __call__(self, texts, add_special_tokens=False):
         one = isinstance(texts, str)
-        ids = [[2 + ord(letter) % (VOCAB - 2) for letter in text] for text in ([texts] if one else texts)]
+        ids = [
+            [2 + ord(letter) % (VOCAB - 2) for letter in text]
+            for text in ([texts] if one else texts)
+        ]
         return type("Encoding", (), {"input_ids": ids[0] if one else ids})
 
 
@@ -37,14 +42,24 @@ class Letters:
 def policy():
     attention.register()
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.2,
-                         attn_implementation="packed")
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.2,
+        attn_implementation="packed",
+    )
     return Policy(Qwen3ForCausalLM(config).double())
 
 
 def trainer(**options) -> ProactiveLLM:
-    config = compose(["recipe=proactivellm", *(f"proactive.{name}={value}" for name, value in options.items())])
+    config = compose(
+        ["recipe=proactivellm", *(f"proactive.{name}={value}" for name, value in options.items())]
+    )
     ProactiveLLM.check(config)
     prompts = [prompt(index) for index in range(4)]
     return ProactiveLLM(Parts(config, torch.device("cpu"), Letters(), (1,), VOCAB, prompts, None))
@@ -55,9 +70,17 @@ def prompt(index: int) -> Prompt:
     rng = np.random.default_rng(index)
     lengths = [1 + index % 2, *rng.integers(1, 4, 1 + 2 * index)]
     segments = tuple(tuple(rng.integers(2, VOCAB, n).tolist()) for n in lengths)
-    target = " ".join("abcdefghijklmnop"[place:place + 1 + place % 3] for place in range(1 + index))
-    return Prompt(index, tuple(t for s in segments for t in s), "", Example(index, [], target, target), segments,
-                  ((3, 1)[index % 2:],))
+    target = " ".join(
+        "abcdefghijklmnop"[place : place + 1 + place % 3] for place in range(1 + index)
+    )
+    return Prompt(
+        index,
+        tuple(t for s in segments for t in s),
+        "",
+        Example(index, [], target, target),
+        segments,
+        ((3, 1)[index % 2 :],),
+    )
 
 
 def loss_of(policy, method, trajectories) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -99,27 +122,44 @@ def apart(policy, trajectories, options) -> tuple[torch.Tensor, dict[str, torch.
             if top is not None:
                 teacher, student = (x.gather(-1, top).log_softmax(-1) for x in (teacher, student))
             sums["kl"] = sums["kl"] + (teacher.exp() * (teacher - student)).sum() / len(streams)
-    loss = (options.batch_weight * sums["batch"] + options.stream_weight * sums["stream"]
-            + options.kl_weight * sums["kl"]) / tokens
+    loss = (
+        options.batch_weight * sums["batch"]
+        + options.stream_weight * sums["stream"]
+        + options.kl_weight * sums["kl"]
+    ) / tokens
     loss.backward()
     return loss, {name: p.grad.clone() for name, p in policy.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"schedules": 3, "top_k": 7}, {"batch_weight": 0.3, "stream_weight": 2, "kl_weight": 0.7, "top_k": 5},
-    {"batch_weight": 0, "kl_weight": 1.5}, {"stream_weight": 0, "kl_weight": 1, "schedules": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedules": 3, "top_k": 7},
+        {"batch_weight": 0.3, "stream_weight": 2, "kl_weight": 0.7, "top_k": 5},
+        {"batch_weight": 0, "kl_weight": 1.5},
+        {"stream_weight": 0, "kl_weight": 1, "schedules": 2},
+    ],
+)
 def test_one_forward_is_one_per_view(policy, options):
     method = trainer(**options)
     drawn = [method.read(p, step=3) for p in method.parts.prompts]
     output, grads = loss_of(policy, method, drawn)
     expected, wanted = apart(policy, drawn, method.config.proactive)
-    assert abs(float(output["loss"].detach() - expected.detach())) < 2e-7  # the weights of the terms are float32
+    # the weights of the terms are float32
+    assert abs(float(output["loss"].detach() - expected.detach())) < 2e-7
     for name in wanted:
         assert (grads[name] - wanted[name]).abs().max() < 2e-7, name
 
 
-@pytest.mark.parametrize("options, views", [({"stream_weight": 0, "kl_weight": 0}, 1), ({"kl_weight": 0}, 2),
-                                            ({"batch_weight": 0, "kl_weight": 0, "schedules": 2}, 2)])
+@pytest.mark.parametrize(
+    "options, views",
+    [
+        ({"stream_weight": 0, "kl_weight": 0}, 1),
+        ({"kl_weight": 0}, 2),
+        ({"batch_weight": 0, "kl_weight": 0, "schedules": 2}, 2),
+    ],
+)
 def test_a_view_without_terms_is_left_out(options, views):
     method = trainer(**options)
     made = method.read(method.parts.prompts[2], 0)
@@ -128,14 +168,19 @@ def test_a_view_without_terms_is_left_out(options, views):
 
 
 def test_with_all_read_both_views_are_one(policy, monkeypatch):
-    monkeypatch.setattr("trainers.proactivellm.draw_schedule",
-                        lambda rng, units, words, kind: np.full(words, units))
+    monkeypatch.setattr(
+        "trainers.proactivellm.draw_schedule", lambda rng, units, words, kind: np.full(words, units)
+    )
     method = trainer(kl_weight=1)
     drawn = [method.read(p, 0) for p in method.parts.prompts]
     output, _ = loss_of(policy, method, drawn)
     assert output["divergence"].abs().max() < 1e-12
-    for made, logprobs in zip(drawn, np.split(output["logprobs"].numpy(),
-                                              np.cumsum([len(t.completion_ids) for t in drawn])[:-1])):
+    for made, logprobs in zip(
+        drawn,
+        np.split(
+            output["logprobs"].numpy(), np.cumsum([len(t.completion_ids) for t in drawn])[:-1]
+        ),
+    ):
         own = made.sampled_mask
         batch, stream = (logprobs[own & (made.layout.views == view)] for view in (0, 1))
         assert len(batch) and np.abs(batch - stream).max() < 1e-12
@@ -159,12 +204,23 @@ def test_views_do_not_see_one_another_and_a_late_unit_no_earlier_word(policy):
     made = method.read(method.parts.prompts[3], 0)
     base = policy.hidden(pack([made], [0], torch.device("cpu"))).detach()
     views = made.layout.views
-    changed = replace(made, completion_ids=[t if v else (t + 1) % VOCAB for t, v in zip(made.completion_ids, views)])
-    moved = (policy.hidden(pack([changed], [0], torch.device("cpu"))) - base).abs().amax(-1).detach()
+    changed = replace(
+        made,
+        completion_ids=[t if v else (t + 1) % VOCAB for t, v in zip(made.completion_ids, views)],
+    )
+    moved = (
+        (policy.hidden(pack([changed], [0], torch.device("cpu"))) - base).abs().amax(-1).detach()
+    )
     rows = np.append(-1, views[:-1])  # hidden state t is of the token before
     assert moved[rows == 1].max() == 0 and moved[rows == 0].min() > 0
     late = replace(made, prompt_ids=[*made.prompt_ids[:-1], (made.prompt_ids[-1] + 1) % VOCAB])
-    moved = (policy.hidden(pack([late], [0], torch.device("cpu"))) - base).abs().amax(-1).detach().numpy()
+    moved = (
+        (policy.hidden(pack([late], [0], torch.device("cpu"))) - base)
+        .abs()
+        .amax(-1)
+        .detach()
+        .numpy()
+    )
     blind = np.append(0, made.layout.visible[:-1]) < made.layout.source
     assert blind[1:].any() and moved[1:][blind[1:]].max() == 0 and moved[1:][~blind[1:]].min() > 0
 
@@ -180,7 +236,9 @@ def test_schedules_are_monotone_and_end_with_all_read(kind, units, words):
 
 def test_the_weights_shape_the_reading():
     rng = np.random.default_rng(0)
-    read = {kind: np.stack([draw_schedule(rng, 21, 20, kind) for _ in range(2000)]) for kind in WEIGHTS}
+    read = {
+        kind: np.stack([draw_schedule(rng, 21, 20, kind) for _ in range(2000)]) for kind in WEIGHTS
+    }
     place = np.arange(1, 21)
     for kind, weights in WEIGHTS.items():
         shares = np.cumsum(weights(np.arange(21.0)))[1:] / weights(np.arange(21.0)).sum()
@@ -196,10 +254,20 @@ def test_schedules_change_with_the_step_and_the_seed_and_nothing_else():
     assert (first == again).all() and (first != later).any()
 
 
-@pytest.mark.parametrize("override, said", [
-    (["streaming.layout=grouped", "rollout.engine=streaming", "proactive.curve=[]"], "streaming.layout=grouped"),
-    (["proactive.batch_weight=0", "proactive.stream_weight=0", "proactive.kl_weight=0"], "all 0"),
-    (["train.normalizer=max_length"], "train.normalizer=max_length")])
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        (
+            ["streaming.layout=grouped", "rollout.engine=streaming", "proactive.curve=[]"],
+            "streaming.layout=grouped",
+        ),
+        (
+            ["proactive.batch_weight=0", "proactive.stream_weight=0", "proactive.kl_weight=0"],
+            "all 0",
+        ),
+        (["train.normalizer=max_length"], "train.normalizer=max_length"),
+    ],
+)
 def test_impossible_settings(override, said):
     with pytest.raises(ConfigError, match=said):
         ProactiveLLM.check(compose(["recipe=proactivellm", *override]))

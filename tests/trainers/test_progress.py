@@ -1,4 +1,5 @@
 """Progress of a long phase: lines with the time left where there is no terminal."""
+
 from trainers import progress
 from trainers.progress import Progress, clock
 
@@ -11,8 +12,11 @@ def test_lines_with_the_time_left(monkeypatch, capsys):
             now[0] = float(seconds)
             shown.advance(5)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["eval  step 0  30 of 100 completions, 0:14 left", "eval  step 0  60 of 100 completions, 0:08 left",
-                     "eval  step 0  90 of 100 completions, 0:02 left"]
+    assert lines == [
+        "eval  step 0  30 of 100 completions, 0:14 left",
+        "eval  step 0  60 of 100 completions, 0:08 left",
+        "eval  step 0  90 of 100 completions, 0:02 left",
+    ]
 
 
 def test_other_ranks_print_nothing(monkeypatch, capsys):

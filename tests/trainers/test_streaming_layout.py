@@ -1,4 +1,6 @@
-"""Streaming layouts in the trainer: packed rows against separate forwards, every attention, gradients, the canary."""
+"""Streaming layouts in the trainer: packed rows against separate forwards, every attention,
+gradients, the canary."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,14 +30,23 @@ CPU = torch.device("cpu")
 def trajectories() -> list[Trajectory]:
     """Two grouped ones, a plain one, two views, and one that was read first."""
     rng = np.random.default_rng(0)
-    layouts = [grouped([3, 4, 2], [2, 3, 5, 1], offset=4), grouped([9], [1, 4]), Layout(17),
-               from_visible(6, [6] * 5 + [1, 2, 2, 4, 6], views=[0] * 5 + [1] * 5), read_first(5, 8)]
+    layouts = [
+        grouped([3, 4, 2], [2, 3, 5, 1], offset=4),
+        grouped([9], [1, 4]),
+        Layout(17),
+        from_visible(6, [6] * 5 + [1, 2, 2, 4, 6], views=[0] * 5 + [1] * 5),
+        read_first(5, 8),
+    ]
     made = []
     for index, layout in enumerate(layouts):
         ids = rng.integers(3, 400, layout.length).tolist()
         plain = not len(layout.visible)
         source = 8 if plain else layout.source
-        made.append(Trajectory(index, 0, ids[:source], ids[source:], "stop", layout=None if plain else layout))
+        made.append(
+            Trajectory(
+                index, 0, ids[:source], ids[source:], "stop", layout=None if plain else layout
+            )
+        )
         made[-1].annotations["mask"] = made[-1].sampled_mask
     return made
 
@@ -44,23 +55,33 @@ def separate(model, trajectory) -> torch.Tensor:
     """The hidden states that predict the completion, of one unpacked forward with a dense mask."""
     layout = trajectory.layout or Layout(trajectory.length)
     mask = torch.where(torch.from_numpy(layout.mask()), 0.0, -torch.inf)
-    states = model.base_model(torch.tensor([trajectory.token_ids]), attention_mask=mask[None, None],
-                              position_ids=torch.from_numpy(layout.positions())[None]).last_hidden_state[0]
-    return states[len(trajectory.prompt_ids) - 1:-1]
+    states = model.base_model(
+        torch.tensor([trajectory.token_ids]),
+        attention_mask=mask[None, None],
+        position_ids=torch.from_numpy(layout.positions())[None],
+    ).last_hidden_state[0]
+    return states[len(trajectory.prompt_ids) - 1 : -1]
 
 
 @pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager", "flex_attention"])
 def test_packed_layouts_equal_separate_forwards(tiny_models, implementation):
     path = str(tiny_models["student"])
-    # Compiled for a CPU, torch 2.13's flex_attention takes a minute, and its code for a second length is not valid C++.
+    # Compiled for a CPU, torch 2.13's flex_attention takes a minute, and its code for a second
+    # length is not valid C++.
     with torch.compiler.set_stance("force_eager"):
         policy = load_policy(path, torch.float32, CPU, implementation, "grouped").eval()
-        alone, made = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), trajectories()
+        alone, made = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+            trajectories(),
+        )
         for members in ([0, 1, 2, 3, 4], [4, 2, 0], [2], [3]):
             batch = pack(made, members, CPU)
             assert (batch.layouts is None) == (members == [2])
             with torch.no_grad():
-                found, expected = policy.hidden(batch), torch.cat([separate(alone, made[m]) for m in members])
+                found, expected = (
+                    policy.hidden(batch),
+                    torch.cat([separate(alone, made[m]) for m in members]),
+                )
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -75,8 +96,16 @@ def test_sequences_of_one_length_together_are_each_alone(window, masked):
     if masked:
         masks[2] = torch.ones(7, 7, dtype=torch.bool)
         masks[3] = torch.eye(5, dtype=torch.bool)
-    found, _ = attention.packed_attention(torch.nn.Module(), query, key, value, None,
-                                          sliding_window=window, sequence_bounds=bounds, sequence_masks=masks)
+    found, _ = attention.packed_attention(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        sliding_window=window,
+        sequence_bounds=bounds,
+        sequence_masks=masks,
+    )
     for start, end, mask in zip(bounds, bounds[1:], masks):
         place = torch.arange(end - start)
         distance = place[:, None] - place
@@ -84,8 +113,15 @@ def test_sequences_of_one_length_together_are_each_alone(window, masked):
         if window and end - start > window:
             sees = (distance >= 0) & (distance < window)
         expected = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attn_mask=sees, enable_gqa=True)
-        torch.testing.assert_close(found[:, start:end], expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=sees,
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(
+            found[:, start:end], expected.transpose(1, 2), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_the_block_mask_skips_what_nothing_sees():
@@ -102,7 +138,9 @@ def test_the_block_mask_skips_what_nothing_sees():
 
 @pytest.mark.parametrize("implementation", ["packed", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_a_packed_row_are_those_of_separate_forwards(tiny_models, implementation, checkpointing):
+def test_gradients_of_a_packed_row_are_those_of_separate_forwards(
+    tiny_models, implementation, checkpointing
+):
     path, made = str(tiny_models["student"]), trajectories()
     policy = load_policy(path, torch.float32, CPU, implementation, "grouped")
     if checkpointing:
@@ -123,7 +161,9 @@ def test_plain_rows_keep_their_path(tiny_models):
     made = trajectories()
     batch = pack(made, [2, 2], CPU)
     weight = torch.zeros(1)
-    assert attention.arguments("packed", batch.bounds, batch.layouts, weight) == {"sequence_bounds": [0, 17, 34]}
+    assert attention.arguments("packed", batch.bounds, batch.layouts, weight) == {
+        "sequence_bounds": [0, 17, 34]
+    }
     assert attention.arguments("sdpa", batch.bounds, batch.layouts, weight) == {}
     mixed = pack(made, [0, 2], CPU)
     masks = attention.arguments("packed", mixed.bounds, mixed.layouts, weight)["sequence_masks"]
@@ -142,9 +182,19 @@ def refuses_masks(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
-@pytest.mark.parametrize("function, said", [
-    (blind, "Qwen3ForCausalLM does not keep to a streaming mask with attention unmasked; try model.attn_impl"),
-    (refuses_masks, "Qwen3ForCausalLM fails under a streaming mask with attention unmasked: masks are not taken here")])
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (
+            blind,
+            "Qwen3ForCausalLM does not keep to a streaming mask with attention unmasked; try model.attn_impl",
+        ),
+        (
+            refuses_masks,
+            "Qwen3ForCausalLM fails under a streaming mask with attention unmasked: masks are not taken here",
+        ),
+    ],
+)
 def test_attention_that_ignores_masks_is_refused_at_start(tiny_models, function, said):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
@@ -161,31 +211,59 @@ def test_attention_that_ignores_masks_is_refused_at_start(tiny_models, function,
 def streaming(tiny_models, tmp_path_factory):
     """A tiny model with the protocol tokens, and prompts of two to four sentences for it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
-    folder = extend_model(str(tiny_models["student"]), tokenizer, add_tokens(tokenizer),
-                          tmp_path_factory.mktemp("streaming") / "model")
+    folder = extend_model(
+        str(tiny_models["student"]),
+        tokenizer,
+        add_tokens(tokenizer),
+        tmp_path_factory.mktemp("streaming") / "model",
+    )
     marks, prompts = Protocol.of(tokenizer), []
     for index in range(4):
         texts = ["Mia has 3 pens.", "She finds 2 more.", "Then it rains."] * 2
-        sentences = [(*tokenizer(text).input_ids, marks.eos) for text in texts[:2 + index % 3]]
+        sentences = [(*tokenizer(text).input_ids, marks.eos) for text in texts[: 2 + index % 3]]
         segments = ((marks.sep,), (*tokenizer("How many pens?").input_ids, marks.eoq), *sentences)
-        prompts.append(Prompt(index, tuple(i for part in segments for i in part), "", Example(index, [], answer="5"),
-                              segments, ((marks.sep,), (marks.eoq,))))
+        prompts.append(
+            Prompt(
+                index,
+                tuple(i for part in segments for i in part),
+                "",
+                Example(index, [], answer="5"),
+                segments,
+                ((marks.sep,), (marks.eoq,)),
+            )
+        )
     return folder, tokenizer, prompts
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches):
     folder, tokenizer, prompts = streaming
-    config = compose(["recipe=grpo", "streaming.layout=grouped", "rollout.engine=streaming", f"model.path={folder}",
-                      "streaming.max_thought_tokens=6", "rollout.max_new_tokens=8", "rollout.samples_per_prompt=2",
-                      "train.prompts_per_step=4", f"train.minibatches={minibatches}", "grpo.kl_beta=0", "eval.k=1"])
-    policy = load_policy(str(folder), torch.float32, CPU, config.model.attn_implementation, config.streaming.layout)
+    config = compose(
+        [
+            "recipe=grpo",
+            "streaming.layout=grouped",
+            "rollout.engine=streaming",
+            f"model.path={folder}",
+            "streaming.max_thought_tokens=6",
+            "rollout.max_new_tokens=8",
+            "rollout.samples_per_prompt=2",
+            "train.prompts_per_step=4",
+            f"train.minibatches={minibatches}",
+            "grpo.kl_beta=0",
+            "eval.k=1",
+        ]
+    )
+    policy = load_policy(
+        str(folder), torch.float32, CPU, config.model.attn_implementation, config.streaming.layout
+    )
 
     def score(drawn):
         batch = pack(drawn, range(len(drawn)), CPU)
         with torch.no_grad():
             hidden = policy.hidden(batch)
-        scored = score_tokens(policy.head, hidden, batch, targets=batch.targets, temperature=1.0, vocab=len(tokenizer))
+        scored = score_tokens(
+            policy.head, hidden, batch, targets=batch.targets, temperature=1.0, vocab=len(tokenizer)
+        )
         for trajectory, own in zip(drawn, unpack(batch, drawn, scored.logprobs)):
             trajectory.annotations["student_logprobs"] = own
 
@@ -196,8 +274,20 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         seen.append(text)
         return float(len(text) % 2)
 
-    method = GRPO(Parts(config, CPU, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts,
-                        PromptSampler(4, 4, 0), verifier=verifier, rollout=engine, score_policy=score))
+    method = GRPO(
+        Parts(
+            config,
+            CPU,
+            tokenizer,
+            (tokenizer.eos_token_id,),
+            len(tokenizer),
+            prompts,
+            PromptSampler(4, 4, 0),
+            verifier=verifier,
+            rollout=engine,
+            score_policy=score,
+        )
+    )
     drawn = method.draw(0)
     method.annotate(drawn)
     marks = Protocol.of(tokenizer)
@@ -205,7 +295,10 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         notes, slots = trajectory.annotations, trajectory.slots
         np.testing.assert_array_equal(notes["mask"], trajectory.sampled)
         assert not notes["mask"][:2].any() and slots.max() == 2 + trajectory.prompt_index % 3
-        assert trajectory.layout.offset == 0 and trajectory.completion_ids[:2] == [marks.sep, marks.eoq]
+        assert trajectory.layout.offset == 0 and trajectory.completion_ids[:2] == [
+            marks.sep,
+            marks.eoq,
+        ]
         deep = np.array(trajectory.completion_ids)[slots == slots.max()]
         assert judged == tokenizer.decode(deep[:-1] if trajectory.finish_reason == "stop" else deep)
         if minibatches > 1:
@@ -217,14 +310,21 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
 
 def test_lengths_count_openings_and_thoughts(streaming):
     _, _, prompts = streaming
-    config = compose(["streaming.layout=grouped", "rollout.engine=streaming", "streaming.max_thought_tokens=6"])
+    config = compose(
+        ["streaming.layout=grouped", "rollout.engine=streaming", "streaming.max_thought_tokens=6"]
+    )
     longest = max(prompts, key=lambda p: len(p.token_ids))
     source, written = len(longest.token_ids), 2 + 4 * 6 + config.rollout.max_new_tokens
     assert max_length(config, prompts, [], source + written) == source + written
-    assert max_length(config, prompts, [], max(source, written)) == source + written  # positions restart
-    with pytest.raises(ConfigError, match="sources and thoughts of up to .* exceeds the model's context"):
+    # positions restart
+    assert max_length(config, prompts, [], max(source, written)) == source + written
+    with pytest.raises(
+        ConfigError, match="sources and thoughts of up to .* exceeds the model's context"
+    ):
         max_length(config, prompts, [], max(source, written) - 1)
-    apart = compose(["streaming.layout=interleaved", "rollout.engine=hf", "streaming.max_thought_tokens=6"])
+    apart = compose(
+        ["streaming.layout=interleaved", "rollout.engine=hf", "streaming.max_thought_tokens=6"]
+    )
     with pytest.raises(ConfigError, match="exceeds the model's context"):
         max_length(apart, prompts, [], source + written - 1)
 

@@ -1,4 +1,6 @@
-"""What an evaluation says of a streaming model: hand-made completions, and the measured speed of a real engine."""
+"""What an evaluation says of a streaming model: hand-made completions, and the measured speed of a
+real engine."""
+
 import time
 
 import pytest
@@ -17,8 +19,13 @@ from trainers.rollout import make_engine, make_sampling
 from trainers.streaming_metrics import decoding_speed, streaming_metrics
 
 CPU = torch.device("cpu")
-EXAMPLE = Example(7, [{"role": "user", "content": ""}], answer="4", question="How many apples has Tom?",
-                  sentences=("Tom has six red apples.", "The sky is blue.", "He gives two of them to Ann."))
+EXAMPLE = Example(
+    7,
+    [{"role": "user", "content": ""}],
+    answer="4",
+    question="How many apples has Tom?",
+    sentences=("Tom has six red apples.", "The sky is blue.", "He gives two of them to Ann."),
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,35 +35,67 @@ def tokenizer(streaming_model):
 
 def made(layout, tokenizer, *keys):
     sampler = "hf" if layout == "interleaved" else "streaming"
-    config = compose(["recipe=streaming_sft", f"streaming.layout={layout}", f"rollout.engine={sampler}",
-                      "rollout.max_new_tokens=20", "streaming.max_thought_tokens=6", "streaming.words_per_minute=60",
-                      *keys])
+    config = compose(
+        [
+            "recipe=streaming_sft",
+            f"streaming.layout={layout}",
+            f"rollout.engine={sampler}",
+            "rollout.max_new_tokens=20",
+            "streaming.max_thought_tokens=6",
+            "streaming.words_per_minute=60",
+            *keys,
+        ]
+    )
     prompts, _ = streaming_prompts([EXAMPLE], tokenizer, config, "data")
     return config, prompts, make_sampling(config, tokenizer, tokenizer.stop_ids, max_new_tokens=20)
 
 
 def completion(config, prompt, tokenizer, thoughts, deep):
-    return Trajectory(7, 0, finish_reason="stop", score=1.0, **arrange(
-        config.streaming.layout, prompt.segments, prompt.opening, [*thoughts, deep]))
+    return Trajectory(
+        7,
+        0,
+        finish_reason="stop",
+        score=1.0,
+        **arrange(config.streaming.layout, prompt.segments, prompt.opening, [*thoughts, deep]),
+    )
 
 
 @pytest.mark.parametrize("layout", ["grouped", "interleaved", "batch"])
 def test_by_hand(tokenizer, layout):
-    """One word a second, half a second a token; sentences end at 5, 9 and 16 s after the question."""
+    """One word a second, half a second a token; sentences end at 5, 9 and 16 s after the
+    question."""
     config, prompts, sampling = made(layout, tokenizer, "streaming.seconds_per_token=0.5")
     protocol, word = Protocol.of(tokenizer), tokenizer("a").input_ids[0]
     thoughts = [[protocol.skip], [word, protocol.eot], [word] * 5 + [protocol.eot]]
-    first = completion(config, prompts[0], tokenizer, thoughts, [word, word, protocol.eor, word, word, protocol.eoa])
-    other = completion(config, prompts[0], tokenizer, [[protocol.skip]] * 3, [word] * 3 + [protocol.eoa])
-    found = streaming_metrics(None, prompts, [first, other], sampling, config, tokenizer, tokenizer.stop_ids)
+    first = completion(
+        config,
+        prompts[0],
+        tokenizer,
+        thoughts,
+        [word, word, protocol.eor, word, word, protocol.eoa],
+    )
+    other = completion(
+        config, prompts[0], tokenizer, [[protocol.skip]] * 3, [word] * 3 + [protocol.eoa]
+    )
+    found = streaming_metrics(
+        None, prompts, [first, other], sampling, config, tokenizer, tokenizer.stop_ids
+    )
     lengths = [len(segment) for segment in prompts[0].segments]
     if layout == "batch":
         waits, latencies = [sum(lengths)] * 2, [(9 + 4) / 2, (3 + 4) / 2]
-    else:  # a token after the second sentence for the first one; all for the other, which only skips
+    # a token after the second sentence for the first one; all for the other, which only skips
+    else:
         waits, latencies = [sum(lengths[:4]), sum(lengths)], [(6 + 4) / 2, (1 + 4) / 2]
-    assert found == pytest.approx({
-        "streaming_length_mean": (9 + 3) / 2, "deep_length_mean": (6 + 4) / 2, "skip_frac": 4 / 6,
-        "wait_tokens": sum(waits) / 2, "latency_s": sum(latencies) / 2, "seconds_per_token": 0.5})
+    assert found == pytest.approx(
+        {
+            "streaming_length_mean": (9 + 3) / 2,
+            "deep_length_mean": (6 + 4) / 2,
+            "skip_frac": 4 / 6,
+            "wait_tokens": sum(waits) / 2,
+            "latency_s": sum(latencies) / 2,
+            "seconds_per_token": 0.5,
+        }
+    )
 
 
 @pytest.mark.parametrize("layout", ["grouped", "interleaved"])
@@ -64,11 +103,15 @@ def test_the_speed_is_measured_once(tokenizer, streaming_model, layout):
     config, prompts, sampling = made(layout, tokenizer, f"model.path={streaming_model}", "eval.k=2")
     engine = make_engine(config, CPU, torch.float32, 256)
     started = time.perf_counter()
-    scores, trajectories = evaluate(engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math"))
+    scores, trajectories = evaluate(
+        engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math")
+    )
     speed = scores["seconds_per_token"]
     assert 1e-5 < speed < (time.perf_counter() - started) / 32
     assert config.streaming.seconds_per_token == speed
-    again, _ = evaluate(engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math"))
+    again, _ = evaluate(
+        engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math")
+    )
     assert again == scores and len(trajectories) == 2
     assert decoding_speed(engine, prompts[0], sampling) != speed
 
@@ -78,10 +121,27 @@ def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_al
     protocol = Protocol.of(tokenizer)
     box = lambda n: tokenizer(f"\\boxed{{{n}}}", add_special_tokens=False).input_ids
     thoughts = [[*box(9), protocol.eot], [protocol.skip], [*box(8), protocol.eot]]
-    drawn = completion(config, prompts[0], tokenizer, thoughts,
-                       [*tokenizer("6 - 2", add_special_tokens=False).input_ids, protocol.eor, *box(4), protocol.eoa])
+    drawn = completion(
+        config,
+        prompts[0],
+        tokenizer,
+        thoughts,
+        [
+            *tokenizer("6 - 2", add_special_tokens=False).input_ids,
+            protocol.eor,
+            *box(4),
+            protocol.eoa,
+        ],
+    )
     judged, verify = [], VERIFIERS.resolve("math")
-    describe(drawn, prompts[0], tokenizer, lambda text, answer: judged.append(text) or verify(text, answer))
-    assert drawn.completion.endswith("<SEP><EOQ>\\boxed{9}<EOT><skip>\\boxed{8}<EOT>6 - 2<EOR>\\boxed{4}")
+    describe(
+        drawn,
+        prompts[0],
+        tokenizer,
+        lambda text, answer: judged.append(text) or verify(text, answer),
+    )
+    assert drawn.completion.endswith(
+        "<SEP><EOQ>\\boxed{9}<EOT><skip>\\boxed{8}<EOT>6 - 2<EOR>\\boxed{4}"
+    )
     assert drawn.prompt.endswith("<EOS>He gives two of them to Ann.<EOS>")
     assert judged == ["6 - 2<EOR>\\boxed{4}"] and drawn.score == 1.0

@@ -1,4 +1,5 @@
 """What a resumed run keeps of its records."""
+
 import json
 
 import pytest
@@ -10,9 +11,13 @@ from trainers.tracking import keep_through
 def test_records_with_unusual_line_ends_are_kept(tmp_path, mark):
     path = tmp_path / "completions.jsonl"
     rows = [{"step": step, "completion": f"one{mark}two"} for step in (1, 2, 3, 4)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     keep_through(path, 3)
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == rows[:3]
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == rows[
+        :3
+    ]
 
 
 def test_a_line_that_was_cut_off_goes_and_what_comes_after_it_stays(tmp_path):

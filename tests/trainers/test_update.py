@@ -1,7 +1,9 @@
-"""The gradient of one step does not depend on how the work is split: ranks, micro-batches, order, ZeRO stage.
+"""The gradient of one step does not depend on how the work is split: ranks, micro-batches, order,
+ZeRO stage.
 
-float32; tolerance 2e-6 of the largest entry of each tensor (summation order differs), real DeepSpeed, gloo.
-"""
+float32; tolerance 2e-6 of the largest entry of each tensor (summation order differs), real
+DeepSpeed, gloo."""
+
 import os
 import sys
 from pathlib import Path
@@ -12,10 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "gradient_worker.py"
 W = "window_token_mean"
-ONE_RANK = [f"zero0/4096/given/{W}", f"zero0/100/given/{W}", f"zero0/100/reversed/{W}", f"zero1/100/given/{W}",
-            f"zero2/100/given/{W}", f"zero3/100/given/{W}", f"zero2_offload/100/given/{W}",
-            f"zero3_offload/100/given/{W}"]
-TWO_RANKS = [f"zero0/100/given/{W}", f"zero1/4096/reversed/{W}", f"zero2/100/given/{W}", f"zero3/70/given/{W}"]
+ONE_RANK = [
+    f"zero0/4096/given/{W}",
+    f"zero0/100/given/{W}",
+    f"zero0/100/reversed/{W}",
+    f"zero1/100/given/{W}",
+    f"zero2/100/given/{W}",
+    f"zero3/100/given/{W}",
+    f"zero2_offload/100/given/{W}",
+    f"zero3_offload/100/given/{W}",
+]
+TWO_RANKS = [
+    f"zero0/100/given/{W}",
+    f"zero1/4096/reversed/{W}",
+    f"zero2/100/given/{W}",
+    f"zero3/70/given/{W}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +46,25 @@ def name(setting: str, ranks: int) -> str:
     return f"{setting.replace('/', '_')}_{ranks}"
 
 
-@pytest.mark.parametrize("setting, ranks", [(s, 1) for s in ONE_RANK[1:]] + [(s, 2) for s in TWO_RANKS])
+@pytest.mark.parametrize(
+    "setting, ranks", [(s, 1) for s in ONE_RANK[1:]] + [(s, 2) for s in TWO_RANKS]
+)
 def test_the_gradient_is_the_same(gradients, setting, ranks):
     reference, other = gradients[name(ONE_RANK[0], 1)], gradients[name(setting, ranks)]
     assert reference.keys() == other.keys() and len(reference) > 10
     for tensor, expected in reference.items():
         scale = np.abs(expected).max()
         assert scale > 0, tensor
-        np.testing.assert_allclose(other[tensor], expected, atol=2e-6 * scale + 1e-9, rtol=2e-5, err_msg=tensor)
+        np.testing.assert_allclose(
+            other[tensor], expected, atol=2e-6 * scale + 1e-9, rtol=2e-5, err_msg=tensor
+        )
 
 
 def test_the_reported_norm_is_the_gradients_norm(gradients):
     for key, values in gradients.items():
-        squares = sum(np.square(v.astype(np.float64)).sum() for n, v in values.items() if n not in ("norm", "loss"))
+        squares = sum(
+            np.square(v.astype(np.float64)).sum()
+            for n, v in values.items()
+            if n not in ("norm", "loss")
+        )
         assert float(values["norm"]) == pytest.approx(np.sqrt(squares), rel=1e-5), key
