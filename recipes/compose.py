@@ -69,8 +69,9 @@ def compose(overrides: list[str]) -> DictConfig:
     Args:
         overrides: Hydra overrides, e.g. `["recipe=poweropd", "train.steps=10"]`.
 
-    Raises: ConfigError: an unknown key, a wrong type or an impossible value; one line that names
-        the key.
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value; one line that names the
+            key.
     """
     from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore

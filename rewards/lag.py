@@ -23,8 +23,9 @@ def rco(delays: Sequence[float], source: float) -> float:
         delays: phi, [L], not decreasing, 0 to M.
         source: M, above 0.
 
-    Raises: ValueError: no delays, or delays that decrease, are below 0 or above the source; a
-        source of 0 or less.
+    Raises:
+        ValueError: no delays, or delays that decrease, are below 0 or above the source; a source of
+            0 or less.
     """
     return float(_read(delays, source).mean() / source)
 
@@ -50,11 +51,15 @@ def average_lagging(
     that does is itself the result. A text longer than its reference gets a smaller AL, below 0
     even: `laal` does not reward that.
 
-    Args: delays: phi, [L], not decreasing, 0 or more. source: M, above 0. reference_length: words
-        of the reference; None counts those that were written, as SimulEval without references.
+    Args:
+        delays: phi, [L], not decreasing, 0 or more.
+        source: M, above 0.
+        reference_length: words of the reference; None counts those that were written, as SimulEval
+            without references.
 
-    Raises: ValueError: no delays, or delays that decrease or are below 0; a source of 0 or less; a
-        reference without words.
+    Raises:
+        ValueError: no delays, or delays that decrease or are below 0; a source of 0 or less; a
+            reference without words.
     """
     phi = _checked(delays, source)
     length = len(phi) if reference_length is None else reference_length

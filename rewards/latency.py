@@ -22,8 +22,10 @@ def answer_latency(
 ) -> float:
     """Seconds from the last input word to the first token of the answer.
 
-    Args: words: [N] of each sentence; those of the question shift all times alike. tokens: [N + 1]
-        of each thought, then those of the deep segment up to the answer's first (`to_answer`).
+    Args:
+        words: [N] of each sentence; those of the question shift all times alike.
+        tokens: [N + 1] of each thought, then those of the deep segment up to the answer's first
+            (`to_answer`).
         read_first: all is read before the first thought.
     """
     ready = seconds_per_word * np.cumsum(words)

@@ -22,8 +22,10 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[flo
     """sacrebleu's BLEU of the corpus, 0 to 100, and its signature; the settings are sacrebleu's own
     (13a, exp).
 
-    Args: texts: [N], not tokenised. references: [N] lists of one or more; their numbers may differ,
-        which the signature calls `nrefs:var`.
+    Args:
+        texts: [N], not tokenised.
+        references: [N] lists of one or more; their numbers may differ, which the signature calls
+            `nrefs:var`.
 
     Raises:
         ValueError: no texts, not a list of references for each text, or an empty one.

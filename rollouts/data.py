@@ -113,11 +113,11 @@ def load_examples(
 ) -> Sequence[Example]:
     """The examples of a data set.
 
-    Args: path: `stories` or `translation`; a .jsonl, .json (SQuAD's too), .parquet or .csv file, or
-        a folder of them
-            (searched in depth); a folder without these, of line-aligned text (`rollouts.parallel`),
-            or FOLDER/NAME of its files NAME.LANG; or a Hugging Face dataset, as `name` or
-            `name:config`.
+    Args:
+        path: `stories` or `translation`; a .jsonl, .json (SQuAD's too), .parquet or .csv file, or a
+            folder of them (searched in depth); a folder without these, of line-aligned text
+            (`rollouts.parallel`), or FOLDER/NAME of its files NAME.LANG; or a Hugging Face dataset,
+            as `name` or `name:config`.
         split: of generated data or the Hugging Face dataset. In a folder, files whose name or
             subfolder says another split (train, validation, test, …) are left out; a file given by
             itself is taken whole.
@@ -529,11 +529,13 @@ def tokenize_prompts(
 ) -> tuple[list[Prompt], int]:
     """Prompts as token ids, ready for a completion to follow.
 
-    Args: examples: their messages are rendered. tokenizer: a Hugging Face tokenizer.
-        max_prompt_tokens: longer prompts are dropped, never cut. template: `chat`: the tokenizer's
-        chat template; `plain`: the contents of the turns with a blank line
-            between them, and the special tokens that the tokenizer adds by itself; `auto`: chat
-            where the tokenizer has a template.
+    Args:
+        examples: their messages are rendered.
+        tokenizer: a Hugging Face tokenizer.
+        max_prompt_tokens: longer prompts are dropped, never cut.
+        template: `chat`: the tokenizer's chat template; `plain`: the contents of the turns with a
+            blank line between them, and the special tokens that the tokenizer adds by itself;
+            `auto`: chat where the tokenizer has a template.
         system: a system turn, in place of any the example has.
         suffix: appended to the last turn as it is.
         enable_thinking: handed to the chat template.

@@ -158,9 +158,9 @@ def check_heads(options) -> None:
     Args:
         options: the config's section `proactive`.
 
-    Raises: ConfigError: the head is not known, its setting is missing or out of range, there is
-        nothing to sweep, or no
-            lag is between the least and the largest.
+    Raises:
+        ConfigError: the head is not known, its setting is missing or out of range, there is nothing
+            to sweep, or no lag is between the least and the largest.
     """
     if options.max_lag is not None and options.max_lag < options.min_lag:
         raise ConfigError(

@@ -173,8 +173,9 @@ def sample(
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
 
-    Returns: token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k
-        and top-p (at temperature 0: at temperature 1).
+    Returns:
+        token ids [B] int64, and their log-probs [B] in nats at the temperature, before top-k and
+        top-p (at temperature 0: at temperature 1).
     """
     logits = logits[:, : sampling.vocab]
     if sampling.temperature == 0:

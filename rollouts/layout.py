@@ -26,10 +26,10 @@ SOURCE, PADDING = -1, -2  # groups; a target token's group is its view, 0 or mor
 def sees(query, key):
     """Whether a query attends to a key: the rule of every mask, dense, cached or blockwise.
 
-    Args: query: (group, index, limit), arrays or tensors that broadcast with those of the keys: the
-        group; the place
-            among the tokens of that group; how many source tokens it sees, besides its own group's
-            up to itself (0 for a source token). Padding sees padding only.
+    Args:
+        query: (group, index, limit), arrays or tensors that broadcast with those of the keys: the
+            group; the place among the tokens of that group; how many source tokens it sees, besides
+            its own group's up to itself (0 for a source token). Padding sees padding only.
         key: (group, index).
     """
     (group, index, limit), (key_group, key_index) = query, key
@@ -205,8 +205,9 @@ def check_layouts(model, states: Callable[[list[int], Layout], torch.Tensor]) ->
         model: a Hugging Face model.
         states: its hidden states [L, H] of token ids [L] under a layout.
 
-    Raises: ModelError: it does not, as with attention that ignores a mask of its caller's, or
-        cannot, as with a window.
+    Raises:
+        ModelError: it does not, as with attention that ignores a mask of its caller's, or cannot,
+            as with a window.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})

@@ -158,8 +158,9 @@ def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
     Args:
         where: file and row, for errors.
 
-    Raises: DataError: its context or question is no text, or is empty, or its answers have another
-        form.
+    Raises:
+        DataError: its context or question is no text, or is empty, or its answers have another
+            form.
     """
     if not is_squad(row):
         raise DataError(
@@ -202,12 +203,16 @@ def unit_prompts(
     that cannot tell that the input is over cannot tell when to stop waiting. The opening, where no
     template writes one, is the end token too.
 
-    Args: examples: those of a chat keep its earlier turns; `context`, or else the last one, is the
-        source. tokenizer: a Hugging Face tokenizer. config: of the run; its sections `data` and
-        `streaming` are read. where: the data's name, for errors.
+    Args:
+        examples: those of a chat keep its earlier turns; `context`, or else the last one, is the
+            source.
+        tokenizer: a Hugging Face tokenizer.
+        config: of the run; its sections `data` and `streaming` are read.
+        where: the data's name, for errors.
 
-    Returns: The prompts of at most `data.max_prompt_tokens` tokens, in order, and the number of
-        those dropped.
+    Returns:
+        The prompts of at most `data.max_prompt_tokens` tokens, in order, and the number of those
+        dropped.
 
     Raises:
         DataError: a source or a target is empty, or not one prompt fits.

@@ -45,8 +45,9 @@ def question_and_sentences(example: Example, where: str) -> tuple[str, list[str]
     Args:
         where: the data's name, for errors.
 
-    Raises: DataError: a text has no sentence end, a part is missing or empty, or holds a protocol
-        token.
+    Raises:
+        DataError: a text has no sentence end, a part is missing or empty, or holds a protocol
+            token.
     """
     row = f"{where}: row {example.index}"
     if example.sentences is not None:
@@ -86,8 +87,9 @@ def streaming_prompts(
         config: of the run; its sections `data` and `streaming` are read.
         where: the data's name, for errors.
 
-    Returns: The prompts whose source fits in `data.max_prompt_tokens`, in order, and the number of
-        those dropped.
+    Returns:
+        The prompts whose source fits in `data.max_prompt_tokens`, in order, and the number of those
+        dropped.
 
     Raises:
         DataError: an example cannot be streamed, or not one prompt fits.

@@ -144,10 +144,11 @@ def story(
 ) -> Story:
     """Story `index` of a seed and split, the same in every process.
 
-    Args: seed, index: any integers. split: `train`, `validation` or `heldout`. A chain (start
-        number, operations) belongs to one of them by its
-            hash, whatever the names, the items, the seed or the difficulty, so no two share a
-            problem.
+    Args:
+        seed, index: any integers.
+        split: `train`, `validation` or `heldout`. A chain (start number, operations) belongs to one
+            of them by its hash, whatever the names, the items, the seed or the difficulty, so no
+            two share a problem.
         difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and -
             of 1 to 20, on numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
         verbose: the same story, solved with redundant sentences (restated, explained, checked by

@@ -33,9 +33,9 @@ def segmented(row: dict[str, Any], where: str) -> dict[str, Any]:
     Args:
         where: file and row, for errors.
 
-    Raises: DataError: a part is missing or of another type, a protocol token stands where it should
-        not, or there is not
-            one thought per sentence.
+    Raises:
+        DataError: a part is missing or of another type, a protocol token stands where it should
+            not, or there is not one thought per sentence.
     """
     parts = _streaming_cot(row, where) if "Instruct_Context" in row else _columns(row, where)
     thoughts, sentences = parts["thoughts"], parts["sentences"]

@@ -50,10 +50,13 @@ class Cache:
     ) -> torch.Tensor:
         """Run n tokens per row and keep their keys.
 
-        Args: ids: [B, n]. table: [3, B, n], group, index and limit, as `sees` reads them. offset:
-            position of target index 0. embeddings: [B, n, H], in place of those of the ids.
+        Args:
+            ids: [B, n].
+            table: [3, B, n], group, index and limit, as `sees` reads them.
+            offset: position of target index 0.
+            embeddings: [B, n, H], in place of those of the ids.
             attention: keep that of the last token in `attention` [layers, B, heads, keys]; the
-            model's must be eager.
+                model's must be eager.
 
         Returns:
             the logits [B, V] after the last of them, float32.
@@ -149,8 +152,9 @@ class StreamingEngine(HuggingFaceEngine):
     def _read(self, requests: Sequence[Request]) -> tuple[Cache, torch.Tensor, torch.Tensor]:
         """Encode source and opening, once for requests that share them.
 
-        Returns: the cache, a row per request; the logits [B, V] of their first token; and [B, N +
-            1] the source tokens that each thought and the deep segment see.
+        Returns:
+            the cache, a row per request; the logits [B, V] of their first token; and [B, N + 1] the
+            source tokens that each thought and the deep segment see.
         """
         unique = {
             key: row

@@ -16,13 +16,15 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 def sync_weights(engine, weights: Callable[[], Weights], salt: int) -> None:
     """Send every tensor, and compare fingerprints on both sides.
 
-    Args: engine: a rollout engine. weights: yields (checkpoint name, full tensor in the engine's
-        dtype), gathering bucket by bucket where
-            parameters are sharded. It is a collective: every rank calls it together.
+    Args:
+        engine: a rollout engine.
+        weights: yields (checkpoint name, full tensor in the engine's dtype), gathering bucket by
+            bucket where parameters are sharded. It is a collective: every rank calls it together.
         salt: which columns are compared; the step.
 
-    Raises: SyncError: a tensor in the engine differs from the trainer's, or is not there; all such
-        are named.
+    Raises:
+        SyncError: a tensor in the engine differs from the trainer's, or is not there; all such are
+            named.
     """
     expected: dict[str, int] = {}
 

@@ -67,9 +67,10 @@ NOUNS, MODIFIERS = _lexicon()
 def translation(seed: int, index: int, split: str) -> Translation:
     """Sentence `index` of a seed and split, the same in every process.
 
-    Args: seed, index: any integers. split: `train` or `heldout`. A source sentence belongs to one
-        of them by its hash, whatever the seed, so the
-            two never share one.
+    Args:
+        seed, index: any integers.
+        split: `train` or `heldout`. A source sentence belongs to one of them by its hash, whatever
+            the seed, so the two never share one.
 
     Raises:
         DataError: an unknown split.

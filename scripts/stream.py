@@ -84,8 +84,9 @@ def read_text(
 ) -> tuple[str, str, Iterable[str], list[str] | None]:
     """What is asked and read.
 
-    Returns: its name, for errors; the question; the words, each with the white space after it; and,
-        of a file, its sentences.
+    Returns:
+        its name, for errors; the question; the words, each with the white space after it; and, of a
+        file, its sentences.
 
     Raises:
         DataError: it cannot be read, is empty, or has no sentence end.

@@ -70,10 +70,11 @@ def complete(run_dir: Path) -> list[Path]:
 def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
     """Which run to continue and from which checkpoint (None: from its start).
 
-    Args: resume: `auto` (the newest checkpoint of `run_dir`, or a fresh start), or a run's or
-        checkpoint's folder. run_dir: the run's directory. If it is the default, named after the
-        time and so always new, `auto` takes
-            the newest run beside it that has a checkpoint.
+    Args:
+        resume: `auto` (the newest checkpoint of `run_dir`, or a fresh start), or a run's or
+            checkpoint's folder.
+        run_dir: the run's directory. If it is the default, named after the time and so always new,
+            `auto` takes the newest run beside it that has a checkpoint.
 
     Raises:
         CheckpointError: the path is neither.
@@ -104,8 +105,9 @@ def verify(folder: Path, facts: dict) -> int:
     Returns:
         its step.
 
-    Raises: CheckpointError: a file is missing or changed, or the run differs in `facts`; the
-        message names it.
+    Raises:
+        CheckpointError: a file is missing or changed, or the run differs in `facts`; the message
+            names it.
     """
     remedy = "delete that folder to resume from the one before it"
     try:

@@ -127,9 +127,10 @@ def evaluate(
     The seeds depend on the prompt and sample only, so every evaluation of a run uses the same
     noise.
 
-    Returns: `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in
-        % per token), and where the run streams, those of `streaming_metrics` or
-        `simultaneous_metrics`; and this rank's trajectories.
+    Returns:
+        `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per
+        token), and where the run streams, those of `streaming_metrics` or `simultaneous_metrics`;
+        and this rank's trajectories.
     """
     k, count = config.eval.k, config.eval.samples or config.eval.k
     sampling = make_sampling(

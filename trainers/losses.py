@@ -71,8 +71,9 @@ class Loss:
             batch: a `MicroBatch` with the annotations the primitives need.
             denominator: N above.
 
-        Returns: `loss` (scalar), and [T] float32: `logprobs`, `entropy` (nats), `rewards`,
-            `divergence`, `kl` (nats), `clipped` (0 or 1) as they apply.
+        Returns:
+            `loss` (scalar), and [T] float32: `logprobs`, `entropy` (nats), `rewards`, `divergence`,
+            `kl` (nats), `clipped` (0 or 1) as they apply.
         """
         notes = batch.annotations
         shared = dict(

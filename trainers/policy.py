@@ -47,12 +47,13 @@ class Head(nn.Module):
 class Policy(nn.Module):
     """A Hugging Face decoder split at its head.
 
-    Args: model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and
-        soft-cap.
+    Args:
+        model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and
+            soft-cap.
 
-    Raises: ModelError: its logits are something else, so our head would be wrong, or its attention
-        does not keep
-            packed sequences apart (both checked on a few tokens).
+    Raises:
+        ModelError: its logits are something else, so our head would be wrong, or its attention does
+            not keep packed sequences apart (both checked on a few tokens).
         encoder: of sources of frames (rollouts/frames.py); it is not trained, so it is no part of
             the module.
     """
@@ -178,8 +179,9 @@ def load_policy(
 def check_model(key: str, path: str):
     """The tokenizer and config of a model, before any weight is read.
 
-    Returns: (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the
-        model's two configs.
+    Returns:
+        (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the model's
+        two configs.
 
     Raises:
         ModelError: no such folder or hub model; the message names `key`.

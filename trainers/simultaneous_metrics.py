@@ -75,7 +75,8 @@ def simultaneous_metrics(
     Args:
         starts: [V] bool, the tokens that begin a word.
 
-    Returns: `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/text.py); `rco`, `ail`, `al`,
+    Returns:
+        `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/text.py); `rco`, `ail`, `al`,
         `laal` in source units (rewards/lag.py), over the completions that are not empty; NaN if all
         are.
     """

@@ -31,18 +31,21 @@ def streaming_metrics(
 ) -> dict[str, float]:
     """Means over the completions of all ranks. A collective.
 
-    Args: rollout: the engine, whose speed is measured where `streaming.seconds_per_token` is null.
-        What is found is
-            written there, so that the evaluations of a process differ by what was written and not
-            by the clock.
+    Args:
+        rollout: the engine, whose speed is measured where `streaming.seconds_per_token` is null.
+            What is found is written there, so that the evaluations of a process differ by what was
+            written and not by the clock.
         prompts: all that were evaluated.
         trajectories: this rank's, scored.
         sampling: what they were drawn with.
 
-    Returns: `streaming_length_mean`, `deep_length_mean`: tokens, with those that end them, and the
-        answer; `skip_frac`: the share of sentences with a lone <skip>; `wait_tokens`: source tokens
-        read when the first thought that is no <skip> starts, else the deep segment; `latency_s`:
-        from the last word to the answer's first token, simulated (rewards/latency.py);
+    Returns:
+        `streaming_length_mean`, `deep_length_mean`: tokens, with those that end them, and the
+            answer;
+        `skip_frac`: the share of sentences with a lone <skip>;
+        `wait_tokens`: source tokens read when the first thought that is no <skip> starts, else the
+            deep segment;
+        `latency_s`: from the last word to the answer's first token, simulated (rewards/latency.py);
         `seconds_per_token`: of that simulation.
     """
     streaming = config.streaming
