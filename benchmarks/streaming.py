@@ -19,10 +19,10 @@ def main() -> int:
     import torch
 
     from recipes.compose import compose
-    from rollouts.streaming_engine import StreamingEngine
+    from rollouts.streaming.engine import StreamingEngine
     from rollouts.trajectory import Request, Sampling
-    from scripts.tiny_models import MODELS, initialise
     from scripts.cli import quiet_libraries, quiet_torch
+    from scripts.tiny_models import MODELS, initialise
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.streaming",

@@ -26,15 +26,15 @@ def main() -> int:
     import kernels
     from kernels.bench.memory import MIB, peak_bytes, start_watch
     from recipes.compose import compose
-    from rollouts.data import Example, load_examples
+    from rollouts.data.load import Example, load_examples
+    from rollouts.data.parallel_text import unit_prompts
     from rollouts.layout import Layout
-    from rollouts.parallel import unit_prompts
-    from scripts.tiny_models import TinyModel, initialise
     from scripts.cli import quiet_libraries, quiet_torch
+    from scripts.tiny_models import TinyModel, initialise
     from trainers.base import Parts
-    from trainers.batching import pack
+    from trainers.core.batching import pack
+    from trainers.core.policy import load_policy
     from trainers.losses import Loss
-    from trainers.policy import load_policy
     from trainers.proactivellm import ProactiveLLM
 
     parser = argparse.ArgumentParser(

@@ -80,10 +80,11 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     """
     trl = fetch_trl(args.peers_dir) if "trl" in args.ways else None
 
-    from recipes.compose import compose
-    from rollouts.data import PromptSampler, configured_examples
     from transformers import AutoTokenizer
-    from trainers.evaluation import make_prompts
+
+    from recipes.compose import compose
+    from rollouts.data.load import PromptSampler, configured_examples
+    from trainers.core.evaluation import make_prompts
 
     make_model(folder / "student", args.size, seed=1)
     make_model(folder / "teacher", args.size, seed=2)
@@ -125,8 +126,9 @@ def make_model(folder: Path, size: int, seed: int) -> None:
         seed: of the weights.
     """
     import torch
-    from scripts.tiny_models import TinyModel, initialise
     from transformers import AutoModelForCausalLM
+
+    from scripts.tiny_models import TinyModel, initialise
 
     initialise(folder, TinyModel(end=END, steps=0, seed=seed, vocab_size=size))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -73,7 +73,8 @@ def compose(overrides: list[str]) -> DictConfig:
         ConfigError: an unknown key, a wrong type or an impossible value; one line that names the
             key.
     """
-    from hydra import compose as hydra_compose, initialize_config_dir
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 

@@ -25,7 +25,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32, or bfloat16 (compute; the optimizer keeps float32 masters)
     attn_implementation: str = "packed"  # packed, flash_attention_2, flex_attention, sdpa, eager
     gradient_checkpointing: bool = False
-    # of sources of frames: the dotted path of what makes it (rollouts/frames.py)
+    # of sources of frames: the dotted path of what makes it (rollouts/simultaneous/frames.py)
     encoder: Optional[str] = None
 
 
@@ -41,7 +41,7 @@ class DataConfig:
     # line-aligned NAME.LANG files, or FOLDER/NAME of it; a Hugging Face dataset
     path: str = "stories"
     split: str = "train"
-    # null: the first of the usual names that is there; frames: rollouts/frames.py
+    # null: the first of the usual names that is there; frames: rollouts/simultaneous/frames.py
     prompt_column: Optional[str] = None
     answer_column: Optional[str] = None
     # the column of the text to write; null: the first of the usual names
@@ -154,7 +154,7 @@ class ProactiveConfig:
     top_k: int = 100  # the teacher's most likely tokens, on which that KL is taken
     top_k_tail: str = "renormalize"  # renormalize, bucket
     schedules: int = 1  # m: read schedules per example and step
-    # uniform, early, late, diagonal: how they spread the reading (trainers/schedules.py)
+    # uniform, early, late, diagonal: how they spread the reading (rollouts/simultaneous/schedules.py)
     schedule: str = "uniform"
     head: str = "entropy"  # entropy, attention, wait_k, ratio, batch; or the dotted path of one
     # the head's threshold, k or ratio; null: the quantile of a calibration set

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollouts.heads import Head
 from rollouts.layout import Layout
+from rollouts.simultaneous.decision import Head
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Trajectory:
     sampled: np.ndarray | None = None
     # int; the thought a token is of, 0 .. N - 1; N: deep reasoning and answer; else -1
     slots: np.ndarray | None = None
-    # [F, D], of a source with FRAME in `prompt_ids` (rollouts/frames.py)
+    # [F, D], of a source with FRAME in `prompt_ids` (rollouts/simultaneous/frames.py)
     frames: np.ndarray | None = None
     # int; simultaneous: source units read when it was written, 0 for the opening
     reads: np.ndarray | None = None

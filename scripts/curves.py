@@ -68,12 +68,12 @@ def write(config, out: Path) -> dict:
     Raises:
         OnstreamError: a head, the model or the data cannot be used.
     """
-    from rollouts.heads import HEADS, check_heads
+    from rollouts.simultaneous.decision import HEADS, check_heads
     from scripts.evaluate import load
-    from trainers.distributed import rank
-    from trainers.evaluation import eval_path, evaluate
-    from trainers.rollout import make_sampling
-    from trainers.simultaneous_metrics import calibrate
+    from trainers.core.distributed import rank
+    from trainers.core.evaluation import eval_path, evaluate
+    from trainers.modes.rollout import make_sampling
+    from trainers.modes.simultaneous_metrics import calibrate
 
     check_heads(config.proactive)
     parts = load(config)

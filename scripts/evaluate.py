@@ -13,9 +13,9 @@ With `mode` the model thinks after each sentence that it reads (`streaming`:
 streaming.layout=grouped), or has all its thoughts when all is read (`read_then_think`:
 streaming.layout=batch), with the settings of recipe=streaming_sft. Then there are also the lengths
 of the streaming and the deep part, the share of skipped sentences, and the latency of the answer
-for a reader of `streaming.words_per_minute` (trainers/streaming_metrics.py). With
+for a reader of `streaming.words_per_minute` (trainers/modes/streaming_metrics.py). With
 `mode=simultaneous` the model reads unit by unit and writes in between, as a decision head says,
-with the settings of recipe=proactivellm: quality and lag (trainers/simultaneous_metrics.py).
+with the settings of recipe=proactivellm: quality and lag (trainers/modes/simultaneous_metrics.py).
 `scripts.curves` sweeps the heads."""
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def load(config) -> Loaded:
     import torch
 
     from rewards.math import VERIFIERS
-    from trainers.evaluation import eval_prompts, max_length
-    from trainers.policy import DTYPES, check_model
-    from trainers.rollout import ENGINES, make_engine
+    from trainers.core.evaluation import eval_prompts, max_length
+    from trainers.core.policy import DTYPES, check_model
+    from trainers.modes.rollout import ENGINES, make_engine
 
     ENGINES.resolve(config.rollout.engine)
     verifier = VERIFIERS.resolve(config.reward.verifier)
@@ -147,7 +147,7 @@ def load(config) -> Loaded:
 
 def run(config) -> dict:
     """Load, sample, judge; returns the scores with what they were measured on."""
-    from trainers.evaluation import evaluate
+    from trainers.core.evaluation import evaluate
 
     parts = load(config)
     scores, _ = evaluate(

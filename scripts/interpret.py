@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status; a mistake of the user's ends in one line on stderr."""
     from recipes.compose import compose
     from recipes.errors import ConfigError, OnstreamError
-    from rollouts.heads import HEADS, check_heads
+    from rollouts.simultaneous.decision import HEADS, check_heads
     from scripts.evaluate import key_values
 
     try:
@@ -91,11 +91,11 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from rollouts.data import Example
-    from rollouts.parallel import unit_prompts
-    from trainers.policy import DTYPES, check_model
-    from trainers.rollout import make_engine, make_requests, make_sampling
-    from trainers.simultaneous_metrics import make_head
+    from rollouts.data.load import Example
+    from rollouts.data.parallel_text import unit_prompts
+    from trainers.core.policy import DTYPES, check_model
+    from trainers.modes.rollout import make_engine, make_requests, make_sampling
+    from trainers.modes.simultaneous_metrics import make_head
 
     disable_progress_bar()
     tokenizer, _ = check_model("model", config.model.path)

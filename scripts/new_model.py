@@ -119,7 +119,7 @@ def read(arguments: list[str]):
 def texts_of(config) -> Iterator[str]:
     """The sources and targets of the data. Generated data is that of seed 0: the seed is of the
     weights alone."""
-    from rollouts.data import configured_examples
+    from rollouts.data.load import configured_examples
 
     for example in configured_examples(config.data, seed=0):
         yield from (message["content"] for message in example.messages)

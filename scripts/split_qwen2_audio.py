@@ -4,7 +4,7 @@ projector.
     python -m scripts.split_qwen2_audio model=Qwen/Qwen2-Audio-7B-Instruct out=DIR
 
 DIR/text is a Qwen2 model for `model.path`, DIR/speech an encoder:
-`model.encoder=rollouts.qwen2_audio.load:DIR/speech`.
+`model.encoder=rollouts.simultaneous.qwen2_audio.load:DIR/speech`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def split(model: str, out: Path) -> None:
     )
 
     from recipes.errors import ModelError
-    from rollouts.qwen2_audio import SpeechEncoder
+    from rollouts.simultaneous.qwen2_audio import SpeechEncoder
 
     try:
         config = AutoConfig.from_pretrained(model)

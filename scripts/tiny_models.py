@@ -292,7 +292,7 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
 def make_tokenizer(end: str, verbose: bool = False):
     """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any
     text encodes."""
-    from rollouts.stories import story
+    from rollouts.data.stories import story
 
     texts = []
     for index in range(2000):
@@ -305,7 +305,7 @@ def make_tokenizer(end: str, verbose: bool = False):
 
 def translation_tokenizer():
     """One of the invented languages of `data.path=translation`, in which every word is a token."""
-    from rollouts.translation import translation
+    from rollouts.data.translation import translation
 
     made = [translation(0, index, "train") for index in range(2000)]
     return learn_tokenizer([text for one in made for text in (one.source, one.target)], 700)

@@ -33,7 +33,7 @@ def streaming_model(tiny_models, tmp_path_factory) -> Path:
     """The student with the tokens of the streaming protocol."""
     from transformers import AutoTokenizer
 
-    from rollouts.protocol import add_tokens, extend_model
+    from rollouts.streaming.tokens import add_tokens, extend_model
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
     new = add_tokens(tokenizer)

@@ -12,12 +12,12 @@ import torch
 from omegaconf import DictConfig
 
 from recipes.registry import Registry
-from rollouts.data import Prompt, PromptSampler
+from rollouts.data.load import Prompt, PromptSampler
 from rollouts.trajectory import Trajectory, sample_seed
-from trainers import distributed
-from trainers.evaluation import describe
+from trainers.core import distributed
+from trainers.core.evaluation import describe
 from trainers.losses import Loss
-from trainers.rollout import make_requests, make_sampling
+from trainers.modes.rollout import make_requests, make_sampling
 
 TRAINERS = Registry("trainer")
 

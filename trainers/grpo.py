@@ -42,7 +42,7 @@ class GRPO(Trainer):
         super().__init__(parts)
         self.reference = None
         if self.config.grpo.kl_beta > 0:
-            from trainers.teacher import Reference
+            from trainers.core.teacher import Reference
 
             self.reference = Reference(self.config, parts.device, parts.vocab)
 

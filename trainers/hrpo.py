@@ -37,7 +37,7 @@ from typing import Sequence
 import numpy as np
 
 from rewards.streaming import judge
-from rollouts.protocol import Protocol
+from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS
 from trainers.grpo import GRPO, group_advantages

@@ -13,19 +13,19 @@ import torch
 from omegaconf import DictConfig
 
 import kernels
-from rollouts.protocol import extend_model
+from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
-from trainers import checkpoint, distributed
 from trainers.base import Parts
-from trainers.batching import empty_like, pack, share, split, unpack
-from trainers.engine import PolicyEngine
-from trainers.evaluation import evaluate
+from trainers.core import checkpoint, distributed
+from trainers.core.batching import empty_like, pack, share, split, unpack
+from trainers.core.deepspeed import PolicyEngine
+from trainers.core.evaluation import evaluate
+from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
+from trainers.core.policy import load_policy
+from trainers.core.tracking import Tracker
 from trainers.losses import score_tokens
-from trainers.metrics import TokenStats, peak_memory_gib, rollout_metrics
-from trainers.policy import load_policy
+from trainers.modes.rollout import make_engine
 from trainers.prepare import Prepared
-from trainers.rollout import make_engine
-from trainers.tracking import Tracker
 
 
 class Loop:
@@ -83,7 +83,7 @@ class Loop:
             score_policy=self.score_policy,
         )
         if method.distills:
-            from trainers.teacher import Teacher
+            from trainers.core.teacher import Teacher
 
             say(f"loading {config.teacher.path}")
             parts.teacher = Teacher(config, self.device, prepared.vocab)

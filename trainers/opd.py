@@ -24,7 +24,7 @@ from recipes.errors import ConfigError
 from rewards.token import TOKEN_REWARDS
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS, Trainer
-from trainers.distributed import world_size
+from trainers.core.distributed import world_size
 from trainers.losses import Loss
 
 

@@ -5,7 +5,7 @@ view of the whole.
 
 L_batch is cross-entropy with the whole source in view; L_MSLM (mask-based streaming modelling)
 cross-entropy where word t sees phi(t) units, phi drawn anew for each example and step
-(trainers/schedules.py); L_SPSD (synchronized privileged self-distillation) the KL of the second
+(rollouts/simultaneous/schedules.py); L_SPSD (synchronized privileged self-distillation) the KL of the second
 view from the first, on the first's top-k tokens, the first being constant and of the same weights.
 All are means over target tokens, each on its own count.
 
@@ -18,7 +18,7 @@ A view whose terms have weight 0 is left out, so that an ablation costs what it 
 There is no public code, and the paper's text was not at hand (methods.md, 5). Ours are: schedules
 by word, not by token, as decision heads are asked at words; the end of a word counts with it;
 lambda, and all [choice] there. Left out: the paper's audio backbone; a source of frames is read as
-one of words is (rollouts/frames.py).
+one of words is (rollouts/simultaneous/frames.py).
 
     torchrun --nproc_per_node=N train.py recipe=proactivellm model.path=DIR data.path=DATA
 """
@@ -30,14 +30,14 @@ from typing import Sequence
 import numpy as np
 
 from recipes.errors import ConfigError
-from rollouts.data import Prompt
-from rollouts.heads import check_heads
+from rollouts.data.load import Prompt
+from rollouts.data.parallel_text import target_words
 from rollouts.layout import from_visible
-from rollouts.parallel import target_words
+from rollouts.simultaneous.decision import check_heads
+from rollouts.simultaneous.schedules import draw_schedule
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.base import TRAINERS, Trainer, occurrences
 from trainers.losses import Loss
-from trainers.schedules import draw_schedule
 
 
 @TRAINERS.register("proactivellm")

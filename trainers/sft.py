@@ -14,7 +14,7 @@ from typing import Sequence
 
 import numpy as np
 
-from rollouts.data import Prompt
+from rollouts.data.load import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS, Trainer
 from trainers.losses import Loss

@@ -11,9 +11,9 @@ first.
 from __future__ import annotations
 
 from recipes.errors import ConfigError
-from rollouts.data import Prompt
+from rollouts.data.load import Prompt
 from rollouts.layout import arrange
-from rollouts.segments import target_segments
+from rollouts.streaming.prompts import target_segments
 from rollouts.trajectory import Trajectory
 from trainers.base import TRAINERS
 from trainers.sft import SupervisedFineTuning

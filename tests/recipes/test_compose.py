@@ -117,7 +117,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     source = "\n".join(
         path.read_text()
         for folder in ("trainers", "rollouts", "rewards", "scripts", "recipes")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if path.name not in ("schema.py", "compose.py")
     )
     source += (ROOT / "train.py").read_text()

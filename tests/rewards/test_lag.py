@@ -4,7 +4,7 @@ corner cases."""
 import numpy as np
 import pytest
 
-from rewards.lag import ail, average_lagging, laal, lags, rco
+from rewards.metrics.lag import ail, average_lagging, laal, lags, rco
 
 
 def wait(k: int, source: int, length: int) -> list[int]:

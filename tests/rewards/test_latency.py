@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rewards.latency import answer_latency, to_answer
+from rewards.metrics.latency import answer_latency, to_answer
 
 
 @pytest.mark.parametrize(

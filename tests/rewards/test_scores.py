@@ -2,7 +2,7 @@ from itertools import combinations
 
 import pytest
 
-from rewards.scores import avg_at_k, pass_at_k
+from rewards.metrics.pass_at_k import avg_at_k, pass_at_k
 
 
 def test_avg_at_k_weighs_prompts_equally():

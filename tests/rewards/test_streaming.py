@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rewards.streaming import judge
-from rollouts.protocol import Protocol
+from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
 
 OPTIONS = SimpleNamespace(format_weight=0.2, streaming_weight=0.3, deep_weight=0.5, deep_credit=0.8)

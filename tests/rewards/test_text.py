@@ -4,7 +4,7 @@ call."""
 import pytest
 import sacrebleu
 
-from rewards.text import bleu, chrf, exact, f1, text_scores
+from rewards.metrics.text import bleu, chrf, exact, f1, text_scores
 
 TEXTS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
 REFERENCES = [

@@ -4,7 +4,7 @@ import torch
 from transformers import Qwen3Config
 from transformers.cache_utils import DynamicLayer
 
-from rollouts.cache import GrowingLayer, growing_cache
+from rollouts.engines.cache import GrowingLayer, growing_cache
 
 
 def test_it_holds_what_the_plain_layer_does():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from recipes.errors import DataError
-from rollouts.data import load_examples
+from rollouts.data.load import load_examples
 
 ASKED = [{"role": "user", "content": "2+2?"}]
 ANSWERED = [{"role": "assistant", "content": "It is 4."}]

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data import PromptSampler, load_examples, tokenize_prompts
-from rollouts.stories import story
+from rollouts.data.load import PromptSampler, load_examples, tokenize_prompts
+from rollouts.data.stories import story
 
 
 def write(path, rows):

@@ -12,17 +12,17 @@ from transformers import AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError, ModelError
-from rollouts.data import load_examples
-from rollouts.frames import FRAME, check_causal, embed, load_encoder
-from rollouts.heads import HEADS, word_starts
+from rollouts.data.load import load_examples
+from rollouts.data.parallel_text import unit_prompts
 from rollouts.layout import additive
-from rollouts.parallel import unit_prompts
-from rollouts.simultaneous import SimultaneousEngine
+from rollouts.simultaneous.decision import HEADS, word_starts
+from rollouts.simultaneous.engine import SimultaneousEngine
+from rollouts.simultaneous.frames import FRAME, check_causal, embed, load_encoder
 from rollouts.trajectory import Request, Sampling
 from scripts.tiny_models import TinyModel, initialise
 from trainers.base import Parts
-from trainers.batching import pack
-from trainers.policy import load_policy
+from trainers.core.batching import pack
+from trainers.core.policy import load_policy
 from trainers.proactivellm import ProactiveLLM
 
 CPU = torch.device("cpu")

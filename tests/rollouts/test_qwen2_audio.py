@@ -13,9 +13,9 @@ from transformers import (
 
 from recipes.compose import compose
 from recipes.errors import DataError, ModelError
-from rollouts.frames import load_encoder
+from rollouts.simultaneous.frames import load_encoder
 from scripts import new_model, split_qwen2_audio
-from trainers.policy import check_model
+from trainers.core.policy import check_model
 from trainers.prepare import prepare
 
 BINS, POSITIONS = 6, 20
@@ -84,7 +84,7 @@ def test_the_encoder_is_the_original_after_two_frames_of_zeros_under_a_causal_ma
     model, parts = whole
     frames = torch.randn(29, BINS, generator=torch.Generator().manual_seed(1))
     # which proves it causal
-    ours = load_encoder(f"rollouts.qwen2_audio.load:{parts / 'speech'}")(frames)
+    ours = load_encoder(f"rollouts.simultaneous.qwen2_audio.load:{parts / 'speech'}")(frames)
     silent = torch.zeros(1, BINS, 2 * POSITIONS)
     silent[0, :, 2 : 2 + len(frames)] = frames.T
     mask = torch.full((POSITIONS, POSITIONS), -torch.inf).triu(1)[None, None]
@@ -108,7 +108,7 @@ def test_the_recipe_is_ready_for_them(whole, tmp_path):
             "recipe=proactivellm_speech",
             f"model.path={parts / 'text'}",
             f"data.path={tmp_path / 'rows.jsonl'}",
-            f"model.encoder=rollouts.qwen2_audio.load:{parts / 'speech'}",
+            f"model.encoder=rollouts.simultaneous.qwen2_audio.load:{parts / 'speech'}",
             "data.template=plain",
             "streaming.unit_seconds=0.2",
             f"run.dir={tmp_path / 'run'}",
@@ -139,4 +139,4 @@ def test_what_cannot_be_split_or_loaded(whole, tiny_models, tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     with pytest.raises(ModelError, match="holds no speech encoder; write one with"):
-        load_encoder(f"rollouts.qwen2_audio.load:{tmp_path}")
+        load_encoder(f"rollouts.simultaneous.qwen2_audio.load:{tmp_path}")

@@ -6,14 +6,14 @@ from transformers import AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data import Example
-from rollouts.protocol import Protocol
-from rollouts.segments import (
+from rollouts.data.load import Example
+from rollouts.streaming.prompts import (
     question_and_sentences,
     split_sentences,
     streaming_prompts,
     target_segments,
 )
+from rollouts.streaming.tokens import Protocol
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.heads import HEADS, Head, Recorder, State
 from rollouts.layout import additive, from_visible
-from rollouts.simultaneous import SimultaneousEngine
-from rollouts.streaming_engine import masked_states
+from rollouts.simultaneous.decision import HEADS, Head, Recorder, State
+from rollouts.simultaneous.engine import SimultaneousEngine
+from rollouts.streaming.engine import masked_states
 from rollouts.trajectory import Request, Sampling
 
 STOP, VOCAB = 1, 40

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from recipes.errors import DataError
-from rollouts.stories import CATCH_UP, DISTRACTORS, NOTHING, story, stories
+from rollouts.data.stories import CATCH_UP, DISTRACTORS, NOTHING, stories, story
 
 STEP = re.compile(r"(\d+) ([+*/-]) (\d+) = (\d+)\.")
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
@@ -200,7 +200,7 @@ def test_random_access_is_the_same_in_every_process():
         story(3, i, split, 4, True).solution for split in ("train", "heldout") for i in (9, 2)
     ]
     code = (
-        "from rollouts.stories import story\n"
+        "from rollouts.data.stories import story\n"
         "print([story(3, i, s, 4, True).solution for s in ('train', 'heldout') for i in (9, 2)])"
     )
     for hash_seed in ("1", "2"):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from recipes.errors import DataError
-from rollouts.data import load_examples
+from rollouts.data.load import load_examples
 
 COT = {
     "Instruct_Context": {

@@ -10,16 +10,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
-from rollouts.hf_engine import HuggingFaceEngine
-from rollouts.interleaved import InterleavedEngine
+from rollouts.engines.huggingface import HuggingFaceEngine
+from rollouts.engines.vllm import VllmEngine
 from rollouts.layout import check_layouts
-from rollouts.streaming_engine import StreamingEngine, masked_states
+from rollouts.streaming.engine import StreamingEngine, masked_states
+from rollouts.streaming.interleaved import InterleavedEngine
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Request, Sampling, sample_seed
-from rollouts.vllm_engine import VllmEngine
-from trainers.batching import pack, unpack
+from trainers.core.batching import pack, unpack
+from trainers.core.policy import load_policy
 from trainers.losses import score_tokens
-from trainers.policy import load_policy
 
 CPU = torch.device("cpu")
 CLOSE = 7

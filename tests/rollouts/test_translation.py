@@ -11,8 +11,8 @@ from os.path import commonprefix
 import pytest
 
 from recipes.errors import DataError
-from rollouts.data import load_examples
-from rollouts.translation import MODIFIERS, NOUNS, ideal_schedule, translation
+from rollouts.data.load import load_examples
+from rollouts.data.translation import MODIFIERS, NOUNS, ideal_schedule, translation
 
 
 def phrases(source):
@@ -105,7 +105,7 @@ def test_the_same_in_every_process_and_for_ever():
     )
     expected = [translation(5, i, split) for split in ("train", "heldout") for i in (0, 7)]
     code = (
-        "from rollouts.translation import translation\n"
+        "from rollouts.data.translation import translation\n"
         "print([translation(5, i, s) for s in ('train', 'heldout') for i in (0, 7)])"
     )
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

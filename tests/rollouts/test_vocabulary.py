@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
-from rollouts.hf_engine import HuggingFaceEngine
-from rollouts.protocol import token_count
+from rollouts.engines.huggingface import HuggingFaceEngine
+from rollouts.engines.vllm import VllmEngine
+from rollouts.streaming.tokens import token_count
 from rollouts.trajectory import Request, Sampling
-from rollouts.vllm_engine import VllmEngine
 from scripts.tiny_models import TinyModel, initialise
 
 ROWS = 1024

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
-from rollouts.data import load_examples
-from rollouts.parallel import target_words, unit_prompts
-from rollouts.translation import MODIFIERS, NOUNS
+from rollouts.data.load import load_examples
+from rollouts.data.parallel_text import target_words, unit_prompts
+from rollouts.data.translation import MODIFIERS, NOUNS
 from scripts.new_model import learn_tokenizer, main
-from trainers.policy import check_model
+from trainers.core.policy import check_model
 
 SMALL = ("hidden=32", "layers=2", "heads=2", "vocab=800", "data.stories=400")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from recipes.compose import compose
-from rollouts.data import Example
-from rollouts.segments import streaming_prompts
+from rollouts.data.load import Example
+from rollouts.streaming.prompts import streaming_prompts
 from scripts.stream import arrive, main, sentences_of
-from trainers.policy import check_model
-from trainers.rollout import make_engine, make_requests, make_sampling
+from trainers.core.policy import check_model
+from trainers.modes.rollout import make_engine, make_requests, make_sampling
 
 QUESTION = "How many pens has he now?"
 SENTENCES = ("Dr. Lee has 3.5 boxes.", '"Take two," he said.', "It rains!")

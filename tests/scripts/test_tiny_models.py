@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import embedded
 from recipes.compose import compose
 from recipes.errors import ModelError
-from rollouts.protocol import missing
-from rollouts.stories import story
+from rollouts.data.stories import story
+from rollouts.streaming.tokens import missing
 from scripts import tiny_models
-from trainers.policy import check_model
+from trainers.core.policy import check_model
 
 
 def test_the_files_are_those_of_the_manifest():

@@ -15,11 +15,11 @@ from deepspeed.utils import safe_get_full_grad
 from recipes.compose import compose
 from rewards.token import Power
 from rollouts.trajectory import Trajectory
-from trainers import distributed
-from trainers.batching import assign, empty_like, pack, split
-from trainers.engine import PolicyEngine
+from trainers.core import distributed
+from trainers.core.batching import assign, empty_like, pack, split
+from trainers.core.deepspeed import PolicyEngine
+from trainers.core.policy import load_policy
 from trainers.losses import Loss
-from trainers.policy import load_policy
 
 
 def trajectories() -> list[Trajectory]:

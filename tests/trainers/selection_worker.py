@@ -16,11 +16,11 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from recipes.compose import compose
 from rollouts.trajectory import Trajectory
-from trainers import distributed
-from trainers.engine import PolicyEngine
+from trainers.core import distributed
+from trainers.core.deepspeed import PolicyEngine
+from trainers.core.policy import load_policy
 from trainers.loop import Loop
 from trainers.onpolicy_sft import OnPolicySFT
-from trainers.policy import load_policy
 
 SAMPLES = 8
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rollouts.trajectory import Trajectory
-from trainers.batching import assign, empty_like, pack, split, unpack
+from trainers.core.batching import assign, empty_like, pack, split, unpack
 
 
 def trajectories(count=40, seed=0):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from recipes.errors import CheckpointError
-from trainers import checkpoint
-from trainers.tracking import keep_through
+from trainers.core import checkpoint
+from trainers.core.tracking import keep_through
 
 
 class Writes:

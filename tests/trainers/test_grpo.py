@@ -13,14 +13,14 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data import Example, Prompt, PromptSampler
+from rollouts.data.load import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.base import Parts
+from trainers.core.policy import load_policy
+from trainers.core.teacher import Reference
 from trainers.grpo import GRPO, group_advantages, length_reward
 from trainers.losses import Loss, k3
-from trainers.policy import load_policy
 from trainers.prepare import prepare
-from trainers.teacher import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 T, H, V = 19, 6, 23

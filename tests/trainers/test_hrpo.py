@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
 from rewards.streaming import judge
-from rollouts.protocol import Protocol
+from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
 from trainers.base import Parts
 from trainers.grpo import group_advantages

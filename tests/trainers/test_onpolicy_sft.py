@@ -12,10 +12,10 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data import Example, Prompt, PromptSampler
+from rollouts.data.load import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.base import Parts, max_new_tokens
-from trainers.batching import pack, share
+from trainers.core.batching import pack, share
 from trainers.loop import normalize
 from trainers.onpolicy_sft import OnPolicySFT
 from trainers.prepare import prepare

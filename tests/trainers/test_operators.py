@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainers import operators
+from trainers.core import operators
 
 HOLDER = """
 import os, sys, time

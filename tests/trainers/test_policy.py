@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from trainers.policy import check_model, load_policy
+from trainers.core.policy import check_model, load_policy
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from recipes.compose import compose
 from recipes.errors import ConfigError
-from rollouts.data import Example, Prompt
+from rollouts.data.load import Example, Prompt
 from rollouts.layout import from_visible
-from trainers import attention
+from rollouts.simultaneous.schedules import WEIGHTS, draw_schedule
 from trainers.base import Parts
-from trainers.batching import pack
-from trainers.policy import Policy
+from trainers.core import attention
+from trainers.core.batching import pack
+from trainers.core.policy import Policy
 from trainers.proactivellm import ProactiveLLM
-from trainers.schedules import WEIGHTS, draw_schedule
 
 VOCAB = 64
 

@@ -1,7 +1,7 @@
 """Progress of a long phase: lines with the time left where there is no terminal."""
 
-from trainers import progress
-from trainers.progress import Progress, clock
+from trainers.core import progress
+from trainers.core.progress import Progress, clock
 
 
 def test_lines_with_the_time_left(monkeypatch, capsys):

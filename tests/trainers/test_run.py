@@ -113,8 +113,8 @@ def test_the_trainer_and_the_sampler_agree(finished):
 
 def test_the_exported_model_gives_the_same_greedy_answers_in_transformers_and_vllm(finished):
     from recipes.compose import compose
+    from rollouts.engines.vllm import VllmEngine
     from rollouts.trajectory import Request, Sampling
-    from rollouts.vllm_engine import VllmEngine
 
     folder = finished[0] / "checkpoints" / "step_8" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)

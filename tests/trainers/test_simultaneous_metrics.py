@@ -8,12 +8,12 @@ import pytest
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.heads import word_starts
+from rollouts.simultaneous.decision import word_starts
 from rollouts.trajectory import Trajectory
 from scripts.curves import main
 from scripts.tiny_models import TinyModel, initialise
+from trainers.modes.simultaneous_metrics import delays, make_head
 from trainers.prepare import prepare
-from trainers.simultaneous_metrics import delays, make_head
 
 
 @pytest.fixture(scope="module")

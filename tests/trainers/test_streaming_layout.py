@@ -11,18 +11,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
-from rollouts.data import Example, Prompt, PromptSampler
-from rollouts.layout import Layout, batch as read_first, from_visible, grouped
-from rollouts.protocol import Protocol, add_tokens, extend_model
-from rollouts.streaming_engine import StreamingEngine
+from rollouts.data.load import Example, Prompt, PromptSampler
+from rollouts.layout import Layout, from_visible, grouped
+from rollouts.layout import batch as read_first
+from rollouts.streaming.engine import StreamingEngine
+from rollouts.streaming.tokens import Protocol, add_tokens, extend_model
 from rollouts.trajectory import Trajectory
-from trainers import attention
 from trainers.base import Parts
-from trainers.batching import empty_like, pack, unpack
-from trainers.evaluation import describe, evaluate, max_length
+from trainers.core import attention
+from trainers.core.batching import empty_like, pack, unpack
+from trainers.core.evaluation import describe, evaluate, max_length
+from trainers.core.policy import load_policy
 from trainers.grpo import GRPO
 from trainers.losses import score_tokens
-from trainers.policy import load_policy
 
 CPU = torch.device("cpu")
 

@@ -8,15 +8,15 @@ import torch
 
 from recipes.compose import compose
 from rewards.math import VERIFIERS
-from rollouts.data import Example
+from rollouts.data.load import Example
 from rollouts.layout import arrange
-from rollouts.protocol import Protocol
-from rollouts.segments import streaming_prompts
+from rollouts.streaming.prompts import streaming_prompts
+from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.evaluation import describe, evaluate
-from trainers.policy import check_model
-from trainers.rollout import make_engine, make_sampling
-from trainers.streaming_metrics import decoding_speed, streaming_metrics
+from trainers.core.evaluation import describe, evaluate
+from trainers.core.policy import check_model
+from trainers.modes.rollout import make_engine, make_sampling
+from trainers.modes.streaming_metrics import decoding_speed, streaming_metrics
 
 CPU = torch.device("cpu")
 EXAMPLE = Example(

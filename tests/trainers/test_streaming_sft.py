@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.layout import grouped
-from rollouts.protocol import TOKENS, Protocol
-from rollouts.segments import target_segments
+from rollouts.streaming.prompts import target_segments
+from rollouts.streaming.tokens import TOKENS, Protocol
 from trainers.base import Parts
 from trainers.prepare import prepare
 from trainers.streaming_sft import StreamingSFT

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trainers.tracking import keep_through
+from trainers.core.tracking import keep_through
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c"])

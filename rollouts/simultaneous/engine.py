@@ -15,11 +15,11 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from rollouts.frames import embed, load_encoder
-from rollouts.heads import State
-from rollouts.hf_engine import ENGINES, sample
+from rollouts.engines.huggingface import ENGINES, sample
 from rollouts.layout import PADDING, SOURCE, from_visible
-from rollouts.streaming_engine import Cache, StreamingEngine
+from rollouts.simultaneous.decision import State
+from rollouts.simultaneous.frames import embed, load_encoder
+from rollouts.streaming.engine import Cache, StreamingEngine
 from rollouts.trajectory import Request, Sampling, Trajectory
 
 BEYOND = 2**40  # more than any source has

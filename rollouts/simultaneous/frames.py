@@ -85,7 +85,7 @@ def load_encoder(path: str, device: torch.device = torch.device("cpu")):
     for attribute in ("stride", "rate", "width"):
         if not hasattr(encoder, attribute):
             raise ModelError(
-                f"model.encoder={path} has no attribute '{attribute}' (rollouts/frames.py)"
+                f"model.encoder={path} has no attribute '{attribute}' (rollouts/simultaneous/frames.py)"
             )
     check_causal(encoder, device)
     return encoder

@@ -11,9 +11,9 @@ from typing import Callable, Sequence
 import torch
 
 from rollouts.trajectory import Trajectory
-from trainers.batching import pack, split, unpack
+from trainers.core.batching import pack, split, unpack
+from trainers.core.policy import DTYPES, load_policy
 from trainers.losses import score_tokens
-from trainers.policy import DTYPES, load_policy
 
 
 class FrozenModel:

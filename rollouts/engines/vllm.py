@@ -19,8 +19,8 @@ import torch
 
 from recipes.embedded import model_folder
 from recipes.errors import ConfigError, ModelError
+from rollouts.engines.huggingface import ENGINES
 from rollouts.fingerprint import checksum, sampled_columns
-from rollouts.hf_engine import ENGINES
 from rollouts.trajectory import Request, Sampling, Trajectory
 
 # Fused matrices of vLLM's decoders: checkpoint name -> (vLLM name, position among its outputs).

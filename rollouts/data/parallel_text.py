@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import ConfigError, DataError, ModelError
-from rollouts.data import Example, Prompt
-from rollouts.frames import frame_units, load_encoder
-from rollouts.segments import Ids, chat_frame, split_sentences
+from rollouts.data.load import Example, Prompt
+from rollouts.simultaneous.frames import frame_units, load_encoder
+from rollouts.streaming.prompts import Ids, chat_frame, split_sentences
 
 LANGUAGE_FILE = re.compile(r"(.+)\.([a-z]{2,3}(?:[-_][A-Za-z]{2,4})?)")
 NOT_LANGUAGES = {

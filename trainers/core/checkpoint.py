@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from recipes.errors import CheckpointError
-from trainers import distributed
+from trainers.core import distributed
 
 MANIFEST = "manifest.json"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as in run.dir's default

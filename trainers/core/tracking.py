@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
-from trainers.distributed import rank
-from trainers.progress import clock
+from trainers.core.distributed import rank
+from trainers.core.progress import clock
 
 
 class Tracker:

@@ -15,10 +15,10 @@ from recipes.embedded import model_folder, names
 from recipes.errors import ModelError
 from recipes.registry import nearest
 from recipes.schema import MASKED_LAYOUTS
-from rollouts.frames import embed, load_encoder
 from rollouts.layout import Layout, check_layouts
-from rollouts.protocol import drop_unused_sampling
-from trainers import attention
+from rollouts.simultaneous.frames import embed, load_encoder
+from rollouts.streaming.tokens import drop_unused_sampling
+from trainers.core import attention
 
 DTYPES = {
     "float32": torch.float32,
@@ -54,7 +54,7 @@ class Policy(nn.Module):
     Raises:
         ModelError: its logits are something else, so our head would be wrong, or its attention does
             not keep packed sequences apart (both checked on a few tokens).
-        encoder: of sources of frames (rollouts/frames.py); it is not trained, so it is no part of
+        encoder: of sources of frames (rollouts/simultaneous/frames.py); it is not trained, so it is no part of
             the module.
     """
 

@@ -11,9 +11,9 @@ from typing import Iterator
 
 import torch
 
-from trainers import operators
-from trainers.distributed import world_size
-from trainers.policy import Policy
+from trainers.core import operators
+from trainers.core.distributed import world_size
+from trainers.core.policy import Policy
 
 GATHER_BUCKET = 64 * 2**20  # elements gathered at once under ZeRO-3 when weights are read out
 
@@ -161,7 +161,7 @@ class PolicyEngine:
     def save_model(self, folder: Path, tokenizer, stop_ids: list[int]) -> None:
         """Write a Hugging Face folder that transformers and vLLM load as it is. A collective under
         ZeRO-3."""
-        from trainers.distributed import rank
+        from trainers.core.distributed import rank
 
         state = {}
         for name, tensor in self.weights():

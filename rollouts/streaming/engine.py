@@ -16,7 +16,7 @@ from typing import Iterator, Sequence
 import numpy as np
 import torch
 
-from rollouts.hf_engine import ENGINES, HuggingFaceEngine, sample
+from rollouts.engines.huggingface import ENGINES, HuggingFaceEngine, sample
 from rollouts.layout import (
     PADDING,
     SOURCE,

@@ -19,7 +19,7 @@ from typing import Any, Iterable
 
 from recipes.errors import DataError
 from rewards.math import BOX, extract_boxed
-from rollouts.protocol import SKIP, TOKENS
+from rollouts.streaming.tokens import SKIP, TOKENS
 
 
 def is_segmented(columns: Iterable[str]) -> bool:

@@ -85,7 +85,7 @@ def equal_runs(
     one).
 
     Causal sequences of one length go together; micro-batches are sorted by length
-    (trainers/batching.py)."""
+    (trainers/core/batching.py)."""
     runs: list[tuple[int, int, torch.Tensor | None]] = []
     for length, mask in zip(lengths, masks):
         count, last, last_mask = runs[-1] if runs else (0, None, None)

@@ -20,7 +20,7 @@ import torch
 
 from recipes.errors import ConfigError, DataError
 from recipes.registry import Registry
-from rollouts.protocol import token_count
+from rollouts.streaming.tokens import token_count
 
 HEADS = Registry("proactive.head")
 

@@ -1,8 +1,8 @@
-"""Qwen2-Audio's speech encoder made causal, as an encoder of frames (rollouts/frames.py).
+"""Qwen2-Audio's speech encoder made causal, as an encoder of frames (rollouts/simultaneous/frames.py).
 
     python -m scripts.split_qwen2_audio model=Qwen/Qwen2-Audio-7B-Instruct out=DIR
     python train.py recipe=proactivellm_speech model.path=DIR/text \
-        model.encoder=rollouts.qwen2_audio.load:DIR/speech data.path=FILE
+        model.encoder=rollouts.simultaneous.qwen2_audio.load:DIR/speech data.path=FILE
 
 Frames are log-mel, 100 per second, as transformers' WhisperFeatureExtractor makes them (it scales
 them by the loudest of the whole recording: for a strictly causal input scale them by a constant).

@@ -11,13 +11,13 @@ from typing import Sequence
 
 import numpy as np
 
-from rewards.latency import answer_latency, to_answer
+from rewards.metrics.latency import answer_latency, to_answer
 from rewards.streaming import judge
-from rollouts.data import Prompt
+from rollouts.data.load import Prompt
 from rollouts.layout import read_counts
-from rollouts.protocol import Protocol
+from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Request, Sampling, Trajectory
-from trainers.distributed import gather
+from trainers.core.distributed import gather
 
 
 def streaming_metrics(
@@ -45,7 +45,7 @@ def streaming_metrics(
         `skip_frac`: the share of sentences with a lone <skip>;
         `wait_tokens`: source tokens read when the first thought that is no <skip> starts, else the
             deep segment;
-        `latency_s`: from the last word to the answer's first token, simulated (rewards/latency.py);
+        `latency_s`: from the last word to the answer's first token, simulated (rewards/metrics/latency.py);
         `seconds_per_token`: of that simulation.
     """
     streaming = config.streaming

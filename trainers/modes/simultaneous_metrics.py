@@ -8,14 +8,14 @@ from typing import Sequence
 
 import numpy as np
 
-from rewards.lag import lags
-from rewards.text import text_scores
-from rollouts.data import Prompt, configured_examples
-from rollouts.heads import HEADS, Head, Recorder, check_heads
-from rollouts.parallel import unit_prompts
+from rewards.metrics.lag import lags
+from rewards.metrics.text import text_scores
+from rollouts.data.load import Prompt, configured_examples
+from rollouts.data.parallel_text import unit_prompts
+from rollouts.simultaneous.decision import HEADS, Head, Recorder, check_heads
 from rollouts.trajectory import Sampling, Trajectory
-from trainers.distributed import gather, share
-from trainers.rollout import make_requests
+from trainers.core.distributed import gather, share
+from trainers.modes.rollout import make_requests
 
 
 def make_head(config, rollout, tokenizer, sampling: Sampling) -> Head:
@@ -76,8 +76,8 @@ def simultaneous_metrics(
         starts: [V] bool, the tokens that begin a word.
 
     Returns:
-        `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/text.py); `rco`, `ail`, `al`,
-        `laal` in source units (rewards/lag.py), over the completions that are not empty; NaN if all
+        `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/metrics/text.py); `rco`, `ail`, `al`,
+        `laal` in source units (rewards/metrics/lag.py), over the completions that are not empty; NaN if all
         are.
     """
     by_index = {prompt.index: prompt for prompt in prompts}

@@ -62,7 +62,7 @@ class HuggingFaceEngine:
         return [done[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        from rollouts.cache import growing_cache
+        from rollouts.engines.cache import growing_cache
 
         width = max(len(r.prompt_ids) for r in requests)
         count = len(requests)

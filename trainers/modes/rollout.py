@@ -7,12 +7,13 @@ from typing import Callable, Sequence
 
 import torch
 
-import rollouts.simultaneous, rollouts.vllm_engine  # noqa: F401,E401  register; vllm loads when an engine is made
-from rollouts.data import Prompt
-from rollouts.heads import word_starts
-from rollouts.hf_engine import ENGINES
-from rollouts.interleaved import InterleavedEngine
-from rollouts.protocol import Protocol, token_count
+import rollouts.engines.vllm
+import rollouts.simultaneous.engine  # noqa: F401,E401  register; vllm loads when an engine is made
+from rollouts.data.load import Prompt
+from rollouts.engines.huggingface import ENGINES
+from rollouts.simultaneous.decision import word_starts
+from rollouts.streaming.interleaved import InterleavedEngine
+from rollouts.streaming.tokens import Protocol, token_count
 from rollouts.trajectory import Request, Sampling
 
 

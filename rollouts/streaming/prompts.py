@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Sequence
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data import Example, Prompt
-from rollouts.protocol import SKIP, TOKENS, Protocol
+from rollouts.data.load import Example, Prompt
+from rollouts.streaming.tokens import SKIP, TOKENS, Protocol
 
 PLACE = "\u241e"  # stands for the source in a rendered chat; a symbol that no template writes
 SENTENCE_ENDS, QUESTION_ENDS, CLOSING = (*".!?…。！？؟।",), (*"?？؟",), "\"'”’»)]*"

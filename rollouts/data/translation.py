@@ -22,7 +22,7 @@ from itertools import product
 from recipes.errors import DataError
 
 # held out by the same hash, in the same share
-from rollouts.stories import HELDOUT_PERCENT, hash_percent
+from rollouts.data.stories import HELDOUT_PERCENT, hash_percent
 
 SPLITS = ("train", "heldout")
 

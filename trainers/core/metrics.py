@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rollouts.trajectory import Trajectory
-from trainers.distributed import gather
+from trainers.core.distributed import gather
 
 POSITION_BINS = 32
 

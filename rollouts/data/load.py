@@ -36,11 +36,11 @@ import numpy as np
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig
 from rewards.math import BOX, extract_boxed
-from rollouts.conversations import chat_turn, instruction_text, refuse_tools, target_text
-from rollouts.frames import as_frames
-from rollouts.stories import stories, story
-from rollouts.streaming_data import is_segmented, segmented
-from rollouts.translation import translation
+from rollouts.data.conversations import chat_turn, instruction_text, refuse_tools, target_text
+from rollouts.data.stories import stories, story
+from rollouts.data.streaming_cot import is_segmented, segmented
+from rollouts.data.translation import translation
+from rollouts.simultaneous.frames import as_frames
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -77,7 +77,7 @@ class Example:
     final: str | None = None
     deep: str | None = None
     context: str | None = None  # the text that is read unit by unit; None: the last message is
-    # [F, D] float32: the source, where it is no text (rollouts/frames.py)
+    # [F, D] float32: the source, where it is no text (rollouts/simultaneous/frames.py)
     frames: np.ndarray | None = None
     references: tuple[str, ...] | None = None  # all answers that are right, where there are several
 
@@ -116,7 +116,7 @@ def load_examples(
     Args:
         path: `stories` or `translation`; a .jsonl, .json (SQuAD's too), .parquet or .csv file, or a
             folder of them (searched in depth); a folder without these, of line-aligned text
-            (`rollouts.parallel`), or FOLDER/NAME of its files NAME.LANG; or a Hugging Face dataset,
+            (`rollouts.data.parallel_text`), or FOLDER/NAME of its files NAME.LANG; or a Hugging Face dataset,
             as `name` or `name:config`.
         split: of generated data or the Hugging Face dataset. In a folder, files whose name or
             subfolder says another split (train, validation, test, …) are left out; a file given by
@@ -128,7 +128,7 @@ def load_examples(
             row has.
         limit: the first rows only.
         seed, size: of the stories and the translation; difficulty, verbose, distractors, varied: of
-            the stories (`rollouts.stories.story`). None for the size and the difficulty: the
+            the stories (`rollouts.data.stories.story`). None for the size and the difficulty: the
             defaults of `data.stories` and `data.difficulty`.
 
     Raises:
@@ -234,7 +234,7 @@ def _translations(count: int, seed: int, split: str) -> Generated:
 
 def _sources(path: str, split: str) -> Iterator[tuple[str, Iterator[tuple[str, Row]]]]:
     """Pairs of a file's name and its rows; a row comes with its place, as in `row 3`."""
-    from rollouts.parallel import aligned, aligned_rows  # that module needs this one
+    from rollouts.data.parallel_text import aligned, aligned_rows  # that module needs this one
 
     local = Path(path).expanduser()
     if local.is_file():
@@ -307,7 +307,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
-    from rollouts.parallel import squad_rows
+    from rollouts.data.parallel_text import squad_rows
 
     text = file.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
@@ -394,7 +394,7 @@ def _examples(
     target_column: str | None,
     first_index: int,
 ) -> Iterator[Example]:
-    from rollouts.parallel import is_squad, squad
+    from rollouts.data.parallel_text import is_squad, squad
 
     if not rows:
         return

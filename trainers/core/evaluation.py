@@ -11,16 +11,16 @@ import numpy as np
 
 from recipes.errors import ConfigError, DataError
 from recipes.schema import MASKED_LAYOUTS
-from rewards.scores import avg_at_k, pass_at_k
-from rollouts.data import Example, Prompt, configured_examples, tokenize_prompts
-from rollouts.parallel import unit_prompts
-from rollouts.segments import streaming_prompts
+from rewards.metrics.pass_at_k import avg_at_k, pass_at_k
+from rollouts.data.load import Example, Prompt, configured_examples, tokenize_prompts
+from rollouts.data.parallel_text import unit_prompts
+from rollouts.streaming.prompts import streaming_prompts
 from rollouts.trajectory import Trajectory, sample_seed
-from trainers.distributed import gather, rank, share
-from trainers.progress import Progress
-from trainers.rollout import make_requests, make_sampling, written_tokens
-from trainers.simultaneous_metrics import make_head, simultaneous_metrics
-from trainers.streaming_metrics import streaming_metrics
+from trainers.core.distributed import gather, rank, share
+from trainers.core.progress import Progress
+from trainers.modes.rollout import make_requests, make_sampling, written_tokens
+from trainers.modes.simultaneous_metrics import make_head, simultaneous_metrics
+from trainers.modes.streaming_metrics import streaming_metrics
 
 
 def data_name(path: str) -> str:
