@@ -1,1 +1,1 @@
-"""Side-by-side benchmark of the kernels and their peers: `python -m kernels.bench`."""
+"""The fixed name of a command; the benchmark itself is `benchmarks.kernels`."""

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from kernels.bench import peers
-from kernels.bench.__main__ import main
-from kernels.bench.oracle import truth_of
-from kernels.bench.problem import ENTROPY, Point, Problem
+from benchmarks.kernels import peers
+from benchmarks.kernels.__main__ import main
+from benchmarks.kernels.oracle import truth_of
+from benchmarks.kernels.problem import ENTROPY, Point, Problem
 
 TINY = [
     "--device",

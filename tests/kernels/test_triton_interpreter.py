@@ -70,7 +70,7 @@ def test_a_mistake_is_noticed(tmp_path, name):
     shutil.copytree(
         ROOT / "kernels",
         tmp_path / "kernels",
-        ignore=shutil.ignore_patterns("__pycache__", "bench"),
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
     source = (tmp_path / "kernels" / file).read_text()
     assert source.count(right) == 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.bench.peers import NAIVE, Peer
-from kernels.bench.problem import ALPHA, BAND, CLIP, Problem
+from benchmarks.kernels.peers import NAIVE, Peer
+from benchmarks.kernels.problem import ALPHA, BAND, CLIP, Problem
 
 
 class Outcome(NamedTuple):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.bench.measure import Accuracy, Clock, accuracy, ceilings, interleave, quantile
-from kernels.bench.memory import MemoryProbe, available_bytes
-from kernels.bench.oracle import Truth, truth_of
-from kernels.bench.peers import Peer, one_line
-from kernels.bench.problem import Point, Problem
-from kernels.bench.report import Report
-from kernels.bench.rows import ROWS, Provider, Row
+from benchmarks.kernels.measure import Accuracy, Clock, accuracy, ceilings, interleave, quantile
+from benchmarks.kernels.memory import MemoryProbe, available_bytes
+from benchmarks.kernels.oracle import Truth, truth_of
+from benchmarks.kernels.peers import Peer, one_line
+from benchmarks.kernels.problem import Point, Problem
+from benchmarks.kernels.report import Report
+from benchmarks.kernels.rows import ROWS, Provider, Row
 
 SKIPPED = {"status": "skipped", "reason": "time"}
 

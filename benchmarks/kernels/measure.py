@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.bench.oracle import Truth
-from kernels.bench.problem import DTYPES, Problem
-from kernels.bench.rows import Outcome, Provider
+from benchmarks.kernels.oracle import Truth
+from benchmarks.kernels.problem import DTYPES, Problem
+from benchmarks.kernels.rows import Outcome, Provider
 
 # (nats per model, relative L2 of a gradient) by dtype; 0.15 nats is about what bfloat16 logits near
 # 20 cost.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels.bench.peers import WHEELS
+from benchmarks.kernels.peers import WHEELS
 
 COLUMNS = (
     "kernel",

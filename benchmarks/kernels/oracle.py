@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.bench.problem import ALPHA, BAND, CLIP, Problem
+from benchmarks.kernels.problem import ALPHA, BAND, CLIP, Problem
 
 
 class Truth(NamedTuple):
