@@ -20,7 +20,8 @@ def main() -> int:
 
     from recipes.compose import compose
     from rollouts.streaming.engine import StreamingEngine
-    from rollouts.trajectory import Request, Sampling
+    from rollouts.streaming.tokens import StreamingSampling
+    from rollouts.trajectory import Request
     from scripts.cli import quiet_libraries, quiet_torch
     from scripts.tiny_models import MODELS, initialise
 
@@ -51,7 +52,7 @@ def main() -> int:
             )
         )
     # About one token in ten closes a thought, so that rows go their own ways.
-    sampling = Sampling(
+    sampling = StreamingSampling(
         max_new_tokens=24,
         stop_ids=tuple(range(3, 8)),
         thought_stops=tuple(range(8, 60)),

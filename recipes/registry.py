@@ -1,11 +1,11 @@
-"""Looks a component up by the name a recipe gives it: a registered name, or a dotted path into any
-module."""
+"""Looks a component up by the name that a recipe gives it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from recipes.errors import ConfigError
 
@@ -17,35 +17,29 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; one of: {', '.join(names)}"
 
 
-class Registry(dict):
-    """A table of named components for one config key, `key` being the name that errors show.
+class Registry(dict[str, str]):
+    """The dotted paths of a config key's components, by name.
 
     An outside module joins without editing this repository: `reward.token=my_package.rewards.mine`
     imports `my_package.rewards` and takes `mine`.
+
+    Args:
+        key: the config key; errors show it.
+        paths: the built-in components.
     """
 
-    def __init__(self, key: str):
-        super().__init__()
+    def __init__(self, key: str, paths: Mapping[str, str]):
+        super().__init__(paths)
         self.key = key
 
-    def register(self, name: str):
-        """Decorator: file the class or function under `name`."""
-
-        def file(component):
-            self[name] = component
-            return component
-
-        return file
-
     def resolve(self, name: str) -> Any:
-        """The component called `name`.
+        """The component called `name`, imported.
 
         Raises:
             ConfigError: no such registered name, or the dotted path does not import.
         """
-        if name in self:
-            return self[name]
-        module, _, attribute = name.rpartition(".")
+        path = self.get(name, name)
+        module, _, attribute = path.rpartition(".")
         if not module:
             raise ConfigError(f"{self.key}='{name}' is not known{nearest(name, self)}")
         try:

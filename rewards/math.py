@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import OnstreamError
-from recipes.registry import Registry
 
 TIMEOUT = 5  # seconds for one comparison; over it counts as wrong
 MEMORY = 4 << 30  # bytes of address space the process may use
@@ -31,10 +30,7 @@ _BOX = re.compile(BOX)
 _BRACES = re.compile(BOX + r"|\\.|[{}]", re.DOTALL)  # an escaped brace is not a brace
 _INTEGER = re.compile(r"[+-]?\d{1,50}")
 
-VERIFIERS = Registry("reward.verifier")
 
-
-@VERIFIERS.register("math")
 def grade(completion: str, answer: str) -> float:
     """1.0 if the completion's final answer equals `answer`, else 0.0.
 

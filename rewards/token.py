@@ -13,12 +13,8 @@ from __future__ import annotations
 import torch
 
 import kernels
-from recipes.registry import Registry
-
-TOKEN_REWARDS = Registry("reward.token")
 
 
-@TOKEN_REWARDS.register("power")
 class Power:
     """p^alpha - q^alpha (PowerOPD, arXiv 2606.17199, eq. 4), over alpha with
     `normalization=box_cox`. In [-1, 1] without it. The two Box-Cox terms apply to each probability,
@@ -44,7 +40,6 @@ class Power:
         )
 
 
-@TOKEN_REWARDS.register("log_ratio")
 class LogRatio:
     """log p - log q: vanilla on-policy distillation, the policy gradient of the reverse KL.
     Unbounded."""
@@ -63,7 +58,6 @@ class LogRatio:
         return kernels.log_ratio_reward(teacher_logprobs, student_logprobs, **shape)
 
 
-@TOKEN_REWARDS.register("clip")
 class Clip(LogRatio):
     """The log-ratio clipped to +-`reward.clip` nats."""
 
@@ -71,7 +65,6 @@ class Clip(LogRatio):
         self.fused = {"reward": "log_ratio", "clip": config.clip}
 
 
-@TOKEN_REWARDS.register("tanh")
 class Tanh(LogRatio):
     """tanh(log-ratio / `reward.tanh_scale`)."""
 
@@ -79,7 +72,6 @@ class Tanh(LogRatio):
         self.fused = {"reward": "log_ratio", "tanh_scale": config.tanh_scale}
 
 
-@TOKEN_REWARDS.register("zscore")
 class ZScore(LogRatio):
     """The log-ratio, standardised by the loop over the unmasked tokens of the step, all ranks: (r -
     mean)/std. It can flip a reward's sign."""

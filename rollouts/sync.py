@@ -1,14 +1,18 @@
 """Moves the trainer's weights into the rollout engine, then proves on every tensor that they
-arrived."""
+arrived.
+
+The proof is a fingerprint: a checksum of a tensor's bits that is cheap, exact, and computable on
+both sides of the sync.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Callable, Iterator
 
 import torch
 
 from recipes.errors import SyncError
-from rollouts.fingerprint import fingerprint
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -51,3 +55,43 @@ def verify(engine, expected: dict[str, int], salt: int) -> None:
             f"after the weight sync of step {salt} the rollout engine's {', '.join(wrong[:3])}{more} "
             "differs from the trainer's; its samples would come from stale weights"
         )
+
+
+COLUMNS = 64
+
+
+def sampled_columns(name: str, width: int, salt: int) -> torch.Tensor:
+    """Which input columns of a matrix are compared: all up to 64, else a seeded choice that moves
+    with `salt`.
+
+    A GEMM engine may hold a matrix in a packed layout that can be read only by multiplying with it;
+    some columns of every row keep that cheap, and over the steps every column has its turn."""
+    if width <= COLUMNS:
+        return torch.arange(width)
+    digest = hashlib.blake2b(f"{name}/{salt}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randperm(width, generator=generator)[:COLUMNS].sort().values
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A position-weighted sum of the tensor's bits, modulo 2^64: equal for equal bits, in any
+    shape."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    # -0.0 becomes 0.0: a packed matrix read back by multiplication cannot keep the sign of zero
+    flat = flat + 0
+    bits = flat.view(_BITS[flat.element_size()]).to(torch.int64)
+    weight = torch.arange(1, bits.numel() + 1, dtype=torch.int64, device=bits.device)
+    # a linear congruential step, wrapping
+    weight = weight * -7046029254386353131 + 1442695040888963407
+    return int((bits * (weight | 1)).sum())
+
+
+def fingerprint(tensor: torch.Tensor, name: str, salt: int) -> int:
+    """The fingerprint of parameter `name`: a vector whole, a matrix [out, in] by its sampled input
+    columns."""
+    if tensor.dim() == 2:
+        tensor = tensor[:, sampled_columns(name, tensor.shape[1], salt).to(tensor.device)]
+    return checksum(tensor)

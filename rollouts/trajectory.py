@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rollouts.layout import Layout
-from rollouts.simultaneous.decision import Head
 
 
 @dataclass
@@ -76,19 +75,6 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     # only ids below it are drawn: rows of the head past it are padding; None: all
     vocab: int | None = None
-    # Streaming: a thought ends on one of `thought_stops`, or is closed with `close_id` as its last
-    # of so many tokens. The limits above are the deep segment's.
-    thought_stops: tuple[int, ...] = ()
-    max_thought_tokens: int = 0
-    close_id: int | None = None
-    # Simultaneous: what decides, which tokens begin a word ([V] bool), whether it is asked at those
-    # only, the most units read in a row, and the least and most read beyond the words written.
-    head: Head | None = None
-    word_starts: np.ndarray | None = None
-    whole_words: bool = True
-    max_reads: int | None = None
-    min_lag: int = 0
-    max_lag: int | None = None
 
 
 @dataclass(frozen=True)

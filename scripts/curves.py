@@ -68,7 +68,8 @@ def write(config, out: Path) -> dict:
     Raises:
         OnstreamError: a head, the model or the data cannot be used.
     """
-    from rollouts.simultaneous.decision import HEADS, check_heads
+    from recipes.components import DECISION_HEADS
+    from rollouts.simultaneous.decision import check_heads
     from scripts.evaluate import load
     from trainers.core.distributed import rank
     from trainers.core.evaluation import eval_path, evaluate
@@ -93,7 +94,7 @@ def write(config, out: Path) -> dict:
     }
     policies: dict[str, list[dict]] = {}
     for name in config.proactive.curve:
-        kind = HEADS.resolve(name)
+        kind = DECISION_HEADS.resolve(name)
         label = name + (_bounds(config.proactive) if kind.adaptive else "")
         policies[label] = []
         quantiles, settings = [None] * len(kind.sweep), kind.sweep

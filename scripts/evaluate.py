@@ -122,10 +122,10 @@ def load(config) -> Loaded:
     one cannot be used."""
     import torch
 
-    from rewards.math import VERIFIERS
+    from recipes.components import ENGINES, VERIFIERS
     from trainers.core.evaluation import eval_prompts, max_length
     from trainers.core.policy import DTYPES, check_model
-    from trainers.modes.rollout import ENGINES, make_engine
+    from trainers.modes.rollout import make_engine
 
     ENGINES.resolve(config.rollout.engine)
     verifier = VERIFIERS.resolve(config.reward.verifier)

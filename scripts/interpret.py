@@ -28,9 +28,10 @@ SHORT = {
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    from recipes.components import DECISION_HEADS
     from recipes.compose import compose
     from recipes.errors import ConfigError, OnstreamError
-    from rollouts.simultaneous.decision import HEADS, check_heads
+    from rollouts.simultaneous.decision import check_heads
     from scripts.evaluate import key_values
 
     try:
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
             )
         check_heads(options)
         if (
-            HEADS.resolve(head).calibrated
+            DECISION_HEADS.resolve(head).calibrated
             and options.setting is None
             and options.calibration_path is None
             and "data.path" not in given

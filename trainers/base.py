@@ -11,15 +11,12 @@ from typing import Callable, Sequence
 import torch
 from omegaconf import DictConfig
 
-from recipes.registry import Registry
 from rollouts.data.load import Prompt, PromptSampler
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.core import distributed
 from trainers.core.evaluation import describe
 from trainers.losses import Loss
 from trainers.modes.rollout import make_requests, make_sampling
-
-TRAINERS = Registry("trainer")
 
 
 @dataclass

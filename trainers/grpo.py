@@ -26,13 +26,12 @@ import numpy as np
 
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS, Trainer, max_new_tokens
+from trainers.base import Trainer, max_new_tokens
 from trainers.losses import Loss
 
 EPSILON = 1e-6  # added to a group's standard deviation
 
 
-@TRAINERS.register("grpo")
 class GRPO(Trainer):
     """The options are the config's section `grpo`."""
 

@@ -39,12 +39,10 @@ import numpy as np
 from rewards.streaming import judge
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS
 from trainers.grpo import GRPO, group_advantages
 from trainers.streaming_sft import check_layout
 
 
-@TRAINERS.register("hrpo")
 class HRPO(GRPO):
     """The options are the config's sections `hrpo` and, but for gamma, `grpo`."""
 

@@ -25,11 +25,9 @@ import numpy as np
 
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS
 from trainers.sft import CrossEntropyTrainer
 
 
-@TRAINERS.register("onpolicy_sft")
 class OnPolicySFT(CrossEntropyTrainer):
     """Cross-entropy on what is kept; `train.normalizer` says over what it is averaged."""
 

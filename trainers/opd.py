@@ -20,15 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from recipes.components import TOKEN_REWARDS
 from recipes.errors import ConfigError
-from rewards.token import TOKEN_REWARDS
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS, Trainer
+from trainers.base import Trainer
 from trainers.core.distributed import world_size
 from trainers.losses import Loss
 
 
-@TRAINERS.register("opd")
 class OnPolicyDistillation(Trainer):
     """`reward.token` and `objective` choose the method; `reward.terminal_stop` how the last stop
     token counts."""

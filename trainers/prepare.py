@@ -11,22 +11,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import kernels
-import trainers.hrpo  # noqa: F401,E401  register
-import trainers.onpolicy_sft
-import trainers.opd
-import trainers.proactivellm  # noqa: F401,E401
-import trainers.streaming_sft
+from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
-from rewards.math import VERIFIERS
 from rollouts.data.load import Prompt, PromptSampler, configured_examples
-from rollouts.streaming.tokens import add_tokens, token_count
-from trainers.base import TRAINERS
+from rollouts.pretrained import token_count
+from rollouts.streaming.tokens import add_tokens
 from trainers.core import checkpoint
 from trainers.core.distributed import world_size
 from trainers.core.evaluation import eval_path, eval_prompts, make_prompts, max_length
 from trainers.core.operators import check_compiler
 from trainers.core.policy import check_model, check_same_vocabulary
-from trainers.modes.rollout import ENGINES
 
 
 @dataclass

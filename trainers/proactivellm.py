@@ -25,8 +25,6 @@ one of words is (rollouts/simultaneous/frames.py).
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import numpy as np
 
 from recipes.errors import ConfigError
@@ -36,11 +34,10 @@ from rollouts.layout import from_visible
 from rollouts.simultaneous.decision import check_heads
 from rollouts.simultaneous.schedules import draw_schedule
 from rollouts.trajectory import Trajectory, sample_seed
-from trainers.base import TRAINERS, Trainer, occurrences
+from trainers.base import Trainer, occurrences
 from trainers.losses import Loss
 
 
-@TRAINERS.register("proactivellm")
 class ProactiveLLM(Trainer):
     """The options are the config's section `proactive`."""
 

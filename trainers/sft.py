@@ -16,7 +16,7 @@ import numpy as np
 
 from rollouts.data.load import Prompt
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS, Trainer
+from trainers.base import Trainer
 from trainers.losses import Loss
 
 
@@ -34,7 +34,6 @@ class CrossEntropyTrainer(Trainer):
         return Loss(cross_entropy=True, vocab=self.parts.vocab)
 
 
-@TRAINERS.register("sft")
 class SupervisedFineTuning(CrossEntropyTrainer):
     """Token mean over all completion tokens of the step."""
 

@@ -15,11 +15,9 @@ from rollouts.data.load import Prompt
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import target_segments
 from rollouts.trajectory import Trajectory
-from trainers.base import TRAINERS
 from trainers.sft import SupervisedFineTuning
 
 
-@TRAINERS.register("streaming_sft")
 class StreamingSFT(SupervisedFineTuning):
     """Token mean over the step's target tokens."""
 

@@ -12,8 +12,6 @@ from typing import Sequence
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from rewards.math import VERIFIERS
-
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -109,7 +107,6 @@ def _f1(words: list[str], reference: list[str]) -> float:
     )
 
 
-@VERIFIERS.register("exact")
 def exact_answer(text: str, answer: str) -> float:
     """`exact` against one answer, as a verifier."""
     return exact(text, [answer])

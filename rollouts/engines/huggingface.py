@@ -12,15 +12,12 @@ import numpy as np
 import torch
 
 from recipes.embedded import model_folder
-from recipes.registry import Registry
-from rollouts.fingerprint import fingerprint
+from rollouts.sync import fingerprint
 from rollouts.trajectory import Request, Sampling, Trajectory
 
-ENGINES = Registry("rollout.engine")
 BLOCK = 128  # tokens of the vocabulary whose weights are summed before one of them is looked for
 
 
-@ENGINES.register("hf")
 class HuggingFaceEngine:
     """Samples completions with `transformers`.
 

@@ -19,8 +19,7 @@ import torch
 
 from recipes.embedded import model_folder
 from recipes.errors import ConfigError, ModelError
-from rollouts.engines.huggingface import ENGINES
-from rollouts.fingerprint import checksum, sampled_columns
+from rollouts.sync import checksum, sampled_columns
 from rollouts.trajectory import Request, Sampling, Trajectory
 
 # Fused matrices of vLLM's decoders: checkpoint name -> (vLLM name, position among its outputs).
@@ -33,7 +32,6 @@ FUSED = {
 }
 
 
-@ENGINES.register("vllm")
 class VllmEngine:
     """Samples completions with vLLM. Every request has a seed of its own, so the noise of a
     completion does not depend on the batch; the logits may, in the last bits (see docs/design.md,

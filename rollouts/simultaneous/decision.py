@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from recipes.components import DECISION_HEADS
 from recipes.errors import ConfigError, DataError
-from recipes.registry import Registry
-from rollouts.streaming.tokens import token_count
-
-HEADS = Registry("proactive.head")
+from rollouts.pretrained import token_count
+from rollouts.trajectory import Sampling
 
 
 @dataclass
@@ -72,7 +71,6 @@ class Head:
         raise TypeError(f"{type(self).__name__} has no score")
 
 
-@HEADS.register("entropy")
 class Entropy(Head):
     """The entropy of the next token, nats."""
 
@@ -84,7 +82,6 @@ class Entropy(Head):
         return -(logprobs.exp() * logprobs).sum(-1)
 
 
-@HEADS.register("attention")
 class Attention(Head):
     """1 less the attention that falls on the unit which has most of it, averaged over layers and
     heads [choice].
@@ -99,7 +96,6 @@ class Attention(Head):
         return 1 - state.attention.amax(-1).mean((0, 2))
 
 
-@HEADS.register("edatt")
 class NewestAttention(Head):
     """The part of the attention to the source that falls on the newest unit, averaged over layers
     and heads.
@@ -117,7 +113,6 @@ class NewestAttention(Head):
         return attention.gather(-1, state.read[:, None] - 1)[:, 0] / attention.sum(-1)
 
 
-@HEADS.register("wait_k")
 class WaitK(Head):
     """Read k units, then write a word for each further one (arXiv 1810.08398)."""
 
@@ -129,7 +124,6 @@ class WaitK(Head):
         return state.read >= self.setting + state.written
 
 
-@HEADS.register("ratio")
 class Ratio(Head):
     """Read so many units for each word."""
 
@@ -141,7 +135,6 @@ class Ratio(Head):
         return state.read >= self.setting * (state.written + 1)
 
 
-@HEADS.register("batch")
 class Batch(Head):
     """Read all, then write."""
 
@@ -150,6 +143,24 @@ class Batch(Head):
 
     def writes(self, state: State) -> torch.Tensor:
         return state.finished
+
+
+@dataclass(frozen=True)
+class SimultaneousSampling(Sampling):
+    """How a simultaneous completion is drawn."""
+
+    # Decides whether to write or to read on; None until it is calibrated.
+    head: Head | None = None
+    # [V] bool: the tokens that begin a word.
+    word_starts: np.ndarray | None = None
+    # The head is asked where a word begins, and not inside.
+    whole_words: bool = True
+    # Write after this many units were read in a row; None: no limit.
+    max_reads: int | None = None
+    # Never write before this many units more than words have been read.
+    min_lag: int = 0
+    # Write when this many units more than words have been read; None: no limit.
+    max_lag: int | None = None
 
 
 def check_heads(options) -> None:
@@ -166,13 +177,13 @@ def check_heads(options) -> None:
         raise ConfigError(
             f"proactive.max_lag={options.max_lag} must be at least proactive.min_lag={options.min_lag}"
         )
-    kind = HEADS.resolve(options.head)
+    kind = DECISION_HEADS.resolve(options.head)
     if options.setting is not None:
         kind(options.setting)
     elif kind.needs_setting and not kind.calibrated:
         raise ConfigError(f"proactive.head={options.head} needs proactive.setting: {kind.what}")
     for name in options.curve:
-        kind = HEADS.resolve(name)
+        kind = DECISION_HEADS.resolve(name)
         if not (kind.calibrated or kind.sweep):
             raise ConfigError(
                 f"proactive.curve={name}: its class has neither a score nor a sweep; give one"

@@ -15,7 +15,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from rollouts.engines.huggingface import ENGINES, sample
+from rollouts.engines.huggingface import sample
 from rollouts.layout import PADDING, SOURCE, from_visible
 from rollouts.simultaneous.decision import State
 from rollouts.simultaneous.frames import embed, load_encoder
@@ -25,7 +25,6 @@ from rollouts.trajectory import Request, Sampling, Trajectory
 BEYOND = 2**40  # more than any source has
 
 
-@ENGINES.register("simultaneous")
 class SimultaneousEngine(StreamingEngine):
     """Batched reading and writing. Requests have segments [frame, unit 1, …, unit M] and an
     opening; the sampling has a `head` and `word_starts`. Trajectories get `reads`."""

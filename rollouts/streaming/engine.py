@@ -16,7 +16,7 @@ from typing import Iterator, Sequence
 import numpy as np
 import torch
 
-from rollouts.engines.huggingface import ENGINES, HuggingFaceEngine, sample
+from rollouts.engines.huggingface import HuggingFaceEngine, sample
 from rollouts.layout import (
     PADDING,
     SOURCE,
@@ -84,7 +84,6 @@ class Cache:
         self.keys = self.keys[:, rows]
 
 
-@ENGINES.register("streaming")
 class StreamingEngine(HuggingFaceEngine):
     """Batched streaming rollouts with `streaming.layout` grouped or batch."""
 

@@ -13,9 +13,23 @@ from pathlib import Path
 
 from recipes.embedded import model_folder
 from recipes.errors import ModelError
+from rollouts.pretrained import drop_unused_sampling, token_count
+from rollouts.trajectory import Sampling
 
 SKIP = "<skip>"
 TOKENS = ("<SEP>", "<EOQ>", "<EOS>", "<EOT>", "<EOR>", "<EOA>", SKIP)
+
+
+@dataclass(frozen=True)
+class StreamingSampling(Sampling):
+    """How a streaming completion is drawn; the inherited limits are those of the deep segment."""
+
+    # A thought ends on one of these tokens.
+    thought_stops: tuple[int, ...] = ()
+    # A thought has at most this many tokens, the closing one included.
+    max_thought_tokens: int = 0
+    # Closes a thought that reaches the limit.
+    close_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,30 +57,6 @@ class Protocol:
     @property
     def ids(self) -> tuple[int, ...]:
         return self.sep, self.eoq, self.eos, self.eot, self.eor, self.eoa, self.skip
-
-
-def token_count(tokenizer) -> int:
-    """One more than a tokenizer's largest id. Its `len` is less where ids are left out below that
-    one."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def drop_unused_sampling(model) -> None:
-    """Clear the sampling settings of a generation config that is greedy: they do nothing, and
-    transformers, which loads such a config, refuses to save it."""
-    config = model.generation_config
-    if config is not None and not config.do_sample:
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "top_h",
-            "typical_p",
-            "epsilon_cutoff",
-            "eta_cutoff",
-        ):
-            setattr(config, name, None)
 
 
 def missing(tokenizer) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from recipes.components import DECISION_HEADS, ENGINES, TOKEN_REWARDS, TRAINERS, VERIFIERS
 from recipes.compose import TREE, compose, schema_keys, validate
 from recipes.errors import ConfigError
 from recipes.registry import Registry
@@ -132,10 +133,17 @@ def test_every_key_of_the_schema_is_read_somewhere():
     assert unread == []
 
 
+@pytest.mark.parametrize(
+    "registry", [TRAINERS, ENGINES, TOKEN_REWARDS, VERIFIERS, DECISION_HEADS], ids=lambda r: r.key
+)
+def test_every_registered_component_is_where_its_path_says(registry):
+    for name in registry:
+        assert callable(registry.resolve(name))
+
+
 def test_a_component_joins_by_dotted_path_and_a_wrong_one_is_named():
-    registry = Registry("reward.token")
-    registry.register("power")(1)
-    assert registry.resolve("power") == 1
+    registry = Registry("reward.token", {"power": "math.pi"})
+    assert registry.resolve("power") == pytest.approx(3.14159, abs=1e-4)
     assert registry.resolve("math.tau") == pytest.approx(6.28318, abs=1e-4)
     with pytest.raises(
         ConfigError, match="reward.token='powr' is not known; did you mean 'power'?"

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from recipes.components import VERIFIERS
 from recipes.errors import OnstreamError
 from rewards import math as rewards_math
-from rewards.math import VERIFIERS, extract_answer, extract_boxed, grade
+from rewards.math import extract_answer, extract_boxed, grade
 
 # Completion, reference answer. References are as in the files of GSM8K, MATH-500, AIME and
 # OlympiadBench.

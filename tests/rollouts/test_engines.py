@@ -12,8 +12,7 @@ from recipes.compose import compose
 from recipes.errors import SyncError
 from rollouts.engines.huggingface import HuggingFaceEngine, invert_cdf, sample
 from rollouts.engines.vllm import VllmEngine
-from rollouts.fingerprint import checksum, fingerprint, sampled_columns
-from rollouts.sync import sync_weights
+from rollouts.sync import checksum, fingerprint, sampled_columns, sync_weights
 from rollouts.trajectory import Request, Sampling, sample_seed
 
 SAMPLING = Sampling(max_new_tokens=20, stop_ids=(7, 11))

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from recipes.components import DECISION_HEADS
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError, ModelError
 from rollouts.data.load import load_examples
 from rollouts.data.parallel_text import unit_prompts
 from rollouts.layout import additive
-from rollouts.simultaneous.decision import HEADS, word_starts
+from rollouts.simultaneous.decision import SimultaneousSampling, word_starts
 from rollouts.simultaneous.engine import SimultaneousEngine
 from rollouts.simultaneous.frames import FRAME, check_causal, embed, load_encoder
-from rollouts.trajectory import Request, Sampling
+from rollouts.trajectory import Request
 from scripts.tiny_models import TinyModel, initialise
 from trainers.base import Parts
 from trainers.core.batching import pack
@@ -115,10 +116,10 @@ def test_the_sampler_agrees_with_the_masked_forward(setting):
         Request(p.index, 0, p.token_ids, p.index, p.segments, p.opening, p.example.frames)
         for p in prompts
     ]
-    sampling = Sampling(
+    sampling = SimultaneousSampling(
         max_new_tokens=10,
         stop_ids=(tokenizer.eos_token_id,),
-        head=HEADS["entropy"](6.2),
+        head=DECISION_HEADS.resolve("entropy")(6.2),
         word_starts=word_starts(tokenizer),
     )
     made = engine.generate(requests, sampling)

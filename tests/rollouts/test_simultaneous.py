@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from recipes.components import DECISION_HEADS
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.layout import additive, from_visible
-from rollouts.simultaneous.decision import HEADS, Head, Recorder, State
+from rollouts.simultaneous.decision import Head, Recorder, SimultaneousSampling, State
 from rollouts.simultaneous.engine import SimultaneousEngine
 from rollouts.streaming.engine import masked_states
 from rollouts.trajectory import Request, Sampling
@@ -58,7 +59,7 @@ def requests(count: int = 9) -> list[Request]:
 
 
 def sampling(head, **options) -> Sampling:
-    return Sampling(
+    return SimultaneousSampling(
         **{"max_new_tokens": 12, "stop_ids": (STOP,), "head": head, "word_starts": STARTS} | options
     )
 
@@ -117,7 +118,7 @@ def alone(engine, request: Request, options: Sampling) -> tuple[list[int], list[
 
 
 def name_of(head) -> str:
-    return next(name for name, kind in HEADS.items() if kind is type(head))
+    return next(n for n in DECISION_HEADS if DECISION_HEADS.resolve(n) is type(head))
 
 
 def by_unit(engine, ids, layout, ends) -> torch.Tensor:
@@ -159,7 +160,7 @@ HEADS_TRIED = [
     ],
 )
 def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
-    options = sampling(HEADS.resolve(name)(setting), temperature=0.0, **extra)
+    options = sampling(DECISION_HEADS.resolve(name)(setting), temperature=0.0, **extra)
     asked = requests()
     for request, made in zip(asked, engine.generate(asked, options)):
         tokens, reads = alone(engine, request, options)
@@ -171,7 +172,7 @@ def test_a_batch_writes_what_a_row_alone_does(engine, name, setting, extra):
 @pytest.mark.parametrize("name, setting", HEADS_TRIED)
 def test_log_probs_are_those_of_one_masked_forward(engine, name, setting):
     asked = requests()
-    for made in engine.generate(asked, sampling(HEADS.resolve(name)(setting))):
+    for made in engine.generate(asked, sampling(DECISION_HEADS.resolve(name)(setting))):
         hidden = masked_states(engine.model, made.token_ids, made.layout)
         logprobs = (
             engine.model.lm_head(hidden).float().log_softmax(-1)[len(made.prompt_ids) - 1 : -1]
@@ -182,7 +183,7 @@ def test_log_probs_are_those_of_one_masked_forward(engine, name, setting):
 
 
 def test_wait_k_reads_k_units_ahead_of_the_words(engine):
-    options = sampling(HEADS.resolve("wait_k")(2), temperature=0.0)
+    options = sampling(DECISION_HEADS.resolve("wait_k")(2), temperature=0.0)
     for request, made in zip(requests(), engine.generate(requests(), options)):
         own, words = made.sampled_mask, -1
         for place, (token, read) in enumerate(
@@ -217,7 +218,7 @@ def test_attention_by_unit_is_that_of_the_masked_forward(engine):
 
 
 def test_a_recorder_keeps_the_scores_with_all_read(engine):
-    recorder = Recorder(HEADS.resolve("entropy")(0.0))
+    recorder = Recorder(DECISION_HEADS.resolve("entropy")(0.0))
     made = engine.generate(requests(), sampling(recorder, temperature=0.0, max_reads=1))
     begun = [STARTS[np.asarray(t.completion_ids)[t.sampled_mask]] for t in made]
     assert len(recorder.scores) == sum(int(b[1:].sum()) + 1 for b in begun)  # words, not tokens
@@ -236,10 +237,12 @@ def test_scores_of_attention_by_hand():
         [[[[0.1, 0.3, 0.0]], [[0.2, 0.1, 0.1]]], [[[0.3, 0.1, 0.0]], [[0.2, 0.1, 0.3]]]]
     )
     state = State(None, torch.tensor([2, 3]), None, None, None, attention)
-    newest = HEADS.resolve("edatt")(0.45).score(state)
+    newest = DECISION_HEADS.resolve("edatt")(0.45).score(state)
     assert newest.tolist() == pytest.approx([0.4 / 0.8, 0.4 / 1.0])
-    assert HEADS.resolve("edatt")(0.45).writes(state).tolist() == [False, True]
-    assert HEADS.resolve("attention")(0.5).score(state).tolist() == pytest.approx([0.7, 0.75])
+    assert DECISION_HEADS.resolve("edatt")(0.45).writes(state).tolist() == [False, True]
+    assert DECISION_HEADS.resolve("attention")(0.5).score(state).tolist() == pytest.approx(
+        [0.7, 0.75]
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,9 +251,9 @@ def test_scores_of_attention_by_hand():
 )
 def test_a_setting_out_of_range(name, setting):
     with pytest.raises(ConfigError, match=f"proactive.setting={setting:g} must be"):
-        HEADS.resolve(name)(setting)
+        DECISION_HEADS.resolve(name)(setting)
 
 
 def test_nothing_to_calibrate_on():
     with pytest.raises(DataError, match="nothing to calibrate"):
-        Recorder(HEADS.resolve("entropy")(0.0)).quantile(0.9)
+        Recorder(DECISION_HEADS.resolve("entropy")(0.0)).quantile(0.9)

@@ -15,15 +15,16 @@ from rollouts.engines.vllm import VllmEngine
 from rollouts.layout import check_layouts
 from rollouts.streaming.engine import StreamingEngine, masked_states
 from rollouts.streaming.interleaved import InterleavedEngine
+from rollouts.streaming.tokens import StreamingSampling
 from rollouts.sync import sync_weights
-from rollouts.trajectory import Request, Sampling, sample_seed
+from rollouts.trajectory import Request, sample_seed
 from trainers.core.batching import pack, unpack
 from trainers.core.policy import load_policy
 from trainers.losses import score_tokens
 
 CPU = torch.device("cpu")
 CLOSE = 7
-SAMPLING = Sampling(
+SAMPLING = StreamingSampling(
     max_new_tokens=9,
     stop_ids=tuple(range(60, 110)),
     thought_stops=(CLOSE, *range(110, 170)),

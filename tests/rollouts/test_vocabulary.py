@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.compose import compose
 from rollouts.engines.huggingface import HuggingFaceEngine
 from rollouts.engines.vllm import VllmEngine
-from rollouts.streaming.tokens import token_count
+from rollouts.pretrained import token_count
 from rollouts.trajectory import Request, Sampling
 from scripts.tiny_models import TinyModel, initialise
 

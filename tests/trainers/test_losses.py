@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.components import TOKEN_REWARDS
 from recipes.compose import compose
 from recipes.errors import ConfigError
-from rewards.token import TOKEN_REWARDS
 from rollouts.trajectory import Trajectory
 from trainers.losses import Loss
 from trainers.opd import OnPolicyDistillation, annotate_stop, standardise

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
+from recipes.components import VERIFIERS
 from recipes.compose import compose
-from rewards.math import VERIFIERS
 from rollouts.data.load import Example
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import streaming_prompts

@@ -5,7 +5,6 @@ float32; tolerance 2e-6 of the largest entry of each tensor (summation order dif
 DeepSpeed, gloo."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -16,8 +16,8 @@ from recipes.errors import ModelError
 from recipes.registry import nearest
 from recipes.schema import MASKED_LAYOUTS
 from rollouts.layout import Layout, check_layouts
+from rollouts.pretrained import drop_unused_sampling
 from rollouts.simultaneous.frames import embed, load_encoder
-from rollouts.streaming.tokens import drop_unused_sampling
 from trainers.core import attention
 
 DTYPES = {

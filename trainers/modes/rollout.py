@@ -7,13 +7,12 @@ from typing import Callable, Sequence
 
 import torch
 
-import rollouts.engines.vllm
-import rollouts.simultaneous.engine  # noqa: F401,E401  register; vllm loads when an engine is made
+from recipes.components import ENGINES
 from rollouts.data.load import Prompt
-from rollouts.engines.huggingface import ENGINES
-from rollouts.simultaneous.decision import word_starts
+from rollouts.pretrained import token_count
+from rollouts.simultaneous.decision import SimultaneousSampling, word_starts
 from rollouts.streaming.interleaved import InterleavedEngine
-from rollouts.streaming.tokens import Protocol, token_count
+from rollouts.streaming.tokens import Protocol, StreamingSampling
 from rollouts.trajectory import Request, Sampling
 
 
@@ -50,7 +49,7 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
     if config.streaming.layout == "scheduled":
         starts = word_starts(tokenizer)
         starts[list(stop_ids)] = True  # to stop is a decision too
-        return Sampling(
+        return SimultaneousSampling(
             stop_ids=tuple(stop_ids),
             word_starts=starts,
             whole_words=config.proactive.whole_words,
@@ -60,7 +59,7 @@ def make_sampling(config, tokenizer, stop_ids: Sequence[int], **options) -> Samp
             **options,
         )
     protocol = Protocol.of(tokenizer)
-    return Sampling(
+    return StreamingSampling(
         stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])),
         close_id=protocol.eot,
         thought_stops=(protocol.eot, protocol.skip),

@@ -8,11 +8,12 @@ from typing import Sequence
 
 import numpy as np
 
+from recipes.components import DECISION_HEADS
 from rewards.metrics.lag import lags
 from rewards.metrics.text import text_scores
 from rollouts.data.load import Prompt, configured_examples
 from rollouts.data.parallel_text import unit_prompts
-from rollouts.simultaneous.decision import HEADS, Head, Recorder, check_heads
+from rollouts.simultaneous.decision import Head, Recorder, check_heads
 from rollouts.trajectory import Sampling, Trajectory
 from trainers.core.distributed import gather, share
 from trainers.modes.rollout import make_requests
@@ -26,7 +27,7 @@ def make_head(config, rollout, tokenizer, sampling: Sampling) -> Head:
     or nothing to calibrate on."""
     options = config.proactive
     check_heads(options)
-    kind = HEADS.resolve(options.head)
+    kind = DECISION_HEADS.resolve(options.head)
     if options.setting is not None:
         return kind(options.setting)
     if not kind.calibrated:

@@ -1,0 +1,70 @@
+"""What a rollout engine offers: it draws completions, and takes the trainer's weights in place.
+
+`rollout.engine` selects one of `recipes.components.ENGINES`, or a class by its dotted path. It is
+made as `Engine(path, config, device, dtype, max_length=…)`: a model folder or hub name, the run's
+config, the rank's device, the dtype of the weights, and the longest sequence in tokens.
+tests/rollouts/test_conformance.py holds every engine to this interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from rollouts.trajectory import Request, Sampling, Trajectory
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A rollout engine."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        continues: bool = False,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[Trajectory]:
+        """Draw one trajectory per request, in their order.
+
+        A completion depends on its request's seed, not on the requests beside it, up to rounding.
+
+        Args:
+            requests: the prompts, with a seed each.
+            sampling: limits, temperature and truncation, the same for all.
+            continues: the prompts go on from those of the call before; cached prefixes may stay.
+            on_finished: told, again and again, how many more completions are finished.
+
+        Returns:
+            trajectories whose `logprobs` [T] (float32, nats) are those of the sampled tokens at
+            the sampling temperature, before truncation.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the trainer's tensors in place; names are those of the Hugging Face checkpoint.
+
+        The iterable may be consumed lazily, as it gathers sharded parameters on the way.
+        """
+        ...
+
+    def fingerprints(self, names: Sequence[str], salt: int) -> dict[str, int | None]:
+        """The fingerprint (rollouts/sync.py) of each named tensor as the engine computes with it.
+
+        None stands for a tensor that the engine does not hold.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free memory for the update, as far as the engine can."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back. A weight sync follows before the next `generate`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. The engine is not used again."""
+        ...
