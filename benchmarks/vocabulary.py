@@ -23,8 +23,9 @@ WAYS = ("naive", "ours", "none")
 
 
 def make_models(folder: Path, vocab: int) -> None:
-    from scripts.tiny_models import MODELS, initialise
     from transformers import AutoTokenizer
+
+    from scripts.tiny_models import MODELS, initialise
 
     for name, spec in (
         ("student", MODELS["stories-student"]),
@@ -38,8 +39,10 @@ def make_models(folder: Path, vocab: int) -> None:
 
 def use_naive_losses() -> None:
     """Replace the two kernels that PowerOPD calls by what a framework without kernels does."""
-    import kernels
     import torch
+
+    import kernels
+    from benchmarks.kernels import reference
 
     def naive_logprobs(
         hidden,
@@ -53,11 +56,17 @@ def use_naive_losses() -> None:
         logit_softcap=None,
         **_,
     ):
-        logits = (hidden @ weight.t()).float()[:, :valid_vocab_size] / temperature
-        lp = torch.log_softmax(logits, -1)
-        entropy = -(lp.detach().exp() * lp.detach()).sum(-1)
+        logits = reference.head_logits(
+            hidden, weight, bias, softcap=logit_softcap, vocab=valid_vocab_size, dtype=hidden.dtype
+        )
+        # Frameworks divide by the temperature whatever it is, and so hold the logits twice.
+        logprobs = torch.log_softmax(logits.float() / temperature, -1)
+        constants = logprobs.detach()
         return kernels.LogprobOutput(
-            lp.gather(1, ids.clamp(min=0)[:, None])[:, 0], None, entropy, lp.detach().amax(-1)
+            reference.picked(logprobs, ids.clamp(min=0)),
+            None,
+            reference.entropy(constants),
+            constants.amax(-1),
         )
 
     def naive_opd(
@@ -65,13 +74,13 @@ def use_naive_losses() -> None:
     ):
         options.pop("advantages"), options.pop("return_entropy")
         out = naive_logprobs(hidden, weight, ids, **options)
+        logprobs = out.logprobs.detach()
         rewards = kernels.power_reward(
-            teacher, out.logprobs.detach(), alpha, normalization=normalization, mask=mask
+            teacher, logprobs, alpha, normalization=normalization, mask=mask
         )
-        loss = -(rewards * out.logprobs)[mask.bool()].sum() / denominator
-        return kernels.OPDOutput(
-            loss, out.logprobs.detach(), rewards, out.entropy, out.max_logprob, {}
-        )
+        losses = reference.policy_loss(out.logprobs, rewards)
+        loss = losses[mask.bool()].sum() / denominator
+        return kernels.OPDOutput(loss, logprobs, rewards, out.entropy, out.max_logprob, {})
 
     kernels.fused_linear_logprobs, kernels.fused_linear_opd_loss = naive_logprobs, naive_opd
 

@@ -1,8 +1,9 @@
-"""What is right: the same quantities in float64 by other formulas, from the inputs as every
-provider gets them.
+"""What is right: the reference in float64, from the inputs as every provider gets them.
 
-Log-probs are compared at sampled tokens, dX at the same tokens, dW at sampled vocabulary ids (whose
-rows sum over all tokens), so that the oracle is cheap beside the providers at any shape."""
+Log-probs are compared at sampled tokens and dX at the same tokens. dW is compared at sampled
+vocabulary ids, whose rows sum over all tokens. So the oracle is cheap beside the providers at any
+shape: it holds a chunk of rows' logits at a time.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,46 +11,90 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import reference
 from benchmarks.kernels.problem import ALPHA, BAND, CLIP, Problem
+
+# Logits of a chunk of rows; autograd holds a few float64 tensors of that size.
+CHUNK_ELEMENTS = 2**24
 
 
 class Truth(NamedTuple):
-    """What the oracle says: values [T] float64 (nats), loss, and (index, gradient rows) per
-    gradient."""
+    """What the oracle says of one row of the benchmark.
+
+    values [T] float64 are in nats; grads has (index, gradient rows at it) per gradient.
+    """
 
     values: Tensor
     loss: Tensor
     grads: tuple[tuple[Tensor, Tensor], ...]
 
 
-def _logit_gradient(
-    p: Problem, kind: str, rows: Tensor, z: Tensor, zt: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """(values [n], loss terms [n], gradient [n, V]) of some rows' float64 logits."""
-    ls = z.log_softmax(-1)
-    probs = ls.exp()
-    if kind in ("logprobs", "opd"):
-        ids = p.ids[rows, None]
-        values = ls.gather(1, ids).squeeze(1)
-        factor = p.upstream[rows].double()
-        if kind == "opd":
-            reward = (
-                torch.exp(ALPHA * p.teacher_logprobs[rows].double()) - torch.exp(ALPHA * values)
-            ) / ALPHA
-            factor = -reward / p.active
-            if p.mask is not None:
-                factor = factor * p.mask[rows]
-        dz = probs.mul_(-factor[:, None]).scatter_add_(1, ids, factor[:, None])
-        return values, factor * values, dz
-    lt = zt.log_softmax(-1)
-    if kind == "reverse_kl":
-        gap = ls.sub_(lt)
-        values = (probs * gap).sum(1)
-        dz = probs.mul_(gap.sub_(values[:, None]))
-    else:  # forward_kl
-        values = (lt.exp() * (lt - ls)).sum(1)
-        dz = probs.sub_(lt.exp_())
-    return values, values / p.T, dz.div_(p.T)
+def truth_of(p: Problem, kind: str) -> Truth:
+    """The truth of a kind: power, log_ratio and ppo are from log-probs.
+
+    logprobs, opd, reverse_kl and forward_kl are from hidden states and heads; with the prefix
+    "logits " they are from logits.
+    """
+    with torch.no_grad():
+        if kind in ("power", "log_ratio", "ppo"):
+            return token_truth(p, kind)
+        if kind.startswith("logits "):
+            return logits_truth(p, kind.removeprefix("logits "))
+        return head_truth(p, kind)
+
+
+def token_truth(p: Problem, kind: str) -> Truth:
+    """Rewards, or the clipped policy-gradient loss, from log-probs."""
+    logprobs, teacher = p.logprobs.double(), p.teacher_logprobs.double()
+    if kind == "power":
+        values = reference.token_reward(teacher, logprobs, alpha=ALPHA)
+        return Truth(values, values.sum(), ())
+    if kind == "log_ratio":
+        values = reference.token_reward(teacher, logprobs, reward="log_ratio", clip=CLIP)
+        return Truth(values, values.sum(), ())
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        values = reference.policy_loss(
+            logprobs,
+            p.upstream.double(),
+            p.old_logprobs.double(),
+            objective="ppo_clip",
+            clip_low=BAND,
+            clip_high=BAND,
+        )
+        values = values * _keep(p) / p.active
+        (grad,) = torch.autograd.grad(values.sum(), logprobs)
+    values = values.detach()
+    return Truth(values, values.sum(), ((p.rows, grad[p.rows]),))
+
+
+def logits_truth(p: Problem, kind: str) -> Truth:
+    """From given logits [T, V]."""
+    given = [p.logits, p.teacher_logits] if kind.endswith("kl") else [p.logits]
+    grad = torch.empty(len(p.rows), p.V, dtype=torch.float64, device=p.logits.device)
+
+    def keep(rows: Tensor, inside: Tensor, by_logits: Tensor) -> None:
+        grad[inside] = by_logits[p.rows[inside] - rows[0]]
+
+    values, loss = _by_chunks(p, kind, lambda rows: [z[rows].double() for z in given], keep)
+    return Truth(values, loss, ((p.rows, grad),))
+
+
+def head_truth(p: Problem, kind: str) -> Truth:
+    """From hidden states [T, H] and heads [V, H]; the forward KL is of two views of one head."""
+    heads = _heads(p, kind)
+    weight = heads[0][1]
+    dx, dw = weight.new_empty(len(p.rows), p.H), weight.new_zeros(len(p.columns), p.H)
+
+    def logits(rows: Tensor) -> list[Tensor]:
+        return [reference.head_logits(hidden[rows], weight) for hidden, weight in heads]
+
+    def keep(rows: Tensor, inside: Tensor, by_logits: Tensor) -> None:
+        dx[inside] = by_logits[p.rows[inside] - rows[0]] @ weight
+        dw.addmm_(by_logits[:, p.columns].t(), p.hidden[rows].double())
+
+    values, loss = _by_chunks(p, kind, logits, keep)
+    return Truth(values, loss, ((p.rows, dx), (p.columns, dw)))
 
 
 def _heads(p: Problem, kind: str) -> list[tuple[Tensor, Tensor]]:
@@ -60,76 +105,52 @@ def _heads(p: Problem, kind: str) -> list[tuple[Tensor, Tensor]]:
     return [student, (p.view_hidden, student[1])] if kind == "forward_kl" else [student]
 
 
-def logits_truth(p: Problem, kind: str) -> Truth:
-    """From given logits."""
-    given = [p.logits, p.teacher_logits] if kind.endswith("kl") else [p.logits]
-    dz = torch.empty(len(p.rows), p.V, dtype=torch.float64, device=p.logits.device)
-
-    def keep(rows: Tensor, inside: Tensor, gradient: Tensor) -> None:
-        dz[inside] = gradient[p.rows[inside] - rows[0]]
-
-    values, loss = _by_chunks(p, kind, lambda rows: [x[rows].double() for x in given], keep)
-    return Truth(values, loss, ((p.rows, dz),))
-
-
-def head_truth(p: Problem, kind: str) -> Truth:
-    """From hidden states and heads; the forward KL is that of two views of one head."""
-    heads = _heads(p, kind)
-    weight = heads[0][1]
-    dx, dw = weight.new_empty(len(p.rows), p.H), weight.new_zeros(len(p.columns), p.H)
-
-    def keep(rows: Tensor, inside: Tensor, gradient: Tensor) -> None:
-        dx[inside] = gradient[p.rows[inside] - rows[0]] @ weight
-        dw.addmm_(gradient[:, p.columns].t(), p.hidden[rows].double())
-
-    values, loss = _by_chunks(
-        p, kind, lambda rows: [h[rows].double() @ w.t() for h, w in heads], keep
-    )
-    return Truth(values, loss, ((p.rows, dx), (p.columns, dw)))
-
-
 def _by_chunks(
     p: Problem,
     kind: str,
     logits: Callable[[Tensor], list[Tensor]],
     keep: Callable[[Tensor, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """values [T] and loss; `keep(rows, which of p.rows are among them, gradient [n, V])` sees every
-    chunk."""
+    """values [T] and the loss.
+
+    `logits(rows)` makes the models' float64 logits of a chunk. `keep(rows, inside, by_logits)` sees
+    its gradient [n, V]; `inside` says which of p.rows are among the chunk's rows.
+    """
     values, terms = torch.empty(2, p.T, dtype=torch.float64, device=p.point.device)
-    size = max(1, 2**25 // p.V)
+    size = max(1, CHUNK_ELEMENTS // p.V)
     for start in range(0, p.T, size):
         rows = torch.arange(start, min(start + size, p.T), device=p.point.device)
-        values[rows], terms[rows], gradient = _logit_gradient(p, kind, rows, *logits(rows))
-        keep(rows, (p.rows >= start) & (p.rows < start + size), gradient)
+        values[rows], terms[rows], by_logits = _chunk(p, kind, rows, *logits(rows))
+        keep(rows, (p.rows >= start) & (p.rows < start + size), by_logits)
     return values, terms.sum()
 
 
-def token_truth(p: Problem, kind: str) -> Truth:
-    """Rewards and the clipped policy-gradient loss from log-probs."""
-    lp, lt = p.logprobs.double(), p.teacher_logprobs.double()
-    if kind == "power":
-        values = (torch.exp(ALPHA * lt) - torch.exp(ALPHA * lp)) / ALPHA
-        return Truth(values, values.sum(), ())
-    if kind == "log_ratio":
-        values = (lt - lp).clamp(-CLIP, CLIP)
-        return Truth(values, values.sum(), ())
-    ratio, gain = torch.exp(lp - p.old_logprobs.double()), p.upstream.double()
-    keep = torch.ones_like(lp) if p.mask is None else p.mask.double()
-    flat = ((gain > 0) & (ratio > 1 + BAND)) | ((gain < 0) & (ratio < 1 - BAND))
-    values = -torch.minimum(ratio * gain, ratio.clamp(1 - BAND, 1 + BAND) * gain) * keep / p.active
-    grad = (-ratio * gain * keep / p.active).masked_fill(flat, 0)
-    return Truth(values, values.sum(), ((p.rows, grad[p.rows]),))
+def _chunk(
+    p: Problem, kind: str, rows: Tensor, student: Tensor, teacher: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [n], loss terms [n], gradient [n, V]) of the rows' logits [n, V]."""
+    student = student.detach().requires_grad_()
+    with torch.enable_grad():
+        if kind.endswith("kl"):
+            values = reference.divergence(
+                student.log_softmax(-1), teacher.log_softmax(-1), divergence=kind
+            )
+            terms = values / p.T
+        else:
+            values = reference.token_logprobs(student, p.ids[rows])
+            terms = values * _weights(p, kind, rows, values.detach())
+        (grad,) = torch.autograd.grad(terms.sum(), student)
+    return values.detach(), terms.detach(), grad
 
 
-def truth_of(p: Problem, kind: str) -> Truth:
-    """Kinds: power, log_ratio, ppo from log-probs; logprobs, opd, reverse_kl, forward_kl, also from
-    logits."""
-    with torch.no_grad():
-        if kind in ("power", "log_ratio", "ppo"):
-            return token_truth(p, kind)
-        return (
-            logits_truth(p, kind.removeprefix("logits "))
-            if kind.startswith("logits ")
-            else head_truth(p, kind)
-        )
+def _weights(p: Problem, kind: str, rows: Tensor, logprobs: Tensor) -> Tensor:
+    """The derivative of the loss by each of the rows' log-probs [n]."""
+    if kind == "logprobs":
+        return p.upstream[rows].double()
+    reward = reference.token_reward(p.teacher_logprobs[rows].double(), logprobs, alpha=ALPHA)
+    return -reward * _keep(p)[rows] / p.active
+
+
+def _keep(p: Problem) -> Tensor:
+    """1 at unmasked tokens and 0 at masked ones, [T] float64."""
+    return torch.ones_like(p.upstream, dtype=torch.float64) if p.mask is None else p.mask.double()

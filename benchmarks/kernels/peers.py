@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels import reference
 from benchmarks.kernels.problem import ALPHA, BAND, CLIP
 
 # name: (wheel, version); the first three need none.
@@ -53,43 +54,48 @@ Peer = dict[str, Callable | str]
 def naive_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    return (hidden @ weight.t()).float().log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    """Log-probs [T] by a GEMM in the weights' dtype and a float32 softmax."""
+    logits = reference.head_logits(hidden, weight, dtype=hidden.dtype)
+    return reference.token_logprobs(logits.float(), ids)
 
 
 def naive_selective(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    lp = logits.float().log_softmax(-1)
-    return lp.gather(1, ids[:, None]).squeeze(1), -(lp.exp() * lp).sum(-1)
+    logprobs = logits.float().log_softmax(-1)
+    return reference.picked(logprobs, ids), reference.entropy(logprobs)
 
 
 def naive_selective_grad(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    return reference.token_logprobs(logits.float(), ids)
 
 
 def naive_kl(student: Tensor, teacher: Tensor, reverse: bool) -> Tensor:
     ls, lt = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    return (ls.exp() * (ls - lt)).sum(-1) if reverse else (lt.exp() * (lt - ls)).sum(-1)
+    return reference.kl(ls, lt) if reverse else reference.kl(lt, ls)
 
 
 def naive_fused_kl(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, reverse: bool
 ) -> Tensor:
-    return naive_kl(hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), reverse)
+    student = reference.head_logits(hidden, weight, dtype=hidden.dtype)
+    teacher = reference.head_logits(teacher_hidden, teacher_weight, dtype=teacher_hidden.dtype)
+    return naive_kl(student, teacher, reverse)
 
 
 def naive_power(teacher: Tensor, student: Tensor) -> Tensor:
-    return (torch.exp(ALPHA * teacher) - torch.exp(ALPHA * student)) / ALPHA
+    return reference.token_reward(teacher, student, alpha=ALPHA)
 
 
 def naive_log_ratio(teacher: Tensor, student: Tensor) -> Tensor:
-    return (teacher - student).clamp(-CLIP, CLIP)
+    return reference.token_reward(teacher, student, reward="log_ratio", clip=CLIP)
 
 
 def naive_ppo(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor | None, denominator: int
 ) -> Tensor:
-    ratio = torch.exp(logprobs - old)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - BAND, 1 + BAND) * advantages)
-    return -(gain if mask is None else gain * mask).sum() / denominator
+    loss = reference.policy_loss(
+        logprobs, advantages, old, objective="ppo_clip", clip_low=BAND, clip_high=BAND
+    )
+    return (loss if mask is None else loss * mask).sum() / denominator
 
 
 NAIVE: Peer = {

@@ -1,4 +1,4 @@
-"""Small problems and the naive oracle that every kernel is compared with."""
+"""Small problems for every kernel, and the options that a head can have."""
 
 from types import SimpleNamespace
 
@@ -50,24 +50,9 @@ def _problem(T=7, V=23, H=5, dtype=torch.float64, seed=0, scale=1.0):
     )
 
 
-def _logits(hidden, weight, bias=None, temperature=1.0, softcap=None, vocab=None):
-    """The head in float64, plainly."""
-    z = hidden.double() @ weight.double().t()
-    if bias is not None:
-        z = z + bias.double()
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return z[:, :vocab] / temperature
-
-
 @pytest.fixture
 def problem():
     return _problem
-
-
-@pytest.fixture
-def naive_logits():
-    return _logits
 
 
 HEADS = {
@@ -82,8 +67,8 @@ HEADS = {
 
 @pytest.fixture(params=HEADS, ids=str)
 def head(request):
-    """(problem) -> the options of a head, as the public functions take them and as `naive_logits`
-    does."""
+    """(problem) -> the options of a head, as the public functions take them and as
+    `reference.head_logits` does."""
     spec = HEADS[request.param]
 
     def make(p):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.kernels import reference
 from kernels import (
     distillation_divergence,
     fused_linear_distillation_divergence,
@@ -29,40 +30,16 @@ def divergence(request):
     return {"divergence": request.param, **DIVERGENCES[request.param]}
 
 
-def oracle(ls, lt, *, divergence, alpha=1.0, normalization="box_cox", beta=0.5):
-    """Per-token divergence from float64 log-probs, by its textbook formula, differentiable."""
-    q, p = ls.exp(), lt.exp()
-
-    def kl(la, lb):
-        return (la.exp() * (la - lb)).sum(-1)
-
-    if (
-        divergence == "reverse_kl"
-        or (divergence == "jsd" and beta == 1)
-        or (divergence == "power" and alpha < 1e-4)
-    ):
-        return kl(ls, lt)
-    if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
-        return kl(lt, ls)
-    if divergence == "jsd":
-        m = (beta * p + (1 - beta) * q).log()
-        return beta * kl(lt, m) + (1 - beta) * kl(ls, m)
-    b = (q ** (alpha + 1) - (alpha + 1) * q * p**alpha + alpha * p ** (alpha + 1)).sum(-1) / (
-        alpha * (alpha + 1)
-    )
-    return alpha * b if normalization == "none" else b
-
-
 def tolerance(divergence):
-    """The oracle of a tiny alpha is its limit, alpha away."""
+    """The reference of a tiny alpha is its limit, alpha away."""
     near = divergence.get("alpha", 1) == 1e-6
     return {"rtol": 1e-4, "atol": 1e-4} if near else {"rtol": 1e-8, "atol": 1e-11}
 
 
-def test_logits_against_oracle(problem, naive_logits, divergence):
+def test_logits_against_oracle(problem, divergence):
     p = problem(30, 300, 4)
-    zs = naive_logits(p.hidden, p.weight).requires_grad_()
-    zt = naive_logits(p.teacher_hidden, p.teacher_weight)[:, :290]
+    zs = reference.head_logits(p.hidden, p.weight).requires_grad_()
+    zt = reference.head_logits(p.teacher_hidden, p.teacher_weight)[:, :290]
     out = distillation_divergence(
         zs,
         zt,
@@ -77,7 +54,7 @@ def test_logits_against_oracle(problem, naive_logits, divergence):
         **divergence,
     )
     ls, lt = (torch.log_softmax(z[:, :280] / 1.4, -1) for z in (zs, zt))
-    d = oracle(ls, lt, **divergence)
+    d = reference.divergence(ls, lt, **divergence)
     loss = (d * p.weights * p.mask).sum() * 0.5 / 7
     torch.testing.assert_close(out.divergence, (d * p.mask).detach(), **tolerance(divergence))
     torch.testing.assert_close(out.loss, loss, **tolerance(divergence))
@@ -90,7 +67,7 @@ def test_logits_against_oracle(problem, naive_logits, divergence):
     assert (got[0][:, 280:] == 0).all() and (got[0][~p.mask] == 0).all()
 
 
-def test_linear_against_oracle(problem, naive_logits, divergence):
+def test_linear_against_oracle(problem, divergence):
     """Tiles, row blocks and chunks; H, V and dtype differ between the models; every head option."""
     p = problem(200, 2100, 4)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
@@ -115,9 +92,11 @@ def test_linear_against_oracle(problem, naive_logits, divergence):
         return_entropy=True,
         **divergence,
     )
-    ls = torch.log_softmax(naive_logits(*inputs, softcap=4.0, temperature=1.4, vocab=valid), -1)
+    ls = torch.log_softmax(
+        reference.head_logits(*inputs, softcap=4.0, temperature=1.4, vocab=valid), -1
+    )
     lt = torch.log_softmax(
-        naive_logits(
+        reference.head_logits(
             p.teacher_hidden,
             teacher_weight[:2100],
             p.bias,
@@ -127,7 +106,7 @@ def test_linear_against_oracle(problem, naive_logits, divergence):
         ),
         -1,
     ).detach()
-    d = oracle(ls, lt, **divergence)
+    d = reference.divergence(ls, lt, **divergence)
     loss = (d * p.weights * p.mask).sum() * 0.5 / 7
     torch.testing.assert_close(out.divergence, (d * p.mask).detach(), **tolerance(divergence))
     torch.testing.assert_close(out.logprobs, (ls.gather(1, ids[:, None])[:, 0] * p.mask).detach())
@@ -137,7 +116,7 @@ def test_linear_against_oracle(problem, naive_logits, divergence):
 
 
 @pytest.mark.parametrize(("H", "teacher_H"), [(3, 1200), (1200, 3)])
-def test_models_of_very_different_width_share_their_tiles(problem, naive_logits, H, teacher_H):
+def test_models_of_very_different_width_share_their_tiles(problem, H, teacher_H):
     p = problem(5, 2100, H, scale=0.1)
     hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_()
     teacher, teacher_weight = p.rand(5, teacher_H), p.rand(2100, teacher_H)
@@ -145,10 +124,10 @@ def test_models_of_very_different_width_share_their_tiles(problem, naive_logits,
         hidden, weight, teacher, teacher_weight, denominator=1
     )
     ls, lt = (
-        torch.log_softmax(naive_logits(*x), -1)
+        torch.log_softmax(reference.head_logits(*x), -1)
         for x in ((hidden, weight), (teacher, teacher_weight))
     )
-    loss = oracle(ls, lt, divergence="reverse_kl").sum()
+    loss = reference.divergence(ls, lt, divergence="reverse_kl").sum()
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(
         torch.autograd.grad(out.loss, [hidden, weight]), torch.autograd.grad(loss, [hidden, weight])
@@ -450,7 +429,7 @@ def test_self_distillation_is_the_two_model_divergence_with_one_head(problem, ki
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-def test_self_distillation_of_both_views(problem, naive_logits, kind):
+def test_self_distillation_of_both_views(problem, kind):
     p = problem(140, 2100, 4)
     teacher = p.rand(140, 4)
     inputs = [x.requires_grad_() for x in (p.hidden, teacher, p.weight, p.bias)]
@@ -464,8 +443,11 @@ def test_self_distillation_of_both_views(problem, naive_logits, kind):
         mask=p.mask,
         denominator=3.0,
     )
-    ls, lt = (torch.log_softmax(naive_logits(x, p.weight, p.bias), -1) for x in (p.hidden, teacher))
-    loss = (oracle(ls, lt, divergence=kind) * p.mask).sum() / 3
+    ls, lt = (
+        torch.log_softmax(reference.head_logits(x, p.weight, p.bias), -1)
+        for x in (p.hidden, teacher)
+    )
+    loss = (reference.divergence(ls, lt, divergence=kind) * p.mask).sum() / 3
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(
         torch.autograd.grad(out.loss, inputs), torch.autograd.grad(loss, inputs)

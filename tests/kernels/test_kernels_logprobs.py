@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels import reference
 from kernels import fused_linear_logprobs, fused_linear_topk_logprobs, selective_logprobs
 
 ALL = {"return_entropy": True, "return_lse": True, "return_max_logprob": True}
@@ -10,9 +11,9 @@ ALL = {"return_entropy": True, "return_lse": True, "return_max_logprob": True}
 def oracle(z, ids):
     """(logprobs, lse, entropy, max_logprob) from float64 logits."""
     lp = torch.log_softmax(z, -1)
-    picked = lp.gather(1, ids.reshape(len(ids), -1)).reshape(ids.shape)
-    entropy = -torch.where(lp == -torch.inf, 0, lp.exp() * lp).sum(1)
-    return picked, z.logsumexp(1), entropy, lp.amax(1)
+    # 0 log 0 is 0 in an entropy, and NaN in floating point.
+    entropy = reference.entropy(lp.clamp_min(-1e4))
+    return reference.picked(lp, ids), z.logsumexp(1), entropy, lp.amax(1)
 
 
 def close(out, expected, live=None, **tolerance):
@@ -26,19 +27,19 @@ def close(out, expected, live=None, **tolerance):
     ("T", "V", "H"), [(1, 1, 1), (3, 2, 40), (70, 127, 16), (5, 3051, 3), (5, 500, 5000)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_against_oracle(problem, naive_logits, T, V, H, dtype):
+def test_against_oracle(problem, T, V, H, dtype):
     p = problem(T, V, H, dtype, scale=1 if H < 100 else 0.2)
     exact = {"rtol": 0, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 2e-5}
-    expected = oracle(naive_logits(p.hidden, p.weight), p.ids)
+    expected = oracle(reference.head_logits(p.hidden, p.weight), p.ids)
     close(fused_linear_logprobs(p.hidden, p.weight, p.ids, **ALL), expected, **exact)
-    logits = naive_logits(p.hidden, p.weight).to(dtype)
+    logits = reference.head_logits(p.hidden, p.weight).to(dtype)
     close(selective_logprobs(logits, p.ids, **ALL), oracle(logits.double(), p.ids), **exact)
 
 
-def test_head_options(problem, naive_logits, head):
+def test_head_options(problem, head):
     p = problem(7, 2100, 5)
     options, naive = head(p)
-    expected = oracle(naive_logits(p.hidden, p.weight, **naive), p.ids)
+    expected = oracle(reference.head_logits(p.hidden, p.weight, **naive), p.ids)
     close(
         fused_linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options, **ALL),
         expected,
@@ -48,11 +49,11 @@ def test_head_options(problem, naive_logits, head):
     )
 
 
-def test_padded_vocabulary_takes_no_part(problem, naive_logits):
+def test_padded_vocabulary_takes_no_part(problem):
     p = problem(5, 2100, 4)
     p.ids.clamp_(max=2059)
     p.weight[2060:] = torch.nan
-    expected = oracle(naive_logits(p.hidden, p.weight[:2060]), p.ids)
+    expected = oracle(reference.head_logits(p.hidden, p.weight[:2060]), p.ids)
     hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_()
     out = fused_linear_logprobs(hidden, weight, p.ids, valid_vocab_size=2060, **ALL)
     close(out[:3], expected[:3], rtol=0, atol=1e-11)
@@ -60,7 +61,7 @@ def test_padded_vocabulary_takes_no_part(problem, naive_logits):
     assert (weight.grad[2060:] == 0).all()
     assert hidden.grad.isfinite().all()
     logits = torch.full((5, 2100), 1e4, dtype=torch.float64)
-    logits[:, :2060] = naive_logits(p.hidden, p.weight[:2060]).detach()
+    logits[:, :2060] = reference.head_logits(p.hidden, p.weight[:2060]).detach()
     logits.requires_grad_()
     out = selective_logprobs(logits, p.ids, valid_vocab_size=2060, **ALL)
     close(out, expected, rtol=0, atol=1e-11)
@@ -100,7 +101,7 @@ def test_gradcheck(problem, K):
     assert torch.autograd.gradcheck(plain, [p.rand(3, 11).requires_grad_()])
 
 
-def test_gradient_over_tiles_and_blocks(problem, naive_logits, head):
+def test_gradient_over_tiles_and_blocks(problem, head):
     """Against autograd of the naive log-probs, over tiles, row blocks and chunks; any upstream
     gradient."""
     p = problem(300, 2100, 4)
@@ -115,17 +116,17 @@ def test_gradient_over_tiles_and_blocks(problem, naive_logits, head):
         p.hidden, p.weight, p.ids, mask=p.mask, return_entropy=True, return_lse=True, **options
     )
     grads = torch.autograd.grad([out.logprobs, out.lse, out.entropy], inputs, upstream)
-    expected = oracle(naive_logits(p.hidden, p.weight, **naive), p.ids)[:3]
+    expected = oracle(reference.head_logits(p.hidden, p.weight, **naive), p.ids)[:3]
     want = torch.autograd.grad([x * p.mask for x in expected], inputs, upstream)
     torch.testing.assert_close(grads, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_gradients_are_accumulated_in_float32(problem, naive_logits, dtype):
+def test_low_precision_gradients_are_accumulated_in_float32(problem, dtype):
     p = problem(600, 50, 8, dtype)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight)]
     grads = torch.autograd.grad(fused_linear_logprobs(*inputs, p.ids).logprobs.sum(), inputs)
-    want = torch.autograd.grad(oracle(naive_logits(*inputs), p.ids)[0].sum(), inputs)
+    want = torch.autograd.grad(oracle(reference.head_logits(*inputs), p.ids)[0].sum(), inputs)
     for got, exact in zip(grads, want):
         assert got.dtype == dtype
         # only the result is rounded to the dtype
@@ -312,18 +313,18 @@ def test_a_weight_changed_before_the_backward_is_an_error(problem):
         loss.backward()
 
 
-def test_autocast_does_not_round(problem, naive_logits):
+def test_autocast_does_not_round(problem):
     p = problem(6, 30, 5, torch.float32)
-    expected = oracle(naive_logits(p.hidden, p.weight), p.ids)
+    expected = oracle(reference.head_logits(p.hidden, p.weight), p.ids)
     with torch.autocast("cpu", torch.bfloat16):
         out = fused_linear_logprobs(p.hidden, p.weight, p.ids, **ALL)
     close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("V", "k"), [(3, 3), (2100, 5), (2100, 2100), (4099, 100)])
-def test_topk(problem, naive_logits, V, k):
+def test_topk(problem, V, k):
     p = problem(70, V, 4)
-    lp = torch.log_softmax(naive_logits(p.hidden, p.weight, temperature=1.5), -1)
+    lp = torch.log_softmax(reference.head_logits(p.hidden, p.weight, temperature=1.5), -1)
     want, _ = lp.topk(k, dim=1)
     out = fused_linear_topk_logprobs(p.hidden, p.weight, k, temperature=1.5, mask=p.mask)
     torch.testing.assert_close(out.logprobs[p.mask], want[p.mask])

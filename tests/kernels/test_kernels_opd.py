@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.kernels import reference
 from kernels import (
     fused_linear_distillation_divergence,
     fused_linear_logprobs,
@@ -31,54 +32,15 @@ OBJECTIVES = {
 }
 
 
-def naive_reward(
-    lt, ls, *, reward="power", alpha=1.0, normalization="box_cox", clip=None, tanh_scale=None
-):
-    p, q, d = lt.exp(), ls.detach().exp(), lt - ls.detach()
-    if reward is None:
-        return torch.zeros_like(lt)
-    if reward == "power":
-        if alpha == 0:
-            return d
-        return (p**alpha - q**alpha) / (1 if normalization == "none" else alpha)
-    return d.clamp(-clip, clip) if clip else torch.tanh(d / tanh_scale) if tanh_scale else d
-
-
-def naive_loss(
-    lp,
-    adv,
-    old,
-    rollout,
-    objective="reinforce",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    is_cap=None,
-):
-    ratio = torch.exp(lp - old)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -adv * lp
-    if objective == "cispo":
-        loss = loss * clipped.detach()
-    elif objective == "ppo_clip":
-        gain = torch.minimum(ratio * adv, clipped * adv)
-        loss = -(
-            gain
-            if dual_clip is None
-            else torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain)
-        )
-    return loss if is_cap is None else loss * torch.exp(old - rollout).clamp(max=is_cap)
-
-
-def run(p, naive_logits, naive_head, reward, objective, *, both=True, entropy_coef=0.0, **options):
+def run(p, naive_head, reward, objective, *, both=True, entropy_coef=0.0, **options):
     """One problem through the fused loss and through autograd of the unfused composition."""
     inputs = [x.detach().requires_grad_() for x in (p.hidden, p.weight)]
     bias = options.pop("bias", None)
     if bias is not None:
         inputs.append(bias.detach().requires_grad_())
     naive_head = dict(naive_head, bias=inputs[2] if bias is not None else None)
-    full = torch.log_softmax(naive_logits(inputs[0], inputs[1], **naive_head), -1)
-    lp = full.gather(1, p.ids[:, None])[:, 0]
+    full = torch.log_softmax(reference.head_logits(inputs[0], inputs[1], **naive_head), -1)
+    lp = reference.picked(full, p.ids)
     old = lp.detach() + p.rand(p.T) * 0.4
     rollout = old + p.rand(p.T) * 0.2
     adv = p.advantages if both or reward.get("reward", "") is None else None
@@ -105,10 +67,10 @@ def run(p, naive_logits, naive_head, reward, objective, *, both=True, entropy_co
     )
     grads = torch.autograd.grad(out.loss, inputs, torch.tensor(3.0, dtype=torch.float64))
 
-    rewards = naive_reward(p.teacher_logprobs, lp, **reward)
+    rewards = reference.token_reward(p.teacher_logprobs, lp, **reward)
     total = rewards if adv is None else rewards + adv
-    entropy = -(full.exp() * full).sum(1)
-    per_token = naive_loss(lp, total, old, rollout, **objective) - entropy_coef * entropy
+    entropy = reference.entropy(full)
+    per_token = reference.policy_loss(lp, total, old, rollout, **objective) - entropy_coef * entropy
     loss = (per_token * p.weights * p.mask).sum() * 0.5 / 11
     want = torch.autograd.grad(3 * loss, inputs)
     for got, exact in (
@@ -125,18 +87,17 @@ def run(p, naive_logits, naive_head, reward, objective, *, both=True, entropy_co
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reward", REWARDS)
-def test_is_the_unfused_composition(problem, naive_logits, reward, objective):
-    run(problem(30, 40, 5), naive_logits, {}, REWARDS[reward], OBJECTIVES[objective])
-    run(problem(30, 40, 5), naive_logits, {}, REWARDS[reward], OBJECTIVES[objective], both=False)
+def test_is_the_unfused_composition(problem, reward, objective):
+    run(problem(30, 40, 5), {}, REWARDS[reward], OBJECTIVES[objective])
+    run(problem(30, 40, 5), {}, REWARDS[reward], OBJECTIVES[objective], both=False)
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
-def test_head_options_over_tiles_blocks_and_chunks(problem, naive_logits, head, objective):
+def test_head_options_over_tiles_blocks_and_chunks(problem, head, objective):
     p = problem(300, 2100, 4)
     options, naive = head(p)
     run(
         p,
-        naive_logits,
         naive,
         REWARDS["power"],
         OBJECTIVES[objective],
@@ -285,13 +246,13 @@ def test_accumulating_microbatches_is_one_batch(problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision(problem, naive_logits, dtype):
+def test_low_precision(problem, dtype):
     p = problem(300, 64, 16, dtype, scale=0.7)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight)]
     out = fused_linear_opd_loss(
         *inputs, p.ids, p.teacher_logprobs.float(), denominator=300, return_entropy=True
     )
-    lp = torch.log_softmax(naive_logits(*inputs), -1).gather(1, p.ids[:, None])[:, 0]
+    lp = torch.log_softmax(reference.head_logits(*inputs), -1).gather(1, p.ids[:, None])[:, 0]
     torch.testing.assert_close(out.logprobs.double(), lp, rtol=0, atol=2e-5)
     assert out.logprobs.dtype == out.loss.dtype == out.entropy.dtype == torch.float32
     loss = -((p.teacher_logprobs.double().exp() - lp.detach().exp()) * lp).mean()

@@ -3,37 +3,8 @@ import math
 import pytest
 import torch
 
+from benchmarks.kernels import reference
 from kernels import policy_gradient_loss
-
-
-def naive(
-    lp,
-    adv,
-    *,
-    old=None,
-    rollout=None,
-    objective="reinforce",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    is_cap=None,
-):
-    """Per-token loss, differentiable, by the textbook."""
-    old = lp.detach() if old is None else old
-    ratio = torch.exp(lp - old)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    if objective == "reinforce":
-        loss = -adv * lp
-    elif objective == "cispo":
-        loss = -clipped.detach() * adv * lp
-    else:
-        gain = torch.minimum(ratio * adv, clipped * adv)
-        if dual_clip is not None:
-            gain = torch.where(adv < 0, torch.maximum(gain, dual_clip * adv), gain)
-        loss = -gain
-    if rollout is not None:
-        loss = loss * torch.exp(old.detach() - rollout).clamp(max=is_cap)
-    return loss
 
 
 OBJECTIVES = {
@@ -63,7 +34,7 @@ def test_against_the_textbook(objective, is_cap, on_policy):
     mask = torch.rand(40) < 0.7
     weights = torch.rand(40, dtype=torch.float64)
     options = OBJECTIVES[objective]
-    per_token = naive(lp, adv, old=old, rollout=rollout, is_cap=is_cap, **options)
+    per_token = reference.policy_loss(lp, adv, old, rollout, is_cap=is_cap, **options)
     want = (per_token * weights)[mask].sum() / 13
     out = policy_gradient_loss(
         lp,
@@ -86,7 +57,7 @@ def test_aggregations():
     lp, _, _, adv = tokens(6)
     mask = torch.tensor([1, 1, 0, 1, 1, 1]).bool()
     seq = torch.tensor([0, 0, 0, 2, 2, 2])  # an id may be missing
-    per_token = naive(lp, adv).detach()
+    per_token = reference.policy_loss(lp, adv).detach()
 
     def loss(aggregation, n):
         return policy_gradient_loss(

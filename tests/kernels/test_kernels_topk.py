@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from benchmarks.kernels import reference
 from kernels import (
     fused_linear_distillation_divergence,
     fused_linear_self_distillation_kl,
@@ -16,40 +17,9 @@ DIVERGENCES = {
 }
 
 
-def masses(lp, ids, tail, given=None):
-    """Log-masses of the support, with the tail's rule, from full log-probs."""
-    on = lp.gather(1, ids)
-    if tail == "renormalize":
-        return torch.log_softmax(on, -1)
-    if tail == "ignore":
-        return on
-    out = torch.ones_like(lp, dtype=torch.bool).scatter(1, ids, False)
-    rest = torch.where(out, lp, -torch.inf).logsumexp(1) if given is None else given
-    return torch.cat([on, rest[:, None]], 1)
-
-
-def oracle(ls, lt, *, divergence, alpha=1.0, beta=0.5):
-    """Generalised (unnormalised) divergences, by their textbook formulas."""
-    q, p = ls.exp(), lt.exp()
-
-    def kl(la, lb):
-        return (la.exp() * (la - lb) - la.exp() + lb.exp()).sum(1)
-
-    if divergence == "reverse_kl":
-        return kl(ls, lt)
-    if divergence == "forward_kl":
-        return kl(lt, ls)
-    if divergence == "jsd":
-        m = (beta * p + (1 - beta) * q).log()
-        return beta * kl(lt, m) + (1 - beta) * kl(ls, m)
-    return (q ** (alpha + 1) - (alpha + 1) * q * p**alpha + alpha * p ** (alpha + 1)).sum(1) / (
-        alpha * (alpha + 1)
-    )
-
-
 @pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypatch):
+def test_against_oracle(problem, head, divergence, tail, monkeypatch):
     # several chunks of gathered head rows
     monkeypatch.setattr("kernels.topk_divergence._GATHER_BYTES", 4000)
     p = problem(70, 2100, 4)
@@ -80,9 +50,9 @@ def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypat
         **kind,
         **options,
     )
-    ls = torch.log_softmax(naive_logits(p.hidden, p.weight, **naive), -1)
+    ls = torch.log_softmax(reference.head_logits(p.hidden, p.weight, **naive), -1)
     lt = torch.log_softmax(
-        naive_logits(
+        reference.head_logits(
             p.teacher_hidden,
             p.teacher_weight,
             temperature=naive["temperature"],
@@ -90,7 +60,11 @@ def test_against_oracle(problem, naive_logits, head, divergence, tail, monkeypat
         ),
         -1,
     )
-    d = oracle(masses(ls, top.ids, tail), masses(lt, top.ids, tail), **kind)
+    d = reference.divergence(
+        reference.support_log_masses(ls, top.ids, tail),
+        reference.support_log_masses(lt, top.ids, tail),
+        **kind,
+    )
     loss = (d * p.weights * p.mask).sum() * 0.5 / 7
     torch.testing.assert_close(out.divergence, (d * p.mask).detach())
     torch.testing.assert_close(out.loss, loss)
@@ -197,7 +171,7 @@ def test_masked_and_empty(problem):
 
 @pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
 @pytest.mark.parametrize("stop_grad", ["teacher", "none"])
-def test_self_distillation_on_the_teacher_views_top(problem, naive_logits, tail, stop_grad):
+def test_self_distillation_on_the_teacher_views_top(problem, tail, stop_grad):
     p = problem(70, 2100, 4)
     teacher = p.rand(70, 4)
     inputs = [x.requires_grad_() for x in (p.hidden, teacher, p.weight, p.bias)]
@@ -214,12 +188,18 @@ def test_self_distillation_on_the_teacher_views_top(problem, naive_logits, tail,
         denominator=3.0,
     )
     ls, lt = (
-        torch.log_softmax(naive_logits(x, p.weight, p.bias, 1.3), -1) for x in (p.hidden, teacher)
+        torch.log_softmax(reference.head_logits(x, p.weight, p.bias, temperature=1.3), -1)
+        for x in (p.hidden, teacher)
     )
     lt = lt if stop_grad == "none" else lt.detach()
     ids = lt.detach().topk(7, dim=1).indices
     loss = (
-        oracle(masses(ls, ids, tail), masses(lt, ids, tail), divergence="forward_kl") * p.mask
+        reference.divergence(
+            reference.support_log_masses(ls, ids, tail),
+            reference.support_log_masses(lt, ids, tail),
+            divergence="forward_kl",
+        )
+        * p.mask
     ).sum() / 3
     torch.testing.assert_close(out.loss, loss)
     got = torch.autograd.grad(out.loss, inputs, allow_unused=True)
