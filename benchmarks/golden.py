@@ -172,7 +172,7 @@ def machine() -> dict[str, str]:
             ),
             cpu,
         )
-    packages = ("torch", "transformers", "deepspeed", "numpy")
+    packages = ("torch", "transformers", "deepspeed")
     return {"cpu": cpu} | {name: importlib.metadata.version(name) for name in packages}
 
 
