@@ -80,7 +80,7 @@ def use_naive_losses() -> None:
         )
         losses = reference.policy_loss(out.logprobs, rewards)
         loss = losses[mask.bool()].sum() / denominator
-        return kernels.OPDOutput(loss, logprobs, rewards, out.entropy, out.max_logprob, {})
+        return kernels.OPDOutput(loss, logprobs, rewards, out.entropy, {})
 
     kernels.fused_linear_logprobs, kernels.fused_linear_opd_loss = naive_logprobs, naive_opd
 

@@ -13,7 +13,6 @@ from kernels.checks import (
     check_choice,
     check_denominator,
     check_number,
-    check_scale,
     check_vocab,
 )
 from kernels.policy_loss import loss_factors, weighted_sum
@@ -238,14 +237,13 @@ def distillation_divergence(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     token_ids: Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
     valid_vocab_size: int | None = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> DivergenceOutput:
     """Exact full-vocabulary divergence of the student from the teacher, from logits.
 
-    loss = loss_scale / denominator * sum_t weights_t D_t over unmasked tokens. With q the student's
+    loss = sum_t weights_t D_t / denominator over unmasked tokens. With q the student's
     and p the teacher's distribution at softmax(logits / temperature), D is
       reverse_kl  KL(q || p) forward_kl  KL(p || q) jsd         beta KL(p || m) + (1 - beta) KL(q ||
       m) with m = beta p + (1 - beta) q; beta 0 is the
@@ -260,7 +258,7 @@ def distillation_divergence(
     student_logits [T, V] floating, differentiable; teacher_logits [T, V'] floating, constant;
     valid_vocab_size: the columns that take part, needed where V != V'; mask [T] bool or uint8
     (masked: loss and gradient exactly 0, may hold NaN); weights [T] floating; token_ids [T] int64:
-    whose student log-probs to return; denominator (above 0), loss_scale: numbers or 0-dim tensors;
+    whose student log-probs to return; denominator: a number or 0-dim tensor, above 0;
     inplace_backward: as in `selective_logprobs`. Returns DivergenceOutput(loss, divergence [T],
     logprobs [T] or None, entropy [T] or None), float32 (float64 for float64 inputs), nats.
 
@@ -273,12 +271,8 @@ def distillation_divergence(
     check_number("temperature", temperature)
     vocab = check_vocab(valid_vocab_size, student_logits.shape[1], teacher_logits.shape[1])
     rule = Divergence(divergence, alpha, normalization, beta)
-    rows = check_loss(
-        shapes, len(student_logits), mask, weights, token_ids, vocab, denominator, loss_scale
-    )
-    factors = loss_factors(
-        rows, weights, denominator, loss_scale, acc_dtype(student_logits, teacher_logits)
-    )
+    rows = check_loss(shapes, len(student_logits), mask, weights, token_ids, vocab, denominator)
+    factors = loss_factors(rows, weights, denominator, acc_dtype(student_logits, teacher_logits))
     return DivergenceOutput(
         *_Divergence.apply(
             student_logits,
@@ -303,12 +297,10 @@ def check_loss(
     token_ids: Tensor | None,
     vocab: int,
     denominator: float | Tensor,
-    loss_scale: float | Tensor,
 ) -> Tensor:
     """Check what every divergence takes; returns the active rows."""
     shapes.check("weights", weights, "T", optional=True)
     check_denominator(denominator)
-    check_scale("loss_scale", loss_scale)
     rows = active_rows(mask, T, shapes.device)
     if token_ids is not None:
         shapes.ids("token_ids", token_ids, "T", rows, vocab)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
-from kernels.checks import Shapes, check_vocab
+from kernels.checks import Shapes, check_scale, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss
 from kernels.logprobs import check_head
 from kernels.policy_loss import loss_factors, weighted_sum
@@ -266,7 +266,8 @@ def fused_linear_distillation_divergence(
 
     student_hidden [T, H], student_weight [V, H], student_bias [V]: floating, differentiable;
     teacher_hidden [T, H'], teacher_weight [V', H'], teacher_bias [V'] floating; valid_vocab_size:
-    both heads are cut to it, needed where V != V'. The other arguments, the result and the errors
+    both heads are cut to it, needed where V != V'; loss_scale: a number or 0-dim
+    tensor that multiplies the loss. The other arguments, the result and the errors
     are those of `distillation_divergence`."""
     shapes = Shapes()
     check_head(
@@ -292,9 +293,8 @@ def fused_linear_distillation_divergence(
     )
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0], teacher_weight.shape[0])
     rule = Divergence(divergence, alpha, normalization, beta)
-    rows = check_loss(
-        shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator, loss_scale
-    )
+    check_scale("loss_scale", loss_scale)
+    rows = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator)
     dtype = acc_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     width = max(student_hidden.shape[1], teacher_hidden.shape[1])
     head = make_head(
@@ -317,7 +317,7 @@ def fused_linear_distillation_divergence(
         vocab,
         width,
     )
-    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    factors = loss_factors(rows, weights, denominator, dtype, loss_scale)
     return linear_divergence(
         student_hidden,
         student_weight,

@@ -40,7 +40,6 @@ class OPDOutput(NamedTuple):
     logprobs: Tensor
     rewards: Tensor
     entropy: Tensor | None
-    max_logprob: Tensor | None
     stats: dict[str, Tensor]
 
 
@@ -96,7 +95,7 @@ class _FusedLinearOPD(torch.autograd.Function):
     ):
         n, T = len(rows), len(hidden)
         grads = HeadGrads(head, hidden, needs)
-        logprobs, max_logprob = torch.zeros_like(tokens.factors), torch.zeros_like(tokens.factors)
+        logprobs = torch.zeros_like(tokens.factors)
         entropy = torch.zeros_like(tokens.factors) if with_entropy else None
         size = head.chunk_rows(workspaces=1)
         kept = head.workspace(min(size, n)) if any(needs) else None
@@ -107,7 +106,7 @@ class _FusedLinearOPD(torch.autograd.Function):
             stats = RowStats(len(ids), head.dtype, hidden.device, ids, with_entropy)
             stream_logits(head, hidden, rows[at], stats, kept)
             final = stats.final()
-            logprobs[at], max_logprob[at] = final.logprobs[:, 0], final.max_logprob
+            logprobs[at] = final.logprobs[:, 0]
             if with_entropy:
                 entropy[at] = final.entropy
             if any(needs):
@@ -129,7 +128,7 @@ class _FusedLinearOPD(torch.autograd.Function):
         value = result.loss
         if loss.entropy_coef:
             value = value - loss.entropy_coef * weighted_sum(entropy, tokens.factors)
-        outputs = [spread(x, rows, T) for x in (logprobs, rewards, entropy, max_logprob)]
+        outputs = [spread(x, rows, T) for x in (logprobs, rewards, entropy)]
         ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
         ctx.save_for_backward(*grads.as_tuple())
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -172,7 +171,6 @@ def fused_linear_opd_loss(
     logit_softcap: float | None = None,
     valid_vocab_size: int | None = None,
     return_entropy: bool = False,
-    return_max_logprob: bool = False,
 ) -> OPDOutput:
     """On-policy distillation loss of sampled tokens from hidden states; the forward makes the
     gradient too.
@@ -191,7 +189,7 @@ def fused_linear_opd_loss(
     old_logprobs, rollout_logprobs [T] floating, constants; mask [T] bool or uint8 (masked: loss and
     gradient exactly 0, may hold NaN or any id, costs nothing); denominator (above 0), loss_scale:
     numbers or 0-dim tensors. Returns OPDOutput(loss, logprobs [T], rewards [T] (without
-    `advantages`), entropy [T] or None, max_logprob [T] or None, stats).
+    `advantages`), entropy [T] or None, stats).
 
     Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (a token id outside
     the valid vocabulary)."""
@@ -235,7 +233,7 @@ def fused_linear_opd_loss(
     def take(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().index_select(0, rows).to(dtype)
 
-    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    factors = loss_factors(rows, weights, denominator, dtype, loss_scale)
     tokens = _Tokens(
         token_ids.index_select(0, rows),
         factors,
@@ -244,7 +242,7 @@ def fused_linear_opd_loss(
         take(old_logprobs),
         take(rollout_logprobs),
     )
-    loss, logprobs, rewards, entropy, max_logprob, stats = _FusedLinearOPD.apply(
+    loss, logprobs, rewards, entropy, stats = _FusedLinearOPD.apply(
         hidden,
         lm_head_weight,
         bias,
@@ -260,6 +258,5 @@ def fused_linear_opd_loss(
         logprobs,
         rewards,
         entropy if return_entropy else None,
-        max_logprob if return_max_logprob else None,
         stats,
     )

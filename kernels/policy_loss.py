@@ -125,8 +125,8 @@ def loss_factors(
     rows: Tensor,
     weights: Tensor | None,
     denominator: float | Tensor,
-    loss_scale: float | Tensor,
     dtype: torch.dtype,
+    loss_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """weight * loss_scale / denominator of the given rows, [n]."""
     factors = torch.ones(len(rows), dtype=dtype, device=rows.device)

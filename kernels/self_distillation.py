@@ -10,7 +10,7 @@ from kernels.logprobs import HEAD_NAMES, check_head, fused_linear_topk_logprobs
 from kernels.policy_loss import loss_factors
 from kernels.rows import acc_dtype
 from kernels.stream import make_head
-from kernels.topk_divergence import TAILS, given_log_masses, model_log_masses, support_divergence
+from kernels.topk_divergence import given_log_masses, model_log_masses, support_divergence
 
 
 def fused_linear_self_distillation_kl(
@@ -30,20 +30,19 @@ def fused_linear_self_distillation_kl(
     valid_vocab_size: int | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
 ) -> DivergenceOutput:
     """KL or JSD of the student view from the teacher view of the same model at the same positions.
 
     SPSD is divergence="forward_kl", KL(teacher view || student view), on the teacher view's top 100
     (top_k=100). top_k=None compares full vocabularies; otherwise the support is the teacher view's
-    top_k tokens, with the tails of `topk_distillation_divergence`: "renormalize" then costs one
+    top_k tokens, with one of two tails of `topk_distillation_divergence`: "renormalize" then costs one
     LM-head GEMM (the teacher view's) and K logits per row. stop_grad="teacher": the teacher view is
     constant (neither its hidden states nor its use of the head get a gradient); "none": both views
     are differentiated, the support of a top_k being constant.
 
     student_hidden, teacher_hidden [T, H], lm_head_weight [V, H], bias [V] floating; divergence:
     reverse_kl, forward_kl or jsd; the other arguments and errors as in
-    `fused_linear_distillation_divergence`. Returns DivergenceOutput(loss, divergence [T], None,
+    `topk_distillation_divergence`. Returns DivergenceOutput(loss, divergence [T], None,
     None)."""
     shapes = Shapes()
     check_head(
@@ -59,14 +58,12 @@ def fused_linear_self_distillation_kl(
     shapes.check("teacher_hidden", teacher_hidden, "TH")
     check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
     check_choice("stop_grad", stop_grad, ("teacher", "none"))
-    check_choice("tail", tail, TAILS)
+    check_choice("tail", tail, ("renormalize", "bucket"))
     rule = Divergence(divergence, beta=beta)
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
-    rows = check_loss(
-        shapes, len(student_hidden), mask, weights, None, vocab, denominator, loss_scale
-    )
+    rows = check_loss(shapes, len(student_hidden), mask, weights, None, vocab, denominator)
     dtype = acc_dtype(student_hidden, teacher_hidden, lm_head_weight)
-    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    factors = loss_factors(rows, weights, denominator, dtype)
     both = stop_grad == "none"
     if top_k is None:
         head = make_head(

@@ -159,7 +159,6 @@ def topk_distillation_divergence(
     valid_vocab_size: int | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
 ) -> DivergenceOutput:
     """Divergence of the student from a teacher that is known on K tokens per position.
 
@@ -193,9 +192,7 @@ def topk_distillation_divergence(
         raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
     rule = Divergence(divergence, alpha, normalization, beta)
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0])
-    rows = check_loss(
-        shapes, len(student_hidden), mask, weights, None, vocab, denominator, loss_scale
-    )
+    rows = check_loss(shapes, len(student_hidden), mask, weights, None, vocab, denominator)
     shapes.ids("support_ids", support_ids, "TK", rows, vocab)
 
     dtype = acc_dtype(student_hidden, student_weight, teacher_logprobs)
@@ -220,5 +217,5 @@ def topk_distillation_divergence(
             else teacher_tail_logprob.index_select(0, rows).to(dtype)
         )
         lt = given_log_masses(teacher_logprobs.index_select(0, rows).to(dtype), tail, rest)
-    factors = loss_factors(rows, weights, denominator, loss_scale, dtype)
+    factors = loss_factors(rows, weights, denominator, dtype)
     return support_divergence(ls, lt, rule, factors, rows, len(student_hidden))

@@ -371,6 +371,12 @@ BAD = [
         ValueError,
         "stop_grad must be one of teacher, none, got 'student'",
     ),
+    (
+        views,
+        {"tail": "ignore"},
+        ValueError,
+        "tail must be one of renormalize, bucket, got 'ignore'",
+    ),
     (views, {"top_k": 10}, ValueError, "top_k must lie in [1, 9], got 10"),
 ]
 

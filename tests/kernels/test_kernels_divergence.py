@@ -45,8 +45,7 @@ def test_logits_against_oracle(problem, divergence):
         zt,
         mask=p.mask,
         weights=p.weights,
-        denominator=7.0,
-        loss_scale=0.5,
+        denominator=14.0,
         temperature=1.4,
         valid_vocab_size=280,
         token_ids=p.ids.clamp(max=279),
@@ -456,8 +455,13 @@ def test_self_distillation_of_both_views(problem, kind):
 
 def test_loss_scale_and_denominator_may_be_tensors(problem):
     p = problem(6, 30, 5)
-    scaled = distillation_divergence(
-        p.rand(6, 30), torch.zeros(6, 30), denominator=torch.tensor(4), loss_scale=torch.tensor(8.0)
+    scaled = fused_linear_distillation_divergence(
+        p.hidden,
+        p.weight,
+        p.teacher_hidden,
+        p.teacher_weight,
+        denominator=torch.tensor(4),
+        loss_scale=torch.tensor(8.0),
     )
     assert scaled.loss.item() == pytest.approx(2 * scaled.divergence.sum().item())
     assert math.isfinite(scaled.loss)

@@ -58,7 +58,6 @@ def run(p, naive_head, reward, objective, *, both=True, entropy_coef=0.0, **opti
         loss_scale=0.5,
         entropy_coef=entropy_coef,
         return_entropy=True,
-        return_max_logprob=True,
         bias=inputs[2] if bias is not None else None,
         **on,
         **reward,
@@ -77,7 +76,6 @@ def run(p, naive_head, reward, objective, *, both=True, entropy_coef=0.0, **opti
         (out.logprobs, lp),
         (out.rewards, rewards),
         (out.entropy, entropy),
-        (out.max_logprob, full.amax(1)),
     ):
         torch.testing.assert_close(got, exact.detach() * p.mask)
         assert not got.requires_grad
@@ -153,9 +151,7 @@ def test_equals_the_kernels_it_fuses_bitwise(problem):
     """Same log-probs to the bit as scoring, so an on-policy ratio is exactly 1; same reward, same
     loss."""
     p = problem(150, 2500, 16, torch.float32)
-    score = fused_linear_logprobs(
-        p.hidden, p.weight, p.ids, return_entropy=True, return_max_logprob=True
-    )
+    score = fused_linear_logprobs(p.hidden, p.weight, p.ids, return_entropy=True)
     old = score.logprobs
     for rows in (slice(None), slice(0, 65), slice(3, 4)):
         out = fused_linear_opd_loss(
@@ -168,11 +164,9 @@ def test_equals_the_kernels_it_fuses_bitwise(problem):
             objective="ppo_clip",
             denominator=7,
             return_entropy=True,
-            return_max_logprob=True,
         )
         assert torch.equal(out.logprobs, old[rows])
         assert torch.equal(out.entropy, score.entropy[rows])
-        assert torch.equal(out.max_logprob, score.max_logprob[rows])
         assert torch.equal(out.rewards, power_reward(p.teacher_logprobs, old, 3.0)[rows])
         assert out.stats["ratio_mean"] == 1 and out.stats["approx_kl"] == 0
         loss = policy_gradient_loss(

@@ -45,8 +45,7 @@ def test_against_oracle(problem, head, divergence, tail, monkeypatch):
         tail=tail,
         mask=p.mask,
         weights=p.weights,
-        denominator=7.0,
-        loss_scale=0.5,
+        denominator=14.0,
         **kind,
         **options,
     )
@@ -169,7 +168,7 @@ def test_masked_and_empty(problem):
             assert all((g == 0).all() for g in torch.autograd.grad(out.loss, inputs))
 
 
-@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalize"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("stop_grad", ["teacher", "none"])
 def test_self_distillation_on_the_teacher_views_top(problem, tail, stop_grad):
     p = problem(70, 2100, 4)

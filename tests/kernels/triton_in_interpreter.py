@@ -230,12 +230,11 @@ def test_opd(kind, dtype):
             advantages=x["advantages"].detach(),
             mask=x["mask"],
             return_entropy=True,
-            return_max_logprob=True,
             loss_scale=0.5,
             **options,
             **extra,
         )
-        return [*out[1:5], *out.stats.values()], out.loss
+        return [*out[1:4], *out.stats.values()], out.loss
 
     both(run, problem(700, dtype, T=5, scale=0.5), dtype)
 
