@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Iterable, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,16 +52,20 @@ def check_overrides(overrides: Iterable[str]) -> None:
                     f"{key}={override.value()} is not known{nearest(str(override.value()), choices)}"
                 )
         elif override.is_add() or override.is_delete() or key not in keys:
-            leaf = key.rsplit(".", 1)[-1]
-            same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
-            hint = f"; did you mean '{sorted(same)[0]}'?" if same else nearest(key, keys)
-            if len(hint) > 200:
-                hint = "; `python train.py dry_run=true` prints every key"
-            raise ConfigError(f"there is no key '{key}'{hint}")
+            raise ConfigError(_no_such_key(key))
         elif any(name.startswith(key + ".") for name in keys):
             raise ConfigError(
                 f"'{key}' is a section, not a value; set one of its keys, as in '{key}.…=…'"
             )
+
+
+def _no_such_key(key: str) -> str:
+    keys, leaf = schema_keys(), key.rsplit(".", 1)[-1]
+    same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
+    hint = f"; did you mean '{sorted(same)[0]}'?" if same else nearest(key, keys)
+    if len(hint) > 200:
+        hint = "; `python train.py dry_run=true` prints every key"
+    return f"there is no key '{key}'{hint}"
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -99,6 +104,64 @@ def compose(overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{missing[0]} has no value; give one, as in '{missing[0]}=…'")
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain nested dictionaries, lists and values.
+
+    Args:
+        config: what `compose` returns, or a mapping, such as a loaded config.yaml.
+    """
+    if isinstance(config, DictConfig):
+        return OmegaConf.to_container(config)
+    return _plain(asdict(config) if is_dataclass(config) else config)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML, which `compose` reads again."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The config's values by dotted key, as in `{"train.steps": 10}`; lists stay whole."""
+    return dict(_leaves(to_dict(config)))
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def replaced(config: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
+    """A new config with some values replaced; `config` stays as it is.
+
+    Args:
+        changes: the new values by dotted key, as in `{"run.dir": "outputs/mine"}`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value.
+    """
+    changed = config.copy()
+    for key, value in changes.items():
+        if key not in schema_keys():
+            raise ConfigError(_no_such_key(key))
+        try:
+            OmegaConf.update(changed, key, _plain(value))
+        except OmegaConfBaseException as error:
+            raise ConfigError(_one_line(error)) from error
+    validate(changed, int(os.environ.get("WORLD_SIZE", "1")))
+    return changed
 
 
 def _one_line(error: Exception) -> str:

@@ -4,10 +4,20 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from recipes.components import DECISION_HEADS, ENGINES, TOKEN_REWARDS, TRAINERS, VERIFIERS
-from recipes.compose import TREE, compose, schema_keys, validate
+from recipes.compose import (
+    TREE,
+    compose,
+    flatten,
+    replaced,
+    schema_keys,
+    to_dict,
+    to_yaml,
+    validate,
+)
 from recipes.errors import ConfigError
 from recipes.registry import Registry
 
@@ -151,3 +161,28 @@ def test_a_component_joins_by_dotted_path_and_a_wrong_one_is_named():
         registry.resolve("powr")
     with pytest.raises(ConfigError, match="cannot be imported"):
         registry.resolve("no_such_module.thing")
+
+
+def test_a_config_as_a_dictionary_as_yaml_and_flat():
+    config = compose(["rollout.max_new_tokens_schedule=[[5,60]]"])
+    as_dict, flat = to_dict(config), flatten(config)
+    assert as_dict["train"]["steps"] == flat["train.steps"] == config.train.steps
+    assert as_dict["rollout"]["max_new_tokens_schedule"] == [[5, 60]]
+    assert flat["rollout.max_new_tokens_schedule"] == [[5, 60]]
+    assert to_yaml(config).startswith("recipe: poweropd\n")
+    assert flatten(yaml.safe_load(to_yaml(config))) == flat
+
+
+def test_a_replaced_value_is_checked_and_leaves_the_config_alone():
+    config = compose([])
+    changed = replaced(config, {"run.dir": "elsewhere", "train.betas": (0.5, 0.6)})
+    assert changed.run.dir == "elsewhere" and list(changed.train.betas) == [0.5, 0.6]
+    assert config.run.dir != "elsewhere" and list(config.train.betas) == [0.9, 0.999]
+    for key, value, message in (
+        ("train.stepz", 1, "there is no key 'train.stepz'; did you mean 'train.steps'?"),
+        ("train.steps", "many", "train.steps: Value 'many'"),
+        ("reward.alpha", 0, "reward.alpha=0.0 must be above 0"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            replaced(config, {key: value})
+        assert str(caught.value).startswith(message)
