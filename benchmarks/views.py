@@ -26,9 +26,10 @@ def main() -> int:
     import kernels
     from kernels.bench.memory import MIB, peak_bytes, start_watch
     from recipes.compose import compose
-    from rollouts.data.load import Example, load_examples
-    from rollouts.data.parallel_text import unit_prompts
+    from rollouts.data.examples import Example
+    from rollouts.data.load import load_examples
     from rollouts.layout import Layout
+    from rollouts.simultaneous.prompts import unit_prompts
     from scripts.cli import quiet_libraries, quiet_torch
     from scripts.tiny_models import TinyModel, initialise
     from trainers.base import Parts

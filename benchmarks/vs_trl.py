@@ -83,7 +83,8 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from recipes.compose import compose
-    from rollouts.data.load import PromptSampler, configured_examples
+    from rollouts.data.examples import PromptSampler
+    from rollouts.data.load import configured_examples
     from trainers.core.evaluation import make_prompts
 
     make_model(folder / "student", args.size, seed=1)

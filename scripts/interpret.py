@@ -92,8 +92,8 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from rollouts.data.load import Example
-    from rollouts.data.parallel_text import unit_prompts
+    from rollouts.data.examples import Example
+    from rollouts.simultaneous.prompts import unit_prompts
     from trainers.core.policy import DTYPES, check_model
     from trainers.modes.rollout import make_engine, make_requests, make_sampling
     from trainers.modes.simultaneous_metrics import make_head

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.errors import DataError
-from rollouts.streaming.tokens import TOKENS
+from rollouts.data.marks import TOKENS
 
 PHASES = ("rollout", "annotate", "update", "sync", "other")
 WIDTH, WIDE, HEIGHT = 580, 1208, 232  # of a plot, CSS pixels

@@ -92,8 +92,9 @@ def read_text(
         DataError: it cannot be read, is empty, or has no sentence end.
     """
     from recipes.errors import DataError
-    from rollouts.data.load import Example
-    from rollouts.streaming.prompts import question_and_sentences, split_sentences
+    from rollouts.data.examples import Example
+    from rollouts.data.sentences import split_sentences
+    from rollouts.streaming.prompts import question_and_sentences
 
     # opened anew: a thread that still waits for sys.stdin would break the interpreter's end
     if file is None:
@@ -132,7 +133,7 @@ def read_text(
 def check_end(sentence: str, name: str) -> None:
     """Raises DataError: the only sentence of a text does not end."""
     from recipes.errors import DataError
-    from rollouts.streaming.prompts import CLOSING, SENTENCE_ENDS
+    from rollouts.data.sentences import CLOSING, SENTENCE_ENDS
 
     if sentence.rstrip(CLOSING)[-1:] not in SENTENCE_ENDS:
         raise DataError(
@@ -169,7 +170,7 @@ def sentences_of(
         DataError: there is none, or only one that does not end.
     """
     from recipes.errors import DataError
-    from rollouts.streaming.prompts import split_sentences
+    from rollouts.data.sentences import split_sentences
 
     for sentence in known or ():
         yield sentence, [next(words)[1] for _ in sentence.split()][-1]
@@ -206,9 +207,10 @@ def watch(
 
     from recipes.errors import DataError
     from rewards.metrics.latency import to_answer
-    from rollouts.data.load import Example, Prompt
+    from rollouts.data.examples import Example, Prompt
+    from rollouts.data.marks import SKIP
     from rollouts.streaming.prompts import streaming_prompts
-    from rollouts.streaming.tokens import SKIP, Protocol
+    from rollouts.streaming.tokens import Protocol
     from trainers.core.policy import DTYPES, check_model
     from trainers.modes.rollout import make_engine, make_sampling
 

@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 import torch
 from omegaconf import DictConfig
 
-from rollouts.data.load import Prompt, PromptSampler
+from rollouts.data.examples import Prompt, PromptSampler
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.core import distributed
 from trainers.core.evaluation import describe

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import Prompt, PromptSampler, configured_examples
+from rollouts.data.examples import Prompt, PromptSampler
+from rollouts.data.load import configured_examples
 from rollouts.pretrained import token_count
 from rollouts.streaming.tokens import add_tokens
 from trainers.core import checkpoint

@@ -28,10 +28,10 @@ from __future__ import annotations
 import numpy as np
 
 from recipes.errors import ConfigError
-from rollouts.data.load import Prompt
-from rollouts.data.parallel_text import target_words
+from rollouts.data.examples import Prompt
 from rollouts.layout import from_visible
 from rollouts.simultaneous.decision import check_heads
+from rollouts.simultaneous.prompts import target_words
 from rollouts.simultaneous.schedules import draw_schedule
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.base import Trainer, occurrences

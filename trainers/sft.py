@@ -14,7 +14,7 @@ from typing import Sequence
 
 import numpy as np
 
-from rollouts.data.load import Prompt
+from rollouts.data.examples import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer
 from trainers.losses import Loss

@@ -11,7 +11,7 @@ first.
 from __future__ import annotations
 
 from recipes.errors import ConfigError
-from rollouts.data.load import Prompt
+from rollouts.data.examples import Prompt
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import target_segments
 from rollouts.trajectory import Trajectory

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from recipes.errors import DataError
-from rollouts.streaming.tokens import SKIP
+from rollouts.data.marks import SKIP
 
 SPLITS = ("train", "validation", "heldout")
 HELDOUT_PERCENT = 15  # of the arithmetic chains; what results are reported on

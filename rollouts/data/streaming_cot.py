@@ -19,7 +19,7 @@ from typing import Any, Iterable
 
 from recipes.errors import DataError
 from rewards.math import BOX, extract_boxed
-from rollouts.streaming.tokens import SKIP, TOKENS
+from rollouts.data.marks import SKIP, TOKENS
 
 
 def is_segmented(columns: Iterable[str]) -> bool:

@@ -8,32 +8,16 @@ text is cut by `sentencex`, which would rather leave two sentences together than
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import Sequence
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import Example, Prompt
-from rollouts.streaming.tokens import SKIP, TOKENS, Protocol
-
-PLACE = "\u241e"  # stands for the source in a rendered chat; a symbol that no template writes
-SENTENCE_ENDS, QUESTION_ENDS, CLOSING = (*".!?…。！？؟।",), (*"?？؟",), "\"'”’»)]*"
-LIST_NUMBER = re.compile(r"\(?\d{1,3}[.)]")
-
-Ids = tuple[int, ...]
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of an English text, in order, without the white space around them."""
-    from sentencex import segment
-
-    found: list[str] = []
-    for sentence in filter(None, map(str.strip, segment("en", text))):
-        if found and LIST_NUMBER.fullmatch(found[-1]):  # as in "1. Add the salt."
-            sentence = f"{found.pop()} {sentence}"
-        found.append(sentence)
-    return found
+from rollouts.data.chat import chat_frame
+from rollouts.data.examples import Example, Ids, Prompt
+from rollouts.data.marks import SKIP, TOKENS
+from rollouts.data.sentences import CLOSING, QUESTION_ENDS, SENTENCE_ENDS, split_sentences
+from rollouts.streaming.tokens import Protocol
 
 
 def question_and_sentences(example: Example, where: str) -> tuple[str, list[str]]:
@@ -144,34 +128,6 @@ def streaming_prompts(
             f"shortest has {min(len(p.token_ids) for p in prompts)}; raise data.max_prompt_tokens"
         )
     return kept, len(prompts) - len(kept)
-
-
-def chat_frame(tokenizer, data, turns: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """What the chat template writes before and after the text of the user's last turn.
-
-    Raises:
-        DataError: the template refuses the turns, or changes the text.
-    """
-    messages = [{"role": role, "content": content} for role, content in (*turns, ("user", PLACE))]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=data.enable_thinking,
-        )
-    except Exception as error:  # templates raise what they like
-        raise DataError(
-            f"the chat template refuses a chat of {', '.join(m['role'] for m in messages)}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-    before, found, after = rendered.partition(PLACE)
-    if not found:
-        raise DataError(
-            f"the chat template of {tokenizer.name_or_path} does not keep the user's text as it is; use "
-            "data.template=plain"
-        )
-    return before, after
 
 
 def target_segments(example: Example, tokenizer) -> list[Ids]:

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from recipes.embedded import model_folder
 from recipes.errors import ModelError
+from rollouts.data.marks import TOKENS
 from rollouts.pretrained import drop_unused_sampling, token_count
 from rollouts.trajectory import Sampling
-
-SKIP = "<skip>"
-TOKENS = ("<SEP>", "<EOQ>", "<EOS>", "<EOT>", "<EOR>", "<EOA>", SKIP)
 
 
 @dataclass(frozen=True)

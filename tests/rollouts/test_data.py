@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import PromptSampler, load_examples, tokenize_prompts
+from rollouts.data.chat import tokenize_prompts
+from rollouts.data.examples import PromptSampler
+from rollouts.data.load import load_examples
 from rollouts.data.stories import story
 
 

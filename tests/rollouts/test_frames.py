@@ -14,11 +14,11 @@ from recipes.components import DECISION_HEADS
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError, ModelError
 from rollouts.data.load import load_examples
-from rollouts.data.parallel_text import unit_prompts
 from rollouts.layout import additive
 from rollouts.simultaneous.decision import SimultaneousSampling, word_starts
 from rollouts.simultaneous.engine import SimultaneousEngine
 from rollouts.simultaneous.frames import FRAME, check_causal, embed, load_encoder
+from rollouts.simultaneous.prompts import unit_prompts
 from rollouts.trajectory import Request
 from scripts.tiny_models import TinyModel, initialise
 from trainers.base import Parts

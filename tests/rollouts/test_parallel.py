@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError, ModelError
-from rollouts.data.load import Example, load_examples
-from rollouts.data.parallel_text import target_words, unit_prompts
+from rollouts.data.examples import Example
+from rollouts.data.load import load_examples
+from rollouts.simultaneous.prompts import target_words, unit_prompts
 
 COLUMNS = {"prompt_column": "en", "target_column": "de"}
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.errors import ModelError
-from rollouts.streaming.tokens import TOKENS, Protocol, add_tokens, extend_model, missing
+from rollouts.data.marks import TOKENS
+from rollouts.streaming.tokens import Protocol, add_tokens, extend_model, missing
 from scripts.tiny_models import TinyModel, initialise
 
 

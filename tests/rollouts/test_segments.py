@@ -6,13 +6,9 @@ from transformers import AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import Example
-from rollouts.streaming.prompts import (
-    question_and_sentences,
-    split_sentences,
-    streaming_prompts,
-    target_segments,
-)
+from rollouts.data.examples import Example
+from rollouts.data.sentences import split_sentences
+from rollouts.streaming.prompts import question_and_sentences, streaming_prompts, target_segments
 from rollouts.streaming.tokens import Protocol
 
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from rollouts.data.load import load_examples
-from rollouts.data.parallel_text import target_words, unit_prompts
 from rollouts.data.translation import MODIFIERS, NOUNS
+from rollouts.simultaneous.prompts import target_words, unit_prompts
 from scripts.new_model import learn_tokenizer, main
 from trainers.core.policy import check_model
 

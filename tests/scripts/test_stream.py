@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes.compose import compose
-from rollouts.data.load import Example
+from rollouts.data.examples import Example
 from rollouts.streaming.prompts import streaming_prompts
 from scripts.stream import arrive, main, sentences_of
 from trainers.core.policy import check_model

@@ -13,7 +13,7 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import Example, Prompt, PromptSampler
+from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.base import Parts
 from trainers.core.policy import load_policy

@@ -12,7 +12,7 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.data.load import Example, Prompt, PromptSampler
+from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.base import Parts, max_new_tokens
 from trainers.core.batching import pack, share

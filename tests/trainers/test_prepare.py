@@ -8,7 +8,7 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
-from rollouts.data.load import Example
+from rollouts.data.examples import Example
 from trainers.prepare import prepare
 
 

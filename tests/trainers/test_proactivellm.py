@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from recipes.compose import compose
 from recipes.errors import ConfigError
-from rollouts.data.load import Example, Prompt
+from rollouts.data.examples import Example, Prompt
 from rollouts.layout import from_visible
 from rollouts.simultaneous.schedules import WEIGHTS, draw_schedule
 from trainers.base import Parts

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
-from rollouts.data.load import Example, Prompt, PromptSampler
+from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.layout import Layout, from_visible, grouped
 from rollouts.layout import batch as read_first
 from rollouts.streaming.engine import StreamingEngine

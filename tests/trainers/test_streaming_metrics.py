@@ -8,7 +8,7 @@ import torch
 
 from recipes.components import VERIFIERS
 from recipes.compose import compose
-from rollouts.data.load import Example
+from rollouts.data.examples import Example
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import streaming_prompts
 from rollouts.streaming.tokens import Protocol

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
+from rollouts.data.marks import TOKENS
 from rollouts.layout import grouped
 from rollouts.streaming.prompts import target_segments
-from rollouts.streaming.tokens import TOKENS, Protocol
+from rollouts.streaming.tokens import Protocol
 from trainers.base import Parts
 from trainers.prepare import prepare
 from trainers.streaming_sft import StreamingSFT

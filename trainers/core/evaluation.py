@@ -12,8 +12,10 @@ import numpy as np
 from recipes.errors import ConfigError, DataError
 from recipes.schema import MASKED_LAYOUTS
 from rewards.metrics.pass_at_k import avg_at_k, pass_at_k
-from rollouts.data.load import Example, Prompt, configured_examples, tokenize_prompts
-from rollouts.data.parallel_text import unit_prompts
+from rollouts.data.chat import tokenize_prompts
+from rollouts.data.examples import Example, Prompt
+from rollouts.data.load import configured_examples
+from rollouts.simultaneous.prompts import unit_prompts
 from rollouts.streaming.prompts import streaming_prompts
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.core.distributed import gather, rank, share

@@ -8,7 +8,7 @@ from typing import Callable, Sequence
 import torch
 
 from recipes.components import ENGINES
-from rollouts.data.load import Prompt
+from rollouts.data.examples import Prompt
 from rollouts.pretrained import token_count
 from rollouts.simultaneous.decision import SimultaneousSampling, word_starts
 from rollouts.streaming.interleaved import InterleavedEngine

@@ -11,9 +11,10 @@ import numpy as np
 from recipes.components import DECISION_HEADS
 from rewards.metrics.lag import lags
 from rewards.metrics.text import text_scores
-from rollouts.data.load import Prompt, configured_examples
-from rollouts.data.parallel_text import unit_prompts
+from rollouts.data.examples import Prompt
+from rollouts.data.load import configured_examples
 from rollouts.simultaneous.decision import Head, Recorder, check_heads
+from rollouts.simultaneous.prompts import unit_prompts
 from rollouts.trajectory import Sampling, Trajectory
 from trainers.core.distributed import gather, share
 from trainers.modes.rollout import make_requests

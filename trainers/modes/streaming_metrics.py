@@ -13,7 +13,7 @@ import numpy as np
 
 from rewards.metrics.latency import answer_latency, to_answer
 from rewards.streaming import judge
-from rollouts.data.load import Prompt
+from rollouts.data.examples import Prompt
 from rollouts.layout import read_counts
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Request, Sampling, Trajectory
