@@ -1,4 +1,4 @@
-"""A key-value cache that appends in place, for decoding with transformers."""
+"""Key-value caches for decoding with transformers: a causal one, which appends in place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,47 @@ from transformers.cache_utils import DynamicLayer
 SPARE = 16  # tokens that a full buffer grows by, besides a quarter of its length
 
 
+class CausalCache:
+    """The keys and values of B left-padded rows, each read with a plain causal mask."""
+
+    def __init__(self, model, rows: int):
+        self.model, self.cached = model, growing_cache(model.config)
+        # [B, tokens so far]: 0 for padding.
+        self.attention = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+
+    def append(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Run n tokens per row and keep their keys.
+
+        Args:
+            ids: [B, n].
+            attention: [B, n] int64, 0 for padding and 1 for a token.
+
+        Returns:
+            the logits [B, V] after the last of them, float32.
+        """
+        positions = self.attention.sum(-1, keepdim=True) + attention.cumsum(-1) - 1
+        self.attention = torch.cat([self.attention, attention], -1)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.attention,
+            position_ids=positions.clamp(min=0),
+            past_key_values=self.cached,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.cached.batch_select_indices(rows)
+        self.attention = self.attention[rows]
+
+
 def growing_cache(model_config) -> DynamicCache:
-    """transformers' DynamicCache, whose unbounded layers append in place; windowed ones stay as
-    they are."""
+    """transformers' DynamicCache, whose unbounded layers append in place.
+
+    Windowed layers stay as they are.
+    """
     cache = DynamicCache(config=model_config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
@@ -32,7 +70,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys and values of new tokens; returns all there are."""
+        """Append the keys and values of new tokens, and return all there are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -40,9 +78,9 @@ class GrowingLayer(DynamicLayer):
         for index, states in enumerate((key_states, value_states)):
             if end > self.buffers[index].shape[-2]:
                 size = (*states.shape[:-2], end + end // 4 + SPARE, states.shape[-1])
-                grown = states.new_empty(size)
-                grown[..., :start, :] = self.buffers[index][..., :start, :]
-                self.buffers[index] = grown
+                larger = states.new_empty(size)
+                larger[..., :start, :] = self.buffers[index][..., :start, :]
+                self.buffers[index] = larger
             self.buffers[index][..., start:end, :] = states
         self._show(end)
         return self.keys, self.values
@@ -55,4 +93,5 @@ class GrowingLayer(DynamicLayer):
             self._show(end)
 
     def _show(self, end: int) -> None:
+        """Let `keys` and `values` be views of the first `end` tokens."""
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)

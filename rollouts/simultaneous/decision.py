@@ -1,14 +1,19 @@
-"""Decision heads: whether to write what a model proposes, or to read on first (ProactiveLLM, arXiv
-2606.00523).
+"""Decision heads: whether to write what a model proposes, or to read on first.
 
-A head needs no training and changes nothing in the model. After each unit that is read the model
-proposes its next token; the head says of each row whether it is written (methods.md, 5). At the end
-of the input all is written, whatever the head says. Entropy and attention heads write where their
-score is at most a threshold, which is best a quantile of the scores that a calibration set has with
-the whole input read: "as sure as it mostly is when it knows all".
+They are those of ProactiveLLM (arXiv 2606.00523; docs/specification.md, 5.3). A head needs no
+training and changes nothing in the model. After each unit that is read the model proposes its next
+token. The head says of each row whether the proposal is written. Once the input is over everything
+is written, whatever the head says.
 
-A head of your own is a class with `writes`, registered here, or named by its dotted path in
-`proactive.head`."""
+Entropy and attention heads write where their score is at most a threshold. The threshold is best a
+quantile of the scores that a calibration set has with the whole input read: "as sure as it mostly
+is when it knows all".
+
+A head of your own is a class with `writes`. It has a line in `recipes.components.DECISION_HEADS`,
+or `proactive.head` names it by its dotted path.
+
+Letters: B rows, V vocabulary, M units of a source.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +31,41 @@ from rollouts.trajectory import Sampling
 
 @dataclass
 class State:
-    """B rows, each with a proposal. Units are those of the source; words those of the target."""
+    """B rows, each with a proposal. Units are those of the source, words those of the target."""
 
     logits: torch.Tensor  # [B, V] float32, of the proposal
     read: torch.Tensor  # [B] units read, 1 or more
-    written: torch.Tensor  # [B] words written in full, before the one that the proposal is of
+    written: torch.Tensor  # [B] words written in full, before the word of the proposal
     finished: torch.Tensor  # [B] bool: the input is over
-    # [B] bool: the head's word counts, unless the input is over; not inside words (`whole_words`)
+    # [B] bool: the head decides here. With `whole_words` it does not decide inside words.
     asked: torch.Tensor
-    # [layers, B, heads, units] of the row that proposes, on each unit's tokens
+    # [layers, B, heads, M] of the token that proposes, on the tokens of each unit
     attention: torch.Tensor | None = None
 
 
-class Head:
+class DecisionHead:
     """Base of decision heads.
 
     Args:
-        setting: what is swept in a latency-quality curve: a threshold, a k, a ratio.
+        setting: what a latency-quality curve sweeps: a threshold, a k, a ratio.
 
     Raises:
-        ConfigError: it is out of range.
+        ConfigError: the setting is out of range.
     """
 
-    needs_attention = False  # of the proposing row; costs the fast attention kernels
-    calibrated = False  # has `score`, and a setting that can be a quantile of it
+    # The head reads `State.attention`. That rules out the fast attention kernels.
+    needs_attention = False
+    # The head has a `score`, and its setting can be a quantile of the scores.
+    calibrated = False
     needs_setting = True
-    # held between `proactive.min_lag`, `max_lag` and `max_reads`; else a policy of its own
+    # `proactive.min_lag`, `max_lag` and `max_reads` bound the head. Else it is a whole policy.
     adaptive = True
-    # settings of a latency-quality curve; of a calibrated head these are quantiles
+    # Settings of a latency-quality curve. For a calibrated head these are quantiles.
     sweep: tuple[float, ...] = ()
-    low, high, what = -math.inf, math.inf, "any number"
+    # Bounds of the setting, and how an error names them.
+    low: float = -math.inf
+    high: float = math.inf
+    what: str = "any number"
 
     def __init__(self, setting: float):
         if not self.low <= setting <= self.high:
@@ -71,7 +81,10 @@ class Head:
         raise TypeError(f"{type(self).__name__} has no score")
 
 
-class Entropy(Head):
+Head = DecisionHead  # its former name, until trainers/modes uses the new one
+
+
+class Entropy(DecisionHead):
     """The entropy of the next token, nats."""
 
     calibrated = True
@@ -82,12 +95,12 @@ class Entropy(Head):
         return -(logprobs.exp() * logprobs).sum(-1)
 
 
-class Attention(Head):
-    """1 less the attention that falls on the unit which has most of it, averaged over layers and
-    heads [choice].
+class Attention(DecisionHead):
+    """1 less the attention on the unit that has most of it, a mean over layers and heads [choice].
 
-    Attention is not normalised over what has been read: where a model misses what it needs, it
-    attends to the frame and to its own words instead."""
+    Attention is not normalised over what has been read. A model that misses what it needs attends
+    to the frame and to its own words instead.
+    """
 
     needs_attention = calibrated = True
     low, high, what = 0.0, 1.0, "between 0 and 1"
@@ -96,13 +109,13 @@ class Attention(Head):
         return 1 - state.attention.amax(-1).mean((0, 2))
 
 
-class NewestAttention(Head):
-    """The part of the attention to the source that falls on the newest unit, averaged over layers
-    and heads.
+class NewestAttention(DecisionHead):
+    """The newest unit's part of the attention to the source, a mean over layers and heads.
 
-    A word that leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850; units
-    for its frames, and the last one only, are our choices). A quantile with all read would say
-    nothing, so its setting is given."""
+    A word that leans on what has just come may need what comes next (EDAtt, arXiv 2212.07850).
+    Units instead of frames, and the last unit only, are our choices [choice]. A quantile with all
+    read would say nothing, so the setting must be set.
+    """
 
     needs_attention = True
     low, high, what = 0.0, 1.0, "between 0 and 1"
@@ -113,7 +126,7 @@ class NewestAttention(Head):
         return attention.gather(-1, state.read[:, None] - 1)[:, 0] / attention.sum(-1)
 
 
-class WaitK(Head):
+class WaitK(DecisionHead):
     """Read k units, then write a word for each further one (arXiv 1810.08398)."""
 
     adaptive = False
@@ -124,7 +137,7 @@ class WaitK(Head):
         return state.read >= self.setting + state.written
 
 
-class Ratio(Head):
+class Ratio(DecisionHead):
     """Read so many units for each word."""
 
     adaptive = False
@@ -135,7 +148,7 @@ class Ratio(Head):
         return state.read >= self.setting * (state.written + 1)
 
 
-class Batch(Head):
+class Batch(DecisionHead):
     """Read all, then write."""
 
     needs_setting = adaptive = False
@@ -149,18 +162,40 @@ class Batch(Head):
 class SimultaneousSampling(Sampling):
     """How a simultaneous completion is drawn."""
 
-    # Decides whether to write or to read on; None until it is calibrated.
-    head: Head | None = None
+    # Decides whether to write or to read on. None until it is calibrated.
+    head: DecisionHead | None = None
     # [V] bool: the tokens that begin a word.
     word_starts: np.ndarray | None = None
-    # The head is asked where a word begins, and not inside.
+    # The head decides where a word begins, and not inside words.
     whole_words: bool = True
-    # Write after this many units were read in a row; None: no limit.
+    # Write after this many units were read in a row. None: no limit.
     max_reads: int | None = None
     # Never write before this many units more than words have been read.
     min_lag: int = 0
-    # Write when this many units more than words have been read; None: no limit.
+    # Write once this many units more than words have been read. None: no limit.
     max_lag: int | None = None
+
+
+def decide(sampling: SimultaneousSampling, state: State, waited: torch.Tensor) -> torch.Tensor:
+    """Whether each row writes its proposal: what the head says, within the bounds of the lag.
+
+    Args:
+        sampling: the head and its bounds.
+        state: of B rows.
+        waited: [B] units read since the last token was written.
+
+    Returns:
+        [B] bool.
+    """
+    write = sampling.head.writes(state)
+    if sampling.head.adaptive:
+        lag = state.read - state.written
+        if sampling.max_lag is not None:
+            write = write | (lag >= sampling.max_lag)
+        if sampling.max_reads is not None:
+            write = write | (waited >= sampling.max_reads)
+        write = write & (lag >= sampling.min_lag)
+    return write | state.finished | ~state.asked
 
 
 def check_heads(options) -> None:
@@ -175,7 +210,8 @@ def check_heads(options) -> None:
     """
     if options.max_lag is not None and options.max_lag < options.min_lag:
         raise ConfigError(
-            f"proactive.max_lag={options.max_lag} must be at least proactive.min_lag={options.min_lag}"
+            f"proactive.max_lag={options.max_lag} must be at least "
+            f"proactive.min_lag={options.min_lag}"
         )
     kind = DECISION_HEADS.resolve(options.head)
     if options.setting is not None:
@@ -190,40 +226,39 @@ def check_heads(options) -> None:
             )
 
 
-class Recorder(Head):
-    """Reads all and keeps the scores that a head gives where it would be asked, with the whole
-    input read."""
+class Recorder(DecisionHead):
+    """Reads everything first, and records the scores that another head has at its decisions."""
 
     adaptive = False
 
-    def __init__(self, head: Head):
-        self.head, self.needs_attention, self.scores = head, head.needs_attention, []
+    def __init__(self, head: DecisionHead):
+        self.head, self.needs_attention = head, head.needs_attention
+        self.scores: list[float] = []
 
     def writes(self, state: State) -> torch.Tensor:
         self.scores += self.head.score(state)[state.finished & state.asked].tolist()
         return state.finished
 
     def quantile(self, share: float) -> float:
-        """The score that this share of them does not exceed.
+        """The score that this share of the scores does not exceed.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no scores.
         """
         if not self.scores:
             raise DataError(
-                "proactive.calibration_path: nothing to calibrate the decision head on; give data with "
-                "rows, or set proactive.setting"
+                "proactive.calibration_path: nothing to calibrate the decision head on; "
+                "give data with rows, or set proactive.setting"
             )
         return float(torch.tensor(self.scores, dtype=torch.float64).quantile(share))
 
 
 def word_starts(tokenizer) -> np.ndarray:
-    """[V] bool: the tokens that begin a word, i.e. with a space, and the special ones."""
+    """[V] bool: the tokens that begin a word, which are special or have a leading space."""
     tokens = tokenizer.convert_ids_to_tokens(range(token_count(tokenizer)))
     special = set(tokenizer.all_special_ids)
+    # A space as byte-level and as SentencePiece vocabularies spell it, and a plain one.
+    spaces = ("\u0120", "\u2581", " ")
     return np.array(
-        [
-            index in special or (token or "").startswith(("\u0120", "\u2581", " "))
-            for index, token in enumerate(tokens)
-        ]
+        [index in special or (token or "").startswith(spaces) for index, token in enumerate(tokens)]
     )

@@ -1,163 +1,173 @@
-"""Simultaneous generation: read a unit or write a token, as a decision head says (ProactiveLLM,
-arXiv 2606.00523).
+"""Simultaneous generation: read a unit or write a token, as a decision head says.
 
-A row proposes its next token from what it has read. If the head is for it, the token is written; if
-not, the proposal is dropped and one unit more is read (methods.md, 5). The source does not see the
-target, so it is encoded at once, and to read on is to run the last target token again with more of
-the source in view; the keys of its earlier run are hidden from then on. So each row's key is that
-of the view which its successor was written with, as in training (rollouts/layout.py,
-`from_visible`), and the log-probs are those of one masked forward."""
+This is ProactiveLLM's generation (arXiv 2606.00523; docs/specification.md, 5.3). A row proposes its
+next token from what it has read. If the head says so, the token is written. If not, the proposal is
+dropped and one unit more is read.
+
+The source does not see the target, so it is encoded at once. To read on is to run the last target
+token again with more of the source in view. The keys of its earlier run are hidden from then on. So
+the key of each target token is that of the view which its successor was written with, as in
+training (rollouts/layout.py, `from_visible`). The log-probs are those of one masked forward.
+
+Letters: B requests, R rows that are still live, M units of a source, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from rollouts.engines.huggingface import sample
+from rollouts.engines.decoding import Decoding, RowState
 from rollouts.layout import PADDING, SOURCE, from_visible
-from rollouts.simultaneous.decision import State
+from rollouts.simultaneous.decision import SimultaneousSampling, State, decide
 from rollouts.simultaneous.frames import embed, load_encoder
-from rollouts.streaming.engine import Cache, StreamingEngine
-from rollouts.trajectory import Request, Sampling, Trajectory
+from rollouts.streaming.engine import Cache, StreamingEngine, padded
+from rollouts.trajectory import Request, Trajectory
 
-BEYOND = 2**40  # more than any source has
+BEYOND = 2**40  # more tokens than any source has
+
+
+@dataclass
+class ReadingState(RowState):
+    """What R live rows have read and written."""
+
+    units: torch.Tensor  # [R] M, the units of the source
+    ends: torch.Tensor  # [R, 1 + M] source tokens in view once so many units are read
+    start: torch.Tensor  # [R] index of the first written target token, after the opening
+    pending: torch.Tensor  # [R] the last target token, which is run once more after every read
+    read: torch.Tensor  # [R] units read
+    waited: torch.Tensor  # [R] units read since the last token was written
+    words: torch.Tensor  # [R] words begun
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """[R] source tokens that each row sees."""
+        return self.ends.gather(-1, self.read[:, None])[:, 0]
+
+    def advance(self, write: torch.Tensor, tokens: torch.Tensor, begins: torch.Tensor) -> None:
+        """Count a step, in which each row writes its token or reads one unit more.
+
+        Args:
+            write: [R] bool, the others read.
+            tokens: [R] the proposals.
+            begins: [R] bool, the proposal begins a word.
+        """
+        self.words = self.words + (write & begins)
+        self.pending = torch.where(write, tokens, self.pending)
+        self.read = self.read + ~write
+        self.waited = torch.where(write, 0, self.waited + 1)
 
 
 class SimultaneousEngine(StreamingEngine):
-    """Batched reading and writing. Requests have segments [frame, unit 1, …, unit M] and an
-    opening; the sampling has a `head` and `word_starts`. Trajectories get `reads`."""
+    """Batched reading and writing.
+
+    Requests have segments [frame, unit 1, …, unit M] and an opening. The sampling has a `head` and
+    `word_starts`. Trajectories get `reads`.
+    """
 
     def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **rest):
         super().__init__(path, config, device, dtype, **rest)
         self.attention = self.model.config._attn_implementation
-        self.encoder = load_encoder(config.model.encoder, device) if config.model.encoder else None
+        self.encoder = None
+        if config.model.encoder:
+            self.encoder = load_encoder(config.model.encoder, device)
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        head, device, count = sampling.head, self.device, len(requests)
-        self.model.set_attn_implementation("eager" if head.needs_attention else self.attention)
-        starts = torch.from_numpy(sampling.word_starts).to(device)
-        stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
-        units = torch.tensor([len(r.segments) - 1 for r in requests], device=device)
-        ends = torch.nn.utils.rnn.pad_sequence(  # [B, 1 + M] source tokens read after so many units
-            [torch.tensor([len(s) for s in r.segments]).cumsum(0) for r in requests],
-            batch_first=True,
-            padding_value=BEYOND,
-        ).to(device)
-        uniforms = torch.stack(
-            [
-                torch.rand(
-                    sampling.max_new_tokens,
-                    generator=torch.Generator().manual_seed(r.seed),
-                    dtype=torch.float64,
-                )
-                for r in requests
-            ]
-        ).to(device)
-        cache = self._encode(requests)
-        # index of what is to come
-        first = torch.tensor([sum(map(len, r.opening)) for r in requests], device=device)
-        pending = torch.tensor([r.opening[-1][-1] for r in requests], device=device)
-        tokens = torch.zeros(count, sampling.max_new_tokens, dtype=torch.long, device=device)
-        reads, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)
-        length, stopped = (
-            torch.zeros_like(units),
-            torch.zeros(count, dtype=torch.bool, device=device),
+    def _batch(
+        self, requests: Sequence[Request], sampling: SimultaneousSampling
+    ) -> list[Trajectory]:
+        needs_attention = sampling.head.needs_attention
+        self.model.set_attn_implementation("eager" if needs_attention else self.attention)
+        cache, rows = self._encode(requests), self._start(requests)
+        limits = [sampling.max_new_tokens] * len(requests)
+        decoding = Decoding(requests, sampling, limits, self.device, reads=torch.long)
+        starts_V = torch.from_numpy(sampling.word_starts).to(self.device)
+        while len(decoding.live):
+            logits = self._run_pending(cache, decoding, rows, needs_attention)
+            # Rows of the head past the tokenizer's tokens are padding.
+            logits = logits[:, : len(starts_V)]
+            tokens, logprobs = decoding.propose(logits)
+            begins = starts_V[tokens] | (decoding.length[decoding.live] == 0)
+            state = State(
+                logits=logits,
+                read=rows.read,
+                # A word that goes on is not written in full.
+                written=rows.words - (~begins).long(),
+                finished=rows.read == rows.units,
+                asked=begins if sampling.whole_words else torch.ones_like(begins),
+            )
+            if needs_attention:
+                state.attention = attention_by_unit(cache.attention, cache.keys, rows.ends)
+            write = decide(sampling, state, rows.waited)
+            decoding.write(write, tokens=tokens, logprobs=logprobs, reads=rows.read)
+            # A row that reads runs its last token again, seeing more: the key of now is hidden.
+            cache.keys[0, ~write, -1] = PADDING
+            rows.advance(write, tokens, begins)
+            decoding.leave(write & decoding.on_stop(tokens), decoding.full, cache, rows)
+        return [self._trajectory(*completion) for completion in decoding.completions()]
+
+    def _run_pending(
+        self, cache: Cache, decoding: Decoding, rows: ReadingState, attention: bool
+    ) -> torch.Tensor:
+        """Run the pending token of each row; returns the logits [R, V] of the next ones."""
+        index = rows.start + decoding.length[decoding.live] - 1
+        table = torch.stack([torch.zeros_like(index), index, rows.visible])
+        return cache.append(
+            rows.pending[:, None], table[..., None], self.offset, attention=attention
         )
-        # rows of `requests` still writing; those below have a row for each
-        live = torch.arange(count, device=device)
-        read, waited, words = torch.ones_like(live), torch.ones_like(live), torch.zeros_like(live)
-        while len(live):
-            table = torch.stack(
-                [torch.zeros_like(live), first[live] + length[live] - 1, ends[live, read]]
-            )
-            logits = cache.append(
-                pending[:, None], table[..., None], self.offset, attention=head.needs_attention
-            )
-            logits = logits[:, : len(starts)]  # past them are padding rows of the head
-            chosen, chosen_logprobs = sample(logits, uniforms[live, length[live]], sampling)
-            begins = starts[chosen] | (length[live] == 0)
-            finished = read == units[live]
-            asked = begins if sampling.whole_words else torch.ones_like(begins)
-            # an unfinished word is not written
-            state = State(logits, read, words - (~begins).long(), finished, asked)
-            if head.needs_attention:
-                state.attention = _by_unit(cache.attention, cache.keys, ends[live])
-            write = head.writes(state)
-            if head.adaptive:
-                lag = read - state.written
-                write |= lag >= (BEYOND if sampling.max_lag is None else sampling.max_lag)
-                write |= waited >= (BEYOND if sampling.max_reads is None else sampling.max_reads)
-                write &= lag >= sampling.min_lag
-            write |= finished | ~asked
-            place = live[write]
-            tokens[place, length[place]] = chosen[write]
-            logprobs[place, length[place]] = chosen_logprobs[write]
-            reads[place, length[place]] = read[write]
-            length[place] += 1
-            stopped[place] = torch.isin(chosen[write], stops)
-            words += write & begins
-            pending = torch.where(write, chosen, pending)
-            cache.keys[0, ~write, -1] = PADDING  # that row is run again, seeing more
-            read, waited = read + ~write, torch.where(write, 0, waited + 1)
-            keep = (~stopped[live] & (length[live] < sampling.max_new_tokens)).nonzero().flatten()
-            if 0 < len(keep) < len(live):  # finished rows leave the batch
-                cache.select(keep)
-            live, pending, read, waited, words = (
-                x[keep] for x in (live, pending, read, waited, words)
-            )
-        tokens, reads, logprobs, length = (
-            x.cpu().numpy() for x in (tokens, reads, logprobs, length)
+
+    def _start(self, requests: Sequence[Request]) -> ReadingState:
+        """The state of a row per request: the frame and one unit are read, nothing is written."""
+
+        def column(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device=self.device)
+
+        lengths = [torch.tensor([len(s) for s in r.segments]) for r in requests]
+        ends = pad_sequence([length.cumsum(0) for length in lengths], True, BEYOND)
+        units = column([len(r.segments) - 1 for r in requests])
+        return ReadingState(
+            units=units,
+            ends=ends.to(self.device),
+            start=column([sum(map(len, r.opening)) for r in requests]),
+            pending=column([r.opening[-1][-1] for r in requests]),
+            read=torch.ones_like(units),
+            waited=torch.ones_like(units),
+            words=torch.zeros_like(units),
         )
-        return [
-            self._written(
-                r, *(x[i, : length[i]] for x in (tokens, reads, logprobs)), bool(stopped[i])
-            )
-            for i, r in enumerate(requests)
-        ]
 
     def _encode(self, requests: Sequence[Request]) -> Cache:
-        """The source and all of the opening but its last token."""
-        known = [[t for part in r.opening for t in part][:-1] for r in requests]
-        rows = []
-        for request, opening in zip(requests, known):
-            layout = from_visible(
-                len(request.prompt_ids), [len(request.segments[0])] * len(opening), self.offset
-            )
-            rows.append(
-                (torch.tensor([*request.prompt_ids, *opening]), torch.from_numpy(layout.table()))
-            )
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        table = torch.zeros(3, len(rows), width, dtype=torch.long)
-        table[0] = PADDING
-        for row, (own, columns) in enumerate(rows):
-            ids[row, : len(own)], table[:, row, : len(own)] = own, columns
-        cache, ids = Cache(self.model, len(rows)), ids.to(self.device)
-        frames = [r.frames for r in requests if r.frames is not None]
+        """Read the whole source, and all of the opening but its last token."""
+        prompts = []
+        for request in requests:
+            opening = joined(request.opening)[:-1]
+            visible = [len(request.segments[0])] * len(opening)
+            layout = from_visible(len(request.prompt_ids), visible, self.offset)
+            ids = torch.tensor([*request.prompt_ids, *opening])
+            prompts.append((ids, torch.from_numpy(layout.table())))
+        ids, table = (tensor.to(self.device) for tensor in padded(prompts, "right"))
+        cache = Cache(self.model, len(requests))
+        frames = [request.frames for request in requests if request.frames is not None]
         embeddings = embed(self.model, self.encoder, ids, frames) if frames else None
-        cache.append(ids, table.to(self.device), self.offset, embeddings=embeddings)
+        cache.append(ids, table, self.offset, embeddings=embeddings)
         return cache
 
-    def _written(
-        self,
-        request: Request,
-        tokens: np.ndarray,
-        reads: np.ndarray,
-        logprobs: np.ndarray,
-        stopped: bool,
+    def _trajectory(
+        self, request: Request, written: dict[str, np.ndarray], finish_reason: str
     ) -> Trajectory:
-        opening = [t for part in request.opening for t in part]
-        ends = np.cumsum([len(s) for s in request.segments])
-        reads = np.append(np.zeros(len(opening), dtype=np.int64), reads)
+        """Assemble one completion from the tables [T] of what was written."""
+        opening = joined(request.opening)
+        ends = np.cumsum([len(segment) for segment in request.segments])
+        reads = np.append(np.zeros(len(opening), dtype=np.int64), written["reads"])
         return Trajectory(
             request.prompt_index,
             request.sample_index,
             list(request.prompt_ids),
-            [*opening, *tokens.tolist()],
-            "stop" if stopped else "length",
-            np.append(np.zeros(len(opening), np.float32), logprobs.astype(np.float32)),
+            [*opening, *written["tokens"].tolist()],
+            finish_reason,
+            np.append(np.zeros(len(opening), np.float32), written["logprobs"]),
             layout=from_visible(ends[-1], ends[reads], self.offset),
             reads=reads,
             sampled=np.arange(len(reads)) >= len(opening),
@@ -165,10 +175,26 @@ class SimultaneousEngine(StreamingEngine):
         )
 
 
-def _by_unit(attention: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[layers, B, heads, M]: the attention [layers, B, heads, K] that falls on the tokens of each
-    source unit."""
-    unit = torch.searchsorted(ends, keys[1], right=True)  # 0: the frame
+def joined(parts: Sequence[Sequence[int]]) -> list[int]:
+    """The ids of all parts, in order."""
+    return [token for part in parts for token in part]
+
+
+def attention_by_unit(
+    attention: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """The attention that falls on the tokens of each source unit.
+
+    Args:
+        attention: [layers, B, heads, K], of one row on K keys.
+        keys: [2, B, K], group and index of each key.
+        ends: [B, 1 + M] source tokens in the frame and the first units.
+
+    Returns:
+        [layers, B, heads, M].
+    """
+    # The frame is unit 0. Target tokens are counted with it, and it is cut off.
+    unit = torch.searchsorted(ends, keys[1], right=True)
     unit = torch.where(keys[0] == SOURCE, unit, 0)
     weights = torch.zeros(
         *attention.shape[:-1], ends.shape[1], device=attention.device, dtype=attention.dtype

@@ -1,22 +1,32 @@
-"""Streaming generation: a model reads segments of a source and writes thoughts in between
-(rollouts/layout.py).
+"""Streaming generation: a model reads segments of a source and writes thoughts in between.
 
-A key in a KV cache carries its rotated position, so the order in the cache does not matter: one
-cache in order of arrival, explicit positions, and a mask that hides target keys from source queries
-give exactly the logits of the full masked forward (methods.md, 3). `Cache` is that; both ways of
-generating are made of it. `Live` reads a segment when it comes. `StreamingEngine` draws a batch of
-rollouts: as the source never sees the target, it is encoded at once, and to read on is to let a row
-see more of it. The query at a closing token predicts the next thought, so it already sees the next
-segment: both read before they feed it."""
+rollouts/layout.py defines what each token sees. A key in a KV cache carries its rotated position,
+so the order in the cache does not matter. One cache in order of arrival, explicit positions, and a
+mask that hides target keys from source queries give exactly the logits of the full masked forward
+(docs/specification.md, 3.3). `Cache` is that cache, and both ways of generating use it:
+
+- `Live` reads a segment when it comes.
+- `StreamingEngine` draws a batch of rollouts. The source never sees the target, so it is encoded at
+  once. To read on is to let a row see more of it.
+
+The query at a closing token predicts the next thought, so it already sees the next segment. Both
+ways read that segment before they feed the closing token.
+
+Letters: B requests, R rows that are still live, N thoughts, T tokens, V vocabulary, H hidden size.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from rollouts.engines.huggingface import HuggingFaceEngine, sample
+from rollouts.engines.decoding import Decoding, RowState
+from rollouts.engines.huggingface import HuggingFaceEngine
+from rollouts.engines.sampling import sample
 from rollouts.layout import (
     PADDING,
     SOURCE,
@@ -28,7 +38,8 @@ from rollouts.layout import (
     read_counts,
     sees,
 )
-from rollouts.trajectory import Request, Sampling, Trajectory
+from rollouts.streaming.tokens import StreamingSampling
+from rollouts.trajectory import Request, Trajectory
 
 
 class Cache:
@@ -54,9 +65,9 @@ class Cache:
             ids: [B, n].
             table: [3, B, n], group, index and limit, as `sees` reads them.
             offset: position of target index 0.
+            attention: keep the attention of the last token in `self.attention`, which is
+                [layers, B, heads, keys]. The model's attention must be eager.
             embeddings: [B, n, H], in place of those of the ids.
-            attention: keep that of the last token in `attention` [layers, B, heads, keys]; the
-                model's must be eager.
 
         Returns:
             the logits [B, V] after the last of them, float32.
@@ -84,6 +95,32 @@ class Cache:
         self.keys = self.keys[:, rows]
 
 
+@dataclass
+class SlotState(RowState):
+    """Where R live rows are. Slots 0 .. N - 1 are the thoughts, slot N is the deep segment."""
+
+    thoughts: torch.Tensor  # [R] N, the thoughts of the row
+    start: torch.Tensor  # [R] index of the first written target token, after the opening
+    limits: torch.Tensor  # [R, N + 1] source tokens that each slot sees
+    slot: torch.Tensor  # [R] the slot that the row is in
+    used: torch.Tensor  # [R] tokens in that slot
+
+    @property
+    def thinking(self) -> torch.Tensor:
+        """[R] bool: the row is in a thought."""
+        return self.slot < self.thoughts
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """[R] source tokens that the slot of each row sees."""
+        return self.limits.gather(-1, self.slot[:, None])[:, 0]
+
+    def advance(self, closed: torch.Tensor) -> None:
+        """Count the token that each row has written; `closed` [R] bool: it ended its thought."""
+        self.slot = self.slot + closed
+        self.used = (self.used + 1).masked_fill(closed, 0)
+
+
 class StreamingEngine(HuggingFaceEngine):
     """Batched streaming rollouts with `streaming.layout` grouped or batch."""
 
@@ -92,125 +129,131 @@ class StreamingEngine(HuggingFaceEngine):
         self.layout, self.offset = config.streaming.layout, config.streaming.target_offset
         check_layouts(self.model, lambda ids, layout: masked_states(self.model, ids, layout))
 
-    def live(self, sampling: Sampling, seed: int = 0) -> Live:
+    def live(self, sampling: StreamingSampling, seed: int = 0) -> Live:
         """A text to be read and thought about while it arrives."""
         return Live(self.model, sampling, seed, self.offset)
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        cache, logits, limits = self._read(requests)
-        count, device = len(requests), self.device
-        thoughts = torch.tensor([r.thoughts for r in requests], device=device)
-        # index of the next token
-        written = torch.tensor([sum(map(len, r.opening)) for r in requests], device=device)
+    def _batch(self, requests: Sequence[Request], sampling: StreamingSampling) -> list[Trajectory]:
+        cache, logits, rows = self._read(requests)
         totals = [
-            r.thoughts * sampling.max_thought_tokens + sampling.max_new_tokens for r in requests
+            request.thoughts * sampling.max_thought_tokens + sampling.max_new_tokens
+            for request in requests
         ]
-        uniforms = torch.zeros(count, max(totals), dtype=torch.float64)
-        for row, (request, total) in enumerate(zip(requests, totals)):
-            generator = torch.Generator().manual_seed(request.seed)
-            uniforms[row, :total] = torch.rand(total, generator=generator, dtype=torch.float64)
-        uniforms = uniforms.to(device)
-        stops, closes = (
-            torch.tensor(ids, dtype=torch.long, device=device)
-            for ids in (sampling.stop_ids, sampling.thought_stops)
+        decoding = Decoding(
+            requests, sampling, totals, self.device, slots=torch.long, forced=torch.bool
         )
-        tokens = torch.zeros(count, max(totals), dtype=torch.long, device=device)
-        logprobs = torch.zeros(count, max(totals), device=device)
-        slots = torch.full_like(tokens, -1)
-        cut = torch.zeros_like(tokens, dtype=torch.bool)  # closed at the limit of a thought
-        stopped = torch.zeros(count, dtype=torch.bool, device=device)
-        live = torch.arange(count, device=device)  # rows of `requests` still writing
-        # the slot they are in, tokens in it
-        slot, used = torch.zeros_like(live), torch.zeros_like(live)
-        for step in range(max(totals)):
-            chosen, chosen_logprobs = sample(logits, uniforms[live, step], sampling)
-            thinking = slot < thoughts[live]
-            full = thinking & (used == sampling.max_thought_tokens - 1)
+        closing_ids = torch.tensor(sampling.thought_stops, dtype=torch.long, device=self.device)
+        while len(decoding.live):
+            tokens, logprobs = decoding.propose(logits)
+            thinking = rows.thinking
+            # The last token that a thought may have is forced: it closes the thought.
+            forced = thinking & (rows.used == sampling.max_thought_tokens - 1)
             if sampling.close_id is not None:
-                chosen = chosen.masked_fill(full, sampling.close_id)
-            tokens[live, step], slots[live, step], cut[live, step] = chosen, slot, full
-            logprobs[live, step] = chosen_logprobs.masked_fill(full, 0)
-            closed = full | (thinking & torch.isin(chosen, closes))
-            ended = ~thinking & torch.isin(chosen, stops)
-            stopped[live] = ended
-            slot, used = slot + closed, (used + 1).masked_fill(closed, 0)
-            keep = (~ended & (thinking | (used < sampling.max_new_tokens))).nonzero().flatten()
-            if not len(keep):
-                break
-            if len(keep) < len(live):  # finished rows leave the batch
-                cache.select(keep)
-                live, chosen, slot, used = live[keep], chosen[keep], slot[keep], used[keep]
-            table = torch.stack([torch.zeros_like(live), written[live] + step, limits[live, slot]])
-            logits = cache.append(chosen[:, None], table[..., None], self.offset)
-        tokens, slots, cut, logprobs = (x.cpu().numpy() for x in (tokens, slots, cut, logprobs))
-        return [
-            self._trajectory(r, *(x[i] for x in (tokens, slots, cut, logprobs)), bool(stopped[i]))
-            for i, r in enumerate(requests)
-        ]
+                tokens = tokens.masked_fill(forced, sampling.close_id)
+            logprobs = logprobs.masked_fill(forced, 0)
+            decoding.write(tokens=tokens, logprobs=logprobs, slots=rows.slot, forced=forced)
+            rows.advance(forced | (thinking & torch.isin(tokens, closing_ids)))
+            stopped = ~thinking & decoding.on_stop(tokens)
+            full = ~thinking & (rows.used >= sampling.max_new_tokens)
+            decoding.leave(stopped, full, cache, rows)
+            if len(decoding.live):
+                logits = self._feed(cache, decoding, rows)
+        return [self._trajectory(*completion) for completion in decoding.completions()]
 
-    def _read(self, requests: Sequence[Request]) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+    def _feed(self, cache: Cache, decoding: Decoding, rows: SlotState) -> torch.Tensor:
+        """Run the newest token of each live row; returns the logits [R, V] of the next ones."""
+        ids = decoding.newest
+        index = rows.start + decoding.length[decoding.live] - 1
+        table = torch.stack([torch.zeros_like(ids), index, rows.visible])
+        return cache.append(ids[:, None], table[..., None], self.offset)
+
+    def _read(self, requests: Sequence[Request]) -> tuple[Cache, torch.Tensor, SlotState]:
         """Encode source and opening, once for requests that share them.
 
         Returns:
-            the cache, a row per request; the logits [B, V] of their first token; and [B, N + 1] the
-            source tokens that each thought and the deep segment see.
+            the cache, a row per request; the logits [B, V] of their first token; and their state.
         """
-        unique = {
-            key: row
-            for row, key in enumerate(dict.fromkeys((r.segments, r.opening) for r in requests))
-        }
-        rows, limits = [], []
-        for segments, opening in unique:
-            lengths, first = [len(s) for s in segments], len(opening)
-            counts = read_counts(self.layout, lengths, first + 1 + max(len(segments) - first, 0))
-            # The row that predicts the first thought sees what that thought does: hence one token
-            # more, which is cut.
-            layout = from_visible(
-                sum(lengths), np.repeat(counts[: first + 1], [*map(len, opening), 1])
-            )
-            ids = [i for part in (*segments, *opening) for i in part]
-            rows.append((torch.tensor(ids), torch.from_numpy(layout.table()[:, :-1])))
-            limits.append(torch.from_numpy(counts[first:]))
-        width = max(len(ids) for ids, _ in rows)
-        ids, table = (
-            torch.zeros(len(rows), width, dtype=torch.long),
-            torch.zeros(3, len(rows), width, dtype=torch.long),
-        )
-        table[0] = PADDING
-        # left padding: the last column predicts every row's first token
-        for row, (own, columns) in enumerate(rows):
-            ids[row, width - len(own) :], table[:, row, width - len(own) :] = own, columns
-        limits = torch.nn.utils.rnn.pad_sequence(limits, batch_first=True)
-        place = torch.tensor([unique[r.segments, r.opening] for r in requests], device=self.device)
-        cache = Cache(self.model, len(rows))
-        logits = cache.append(ids.to(self.device), table.to(self.device), self.offset)[place]
+        prompts = list(dict.fromkeys((r.segments, r.opening) for r in requests))
+        ids, table = padded([self._prompt(*prompt) for prompt in prompts], "left")
+        limits = [self._limits(*prompt) for prompt in prompts]
+        limits = pad_sequence(limits, batch_first=True).to(self.device)
+        cache = Cache(self.model, len(prompts))
+        logits = cache.append(ids.to(self.device), table.to(self.device), self.offset)
+        # From a row per prompt to a row per request.
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        place = torch.tensor([row_of[r.segments, r.opening] for r in requests], device=self.device)
         cache.select(place)
-        return cache, logits, limits.to(self.device)[place]
+        rows = SlotState(
+            thoughts=torch.tensor([r.thoughts for r in requests], device=self.device),
+            start=torch.tensor([sum(map(len, r.opening)) for r in requests], device=self.device),
+            limits=limits[place],
+            slot=torch.zeros_like(place),
+            used=torch.zeros_like(place),
+        )
+        return cache, logits[place], rows
+
+    def _counts(self, segments, opening) -> np.ndarray:
+        """[targets] source tokens that each target segment sees: opening, thoughts, deep."""
+        targets = len(opening) + max(len(segments) - len(opening), 0) + 1
+        return read_counts(self.layout, [len(segment) for segment in segments], targets)
+
+    def _limits(self, segments, opening) -> torch.Tensor:
+        """[N + 1] source tokens that each thought and the deep segment see."""
+        return torch.from_numpy(self._counts(segments, opening)[len(opening) :])
+
+    def _prompt(self, segments, opening) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [n] and table [3, n] of [source | opening]."""
+        counts = self._counts(segments, opening)[: len(opening) + 1]
+        # The row that predicts the first thought sees what that thought does. Hence one target
+        # token more, which is cut off again.
+        visible = np.repeat(counts, [*map(len, opening), 1])
+        layout = from_visible(sum(map(len, segments)), visible)
+        ids = [token for part in (*segments, *opening) for token in part]
+        return torch.tensor(ids), torch.from_numpy(layout.table()[:, :-1])
 
     def _trajectory(
-        self, request: Request, tokens, slots, cut, logprobs, stopped: bool
+        self, request: Request, written: dict[str, np.ndarray], finish_reason: str
     ) -> Trajectory:
-        """Assemble one row's arrays [total], of which those with a slot were written."""
-        length = int((slots >= 0).sum())
-        ends = np.cumsum(np.bincount(slots[:length], minlength=request.thoughts + 1))
-        written = [part.tolist() for part in np.split(tokens[:length], ends[:-1])]
+        """Assemble one completion from the tables [T] of what was written."""
+        slots = written["slots"]
+        ends = np.cumsum(np.bincount(slots, minlength=request.thoughts + 1))
         fields = arrange(
             self.layout,
             request.segments,
             request.opening,
-            written,
-            cut[ends - 1].tolist(),
+            [part.tolist() for part in np.split(written["tokens"], ends[:-1])],
+            written["forced"][ends - 1].tolist(),
             self.offset,
         )
-        own = np.zeros(len(fields["completion_ids"]), dtype=np.float32)
-        own[fields["slots"] >= 0] = logprobs[:length]
+        logprobs = np.zeros(len(fields["slots"]), dtype=np.float32)
+        logprobs[fields["slots"] >= 0] = written["logprobs"]
         return Trajectory(
             request.prompt_index,
             request.sample_index,
-            logprobs=own,
-            finish_reason="stop" if stopped else "length",
+            logprobs=logprobs,
+            finish_reason=finish_reason,
             **fields,
         )
+
+
+def padded(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of rows of unequal length, with padding on their "left" or "right" side.
+
+    Args:
+        rows: ids [n] and table [3, n] of each.
+        side: of the padding. On the left, the last column predicts the next token of every row.
+
+    Returns:
+        ids [B, n] and table [3, B, n], which knows the padding by its group.
+    """
+    ids = pad_sequence([ids for ids, _ in rows], True, 0, side)
+    columns = zip(*(table for _, table in rows))
+    group, index, limit = (
+        pad_sequence(parts, True, value, side) for parts, value in zip(columns, (PADDING, 0, 0))
+    )
+    return ids, torch.stack([group, index, limit])
 
 
 class Live:
@@ -220,11 +263,12 @@ class Live:
     With the same seed it writes what `StreamingEngine.generate` does, up to rounding.
     """
 
-    def __init__(self, model, sampling: Sampling, seed: int = 0, offset: int = 0):
+    def __init__(self, model, sampling: StreamingSampling, seed: int = 0, offset: int = 0):
         self.cache, self.sampling, self.offset = Cache(model, 1), sampling, offset
         self.generator = torch.Generator().manual_seed(seed)
-        self.read = self.wrote = 0  # tokens of the source, and of the target, whose keys are cached
-        # the last target token: fed once the next segment is there, which its row sees
+        # Tokens of the source, and of the target, whose keys are cached.
+        self.read = self.written = 0
+        # The last target token waits here until the next segment is there, which its row sees.
         self.pending: list[int] = []
 
     def feed(self, ids: Sequence[int]) -> None:
@@ -235,28 +279,24 @@ class Live:
     def force(self, ids: Sequence[int]) -> None:
         """Write a given target segment."""
         if known := [*self.pending, *ids[:-1]]:
-            self._run(known, 0, self.wrote, self.read)
-            self.wrote += len(known)
+            self._run(known, 0, self.written, self.read)
+            self.written += len(known)
         self.pending = list(ids[-1:])
 
     def write(self, deep: bool = False) -> Iterator[tuple[int, float, bool]]:
-        """Write a thought, or the deep segment, token by token. There must be an opening, and
-        something read.
+        """Write a thought, or the deep segment, token by token.
+
+        Something must have been read, and an opening forced.
 
         Yields:
             token id, its log-prob (nats, 0 where forced), and whether it was sampled.
         """
         options = self.sampling
-        limit, stops = (
-            (options.max_new_tokens, options.stop_ids)
-            if deep
-            else (options.max_thought_tokens, options.thought_stops)
-        )
+        limit, stops = options.max_thought_tokens, options.thought_stops
+        if deep:
+            limit, stops = options.max_new_tokens, options.stop_ids
         for used in range(limit):
-            logits = self._run(self.pending, 0, self.wrote, self.read)
-            self.wrote += 1
-            uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(logits.device)
-            token, logprob = (x.item() for x in sample(logits, uniform, options))
+            token, logprob = self._propose()
             forced = not deep and used == limit - 1
             if forced:
                 token, logprob = options.close_id, 0.0
@@ -265,8 +305,17 @@ class Live:
             if token in stops:
                 return
 
+    def _propose(self) -> tuple[int, float]:
+        """Run the pending token and draw the next one."""
+        logits = self._run(self.pending, 0, self.written, self.read)
+        self.written += 1
+        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(logits.device)
+        token, logprob = sample(logits, uniform, self.sampling)
+        return token.item(), logprob.item()
+
     @torch.no_grad()
     def _run(self, ids: Sequence[int], group: int, start: int, limit: int) -> torch.Tensor:
+        """Run tokens of one group from index `start`; returns the logits [1, V] after the last."""
         device = self.cache.model.device
         row = torch.tensor([list(ids)], dtype=torch.long, device=device)
         index = torch.arange(start, start + len(ids), device=device)[None]
@@ -276,10 +325,10 @@ class Live:
 
 def masked_states(model, ids: Sequence[int], layout: Layout) -> torch.Tensor:
     """Hidden states [L, H] of one full forward under a layout's mask, without a cache."""
-    row, positions = (
-        torch.tensor([list(x)], device=model.device) for x in (ids, layout.positions().tolist())
-    )
+    row = torch.tensor([list(ids)], device=model.device)
+    positions = torch.tensor([layout.positions().tolist()], device=model.device)
     mask = additive(torch.from_numpy(layout.mask()).to(model.device), model.dtype)
-    return model.base_model(
+    output = model.base_model(
         input_ids=row, attention_mask=mask[None, None], position_ids=positions, use_cache=False
-    ).last_hidden_state[0]
+    )
+    return output.last_hidden_state[0]

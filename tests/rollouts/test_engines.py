@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import SyncError
-from rollouts.engines.huggingface import HuggingFaceEngine, invert_cdf, sample
+from rollouts.engines.huggingface import HuggingFaceEngine
+from rollouts.engines.sampling import invert_cdf, sample
 from rollouts.engines.vllm import VllmEngine
 from rollouts.sync import checksum, fingerprint, sampled_columns, sync_weights
 from rollouts.trajectory import Request, Sampling, sample_seed

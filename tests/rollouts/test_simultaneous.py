@@ -10,7 +10,7 @@ from recipes.components import DECISION_HEADS
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.layout import additive, from_visible
-from rollouts.simultaneous.decision import Head, Recorder, SimultaneousSampling, State
+from rollouts.simultaneous.decision import DecisionHead, Recorder, SimultaneousSampling, State
 from rollouts.simultaneous.engine import SimultaneousEngine
 from rollouts.streaming.engine import masked_states
 from rollouts.trajectory import Request, Sampling
@@ -197,7 +197,7 @@ def test_wait_k_reads_k_units_ahead_of_the_words(engine):
 
 
 def test_attention_by_unit_is_that_of_the_masked_forward(engine):
-    class Keeper(Head):
+    class Keeper(DecisionHead):
         needs_attention, needs_setting = True, False
 
         def writes(self, state):
