@@ -140,11 +140,12 @@ class Decoding:
     def completions(self) -> Iterator[tuple[Request, dict[str, np.ndarray], str]]:
         """Each request, with its part [T] of every table, and the reason why it finished."""
         tables = {name: table.cpu().numpy() for name, table in self.tables_BT.items()}
-        ends = zip(self.length.tolist(), self.stopped.tolist())
-        for row, (request, (length, stopped)) in enumerate(zip(self.requests, ends)):
+        lengths = self.length.tolist()
+        reasons = ["stop" if stopped else "length" for stopped in self.stopped.tolist()]
+        for row, request in enumerate(self.requests):
             # Copies, so that a trajectory does not keep the whole batch in memory.
-            own = {name: table[row, :length].copy() for name, table in tables.items()}
-            yield request, own, "stop" if stopped else "length"
+            written = {name: table[row, : lengths[row]].copy() for name, table in tables.items()}
+            yield request, written, reasons[row]
 
 
 def uniforms(requests: Sequence[Request], limits: Sequence[int]) -> torch.Tensor:

@@ -90,9 +90,10 @@ def crossing(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor,
         the place [B] int64, and the sum [B] of the weights before it.
     """
     cdf = weights.cumsum(-1)
-    place = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    place = torch.searchsorted(cdf, target[:, None], right=True)
     # Rounding can put the target at the total: take the last place that has any weight.
-    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
+    zeros_at_the_end = (weights.flip(-1) > 0).int().argmax(-1, keepdim=True)
+    last = weights.shape[-1] - 1 - zeros_at_the_end
     place = torch.minimum(place, last)
-    before = (cdf - weights).gather(-1, place[:, None])[:, 0]
-    return place, before
+    before = (cdf - weights).gather(-1, place)
+    return place[:, 0], before[:, 0]

@@ -25,7 +25,7 @@ from rollouts.engines.decoding import Decoding, RowState
 from rollouts.layout import PADDING, SOURCE, from_visible
 from rollouts.simultaneous.decision import SimultaneousSampling, State, decide
 from rollouts.simultaneous.frames import embed, load_encoder
-from rollouts.streaming.engine import Cache, StreamingEngine, padded
+from rollouts.streaming.engine import Cache, StreamingEngine, joined, padded
 from rollouts.trajectory import Request, Trajectory
 
 BEYOND = 2**40  # more tokens than any source has
@@ -121,18 +121,21 @@ class SimultaneousEngine(StreamingEngine):
 
     def _start(self, requests: Sequence[Request]) -> ReadingState:
         """The state of a row per request: the frame and one unit are read, nothing is written."""
-
-        def column(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, device=self.device)
-
-        lengths = [torch.tensor([len(s) for s in r.segments]) for r in requests]
-        ends = pad_sequence([length.cumsum(0) for length in lengths], True, BEYOND)
-        units = column([len(r.segments) - 1 for r in requests])
+        units, ends, start, pending = [], [], [], []
+        for request in requests:
+            lengths = torch.tensor([len(segment) for segment in request.segments])
+            opening = joined(request.opening)
+            units.append(len(request.segments) - 1)
+            ends.append(lengths.cumsum(0))
+            start.append(len(opening))
+            pending.append(opening[-1])
+        units = torch.tensor(units, device=self.device)
+        ends = pad_sequence(ends, batch_first=True, padding_value=BEYOND)
         return ReadingState(
             units=units,
             ends=ends.to(self.device),
-            start=column([sum(map(len, r.opening)) for r in requests]),
-            pending=column([r.opening[-1][-1] for r in requests]),
+            start=torch.tensor(start, device=self.device),
+            pending=torch.tensor(pending, device=self.device),
             read=torch.ones_like(units),
             waited=torch.ones_like(units),
             words=torch.zeros_like(units),
@@ -140,19 +143,22 @@ class SimultaneousEngine(StreamingEngine):
 
     def _encode(self, requests: Sequence[Request]) -> Cache:
         """Read the whole source, and all of the opening but its last token."""
-        prompts = []
-        for request in requests:
-            opening = joined(request.opening)[:-1]
-            visible = [len(request.segments[0])] * len(opening)
-            layout = from_visible(len(request.prompt_ids), visible, self.offset)
-            ids = torch.tensor([*request.prompt_ids, *opening])
-            prompts.append((ids, torch.from_numpy(layout.table())))
-        ids, table = (tensor.to(self.device) for tensor in padded(prompts, "right"))
-        cache = Cache(self.model, len(requests))
+        ids, table = padded([self._prompt(request) for request in requests], "right")
+        ids, table = ids.to(self.device), table.to(self.device)
         frames = [request.frames for request in requests if request.frames is not None]
         embeddings = embed(self.model, self.encoder, ids, frames) if frames else None
+        cache = Cache(self.model, len(requests))
         cache.append(ids, table, self.offset, embeddings=embeddings)
         return cache
+
+    def _prompt(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [n] and table [3, n] of [source | opening but its last token]."""
+        opening = joined(request.opening)[:-1]
+        # The opening is written before any unit is read.
+        visible = [len(request.segments[0])] * len(opening)
+        layout = from_visible(len(request.prompt_ids), visible, self.offset)
+        ids = [*request.prompt_ids, *opening]
+        return torch.tensor(ids), torch.from_numpy(layout.table())
 
     def _trajectory(
         self, request: Request, written: dict[str, np.ndarray], finish_reason: str
@@ -173,11 +179,6 @@ class SimultaneousEngine(StreamingEngine):
             sampled=np.arange(len(reads)) >= len(opening),
             frames=request.frames,
         )
-
-
-def joined(parts: Sequence[Sequence[int]]) -> list[int]:
-    """The ids of all parts, in order."""
-    return [token for part in parts for token in part]
 
 
 def attention_by_unit(

@@ -135,12 +135,17 @@ class StreamingEngine(HuggingFaceEngine):
 
     def _batch(self, requests: Sequence[Request], sampling: StreamingSampling) -> list[Trajectory]:
         cache, logits, rows = self._read(requests)
-        totals = [
+        limits = [
             request.thoughts * sampling.max_thought_tokens + sampling.max_new_tokens
             for request in requests
         ]
         decoding = Decoding(
-            requests, sampling, totals, self.device, slots=torch.long, forced=torch.bool
+            requests,
+            sampling,
+            limits,
+            self.device,
+            slots=torch.long,
+            forced=torch.bool,
         )
         closing_ids = torch.tensor(sampling.thought_stops, dtype=torch.long, device=self.device)
         while len(decoding.live):
@@ -173,43 +178,48 @@ class StreamingEngine(HuggingFaceEngine):
         Returns:
             the cache, a row per request; the logits [B, V] of their first token; and their state.
         """
-        prompts = list(dict.fromkeys((r.segments, r.opening) for r in requests))
-        ids, table = padded([self._prompt(*prompt) for prompt in prompts], "left")
-        limits = [self._limits(*prompt) for prompt in prompts]
-        limits = pad_sequence(limits, batch_first=True).to(self.device)
+        keys = [(request.segments, request.opening) for request in requests]
+        prompts = dict(zip(keys, requests))
+        ids, table = padded([self._prompt(request) for request in prompts.values()], "left")
         cache = Cache(self.model, len(prompts))
         logits = cache.append(ids.to(self.device), table.to(self.device), self.offset)
         # From a row per prompt to a row per request.
-        row_of = {prompt: row for row, prompt in enumerate(prompts)}
-        place = torch.tensor([row_of[r.segments, r.opening] for r in requests], device=self.device)
+        row_of = {key: row for row, key in enumerate(prompts)}
+        place = torch.tensor([row_of[key] for key in keys], device=self.device)
         cache.select(place)
-        rows = SlotState(
-            thoughts=torch.tensor([r.thoughts for r in requests], device=self.device),
-            start=torch.tensor([sum(map(len, r.opening)) for r in requests], device=self.device),
-            limits=limits[place],
-            slot=torch.zeros_like(place),
-            used=torch.zeros_like(place),
+        return cache, logits[place], self._start(requests)
+
+    def _start(self, requests: Sequence[Request]) -> SlotState:
+        """The state of a row per request: it is in its first slot, and nothing is written."""
+        counts = [self._counts(request)[len(request.opening) :] for request in requests]
+        limits = pad_sequence([torch.from_numpy(count) for count in counts], batch_first=True)
+        thoughts = torch.tensor([request.thoughts for request in requests])
+        start = torch.tensor([len(joined(request.opening)) for request in requests])
+        return SlotState(
+            thoughts=thoughts.to(self.device),
+            start=start.to(self.device),
+            limits=limits.to(self.device),
+            slot=torch.zeros_like(thoughts, device=self.device),
+            used=torch.zeros_like(thoughts, device=self.device),
         )
-        return cache, logits[place], rows
 
-    def _counts(self, segments, opening) -> np.ndarray:
-        """[targets] source tokens that each target segment sees: opening, thoughts, deep."""
-        targets = len(opening) + max(len(segments) - len(opening), 0) + 1
-        return read_counts(self.layout, [len(segment) for segment in segments], targets)
+    def _counts(self, request: Request) -> np.ndarray:
+        """Source tokens that each target segment sees: opening, thoughts, deep segment."""
+        lengths = [len(segment) for segment in request.segments]
+        targets = len(request.opening) + request.thoughts + 1
+        return read_counts(self.layout, lengths, targets)
 
-    def _limits(self, segments, opening) -> torch.Tensor:
-        """[N + 1] source tokens that each thought and the deep segment see."""
-        return torch.from_numpy(self._counts(segments, opening)[len(opening) :])
-
-    def _prompt(self, segments, opening) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prompt(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [n] and table [3, n] of [source | opening]."""
-        counts = self._counts(segments, opening)[: len(opening) + 1]
+        source = joined(request.segments)
+        lengths = [len(segment) for segment in request.opening]
         # The row that predicts the first thought sees what that thought does. Hence one target
         # token more, which is cut off again.
-        visible = np.repeat(counts, [*map(len, opening), 1])
-        layout = from_visible(sum(map(len, segments)), visible)
-        ids = [token for part in (*segments, *opening) for token in part]
-        return torch.tensor(ids), torch.from_numpy(layout.table()[:, :-1])
+        lengths.append(1)
+        visible = np.repeat(self._counts(request)[: len(lengths)], lengths)
+        table = from_visible(len(source), visible).table()[:, :-1]
+        ids = [*source, *joined(request.opening)]
+        return torch.tensor(ids), torch.from_numpy(table)
 
     def _trajectory(
         self, request: Request, written: dict[str, np.ndarray], finish_reason: str
@@ -236,6 +246,11 @@ class StreamingEngine(HuggingFaceEngine):
         )
 
 
+def joined(parts: Sequence[Sequence[int]]) -> list[int]:
+    """The ids of all parts, in order."""
+    return [token for part in parts for token in part]
+
+
 def padded(
     rows: Sequence[tuple[torch.Tensor, torch.Tensor]], side: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,19 +263,22 @@ def padded(
     Returns:
         ids [B, n] and table [3, B, n], which knows the padding by its group.
     """
-    ids = pad_sequence([ids for ids, _ in rows], True, 0, side)
-    columns = zip(*(table for _, table in rows))
-    group, index, limit = (
-        pad_sequence(parts, True, value, side) for parts, value in zip(columns, (PADDING, 0, 0))
-    )
+
+    def pad(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+        return pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
+
+    ids = pad([ids for ids, _ in rows])
+    group = pad([table[0] for _, table in rows], PADDING)
+    index = pad([table[1] for _, table in rows])
+    limit = pad([table[2] for _, table in rows])
     return ids, torch.stack([group, index, limit])
 
 
 class Live:
-    """One row, read and written step by step: `feed` a source segment, `force` or `write` a target
-    one, and so on.
+    """One row, read and written step by step.
 
-    With the same seed it writes what `StreamingEngine.generate` does, up to rounding.
+    `feed` reads a source segment. `force` and `write` add a target segment. With the same seed
+    `write` gives what `StreamingEngine.generate` does, up to rounding.
     """
 
     def __init__(self, model, sampling: StreamingSampling, seed: int = 0, offset: int = 0):
@@ -309,26 +327,30 @@ class Live:
         """Run the pending token and draw the next one."""
         logits = self._run(self.pending, 0, self.written, self.read)
         self.written += 1
-        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(logits.device)
-        token, logprob = sample(logits, uniform, self.sampling)
-        return token.item(), logprob.item()
+        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64)
+        token, logprob = sample(logits, uniform.to(logits.device), self.sampling)
+        return int(token), float(logprob)
 
     @torch.no_grad()
     def _run(self, ids: Sequence[int], group: int, start: int, limit: int) -> torch.Tensor:
         """Run tokens of one group from index `start`; returns the logits [1, V] after the last."""
         device = self.cache.model.device
         row = torch.tensor([list(ids)], dtype=torch.long, device=device)
-        index = torch.arange(start, start + len(ids), device=device)[None]
-        table = torch.stack([torch.full_like(index, group), index, torch.full_like(index, limit)])
+        table = torch.zeros(3, *row.shape, dtype=torch.long, device=device)
+        table[0] = group
+        table[1] = torch.arange(start, start + len(ids), device=device)
+        table[2] = limit
         return self.cache.append(row, table, self.offset)
 
 
 def masked_states(model, ids: Sequence[int], layout: Layout) -> torch.Tensor:
     """Hidden states [L, H] of one full forward under a layout's mask, without a cache."""
-    row = torch.tensor([list(ids)], device=model.device)
-    positions = torch.tensor([layout.positions().tolist()], device=model.device)
-    mask = additive(torch.from_numpy(layout.mask()).to(model.device), model.dtype)
+    positions = torch.from_numpy(layout.positions()).to(model.device)
+    mask = torch.from_numpy(layout.mask()).to(model.device)
     output = model.base_model(
-        input_ids=row, attention_mask=mask[None, None], position_ids=positions, use_cache=False
+        input_ids=torch.tensor([list(ids)], device=model.device),
+        attention_mask=additive(mask, model.dtype)[None, None],
+        position_ids=positions[None],
+        use_cache=False,
     )
     return output.last_hidden_state[0]
