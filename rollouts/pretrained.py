@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+SAMPLING_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+
 
 def token_count(tokenizer) -> int:
-    """One more than a tokenizer's largest id. Its `len` is less where ids are left out below that
-    one."""
+    """One more than a tokenizer's largest id.
+
+    The `len` of a tokenizer is less where it has no token for an id below the largest.
+    """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def drop_unused_sampling(model) -> None:
-    """Clear the sampling settings of a generation config that is greedy: they do nothing, and
-    transformers, which loads such a config, refuses to save it."""
+    """Clear the sampling settings of a generation config that is greedy, where they do nothing.
+
+    transformers loads a config with such settings, and then refuses to save it.
+    """
     config = model.generation_config
     if config is not None and not config.do_sample:
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "top_h",
-            "typical_p",
-            "epsilon_cutoff",
-            "eta_cutoff",
-        ):
+        for name in SAMPLING_SETTINGS:
             setattr(config, name, None)

@@ -1,9 +1,8 @@
-"""Writes a Qwen2-Audio model as two folders: its language model, and its speech encoder with the
-projector.
+"""Writes a Qwen2-Audio model as two folders: its language model, and its speech encoder.
 
     python -m scripts.split_qwen2_audio model=Qwen/Qwen2-Audio-7B-Instruct out=DIR
 
-DIR/text is a Qwen2 model for `model.path`, DIR/speech an encoder:
+DIR/text is a Qwen2 model for `model.path`. DIR/speech is the speech encoder with the projector:
 `model.encoder=rollouts.simultaneous.qwen2_audio.load:DIR/speech`.
 """
 
@@ -16,20 +15,20 @@ from scripts.cli import print_error
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    """Run the command and return its exit status; an error is one line on stderr."""
     from recipes.errors import ConfigError, OnstreamError
     from scripts.evaluate import key_values
 
     try:
-        given = key_values(
+        options = key_values(
             arguments, {}, "scripts.split_qwen2_audio", "model=DIR out=DIR", ("model", "out")
         )
-        if odd := sorted(given.keys() - {"model", "out"}):
-            raise ConfigError(f"there is no key '{odd[0]}'; the keys are model and out")
-        out = Path(given["out"]).expanduser()
+        if unknown := sorted(options.keys() - {"model", "out"}):
+            raise ConfigError(f"there is no key '{unknown[0]}'; the keys are model and out")
+        out = Path(options["out"]).expanduser()
         if out.exists():
             raise ConfigError(f"out={out} exists; give a new folder, or delete it")
-        split(given["model"], out)
+        split(options["model"], out)
         print(f"{out}/text  {out}/speech")
         return 0
     except OnstreamError as error:
@@ -38,18 +37,22 @@ def main(arguments: list[str]) -> int:
 
 
 def split(model: str, out: Path) -> None:
-    """Load it whole and write both parts. Raises ModelError: it is not a Qwen2-Audio model."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import (
-        AutoConfig,
-        AutoTokenizer,
-        Qwen2AudioForConditionalGeneration,
-        Qwen2ForCausalLM,
-    )
+    """Load a Qwen2-Audio model and write both parts.
+
+    Raises:
+        ModelError: it is not a Qwen2-Audio model, or cannot be loaded.
+    """
+    config, tokenizer, whole = load_whole(model)
+    write_text(config, whole, out / "text")
+    tokenizer.save_pretrained(out / "text")
+    write_speech(config, whole, out / "speech")
+
+
+def load_whole(model: str):
+    """The config, the tokenizer and the model of a Qwen2-Audio folder or hub name."""
+    from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
     from recipes.errors import ModelError
-    from rollouts.simultaneous.qwen2_audio import SpeechEncoder
 
     try:
         config = AutoConfig.from_pretrained(model)
@@ -60,21 +63,34 @@ def split(model: str, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model={model} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
-    with torch.device("meta"):  # the weights are there already
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model={model} cannot be loaded: {reason}") from error
+    return config, tokenizer, whole
+
+
+def write_text(config, whole, folder: Path) -> None:
+    """Write the language model as a Qwen2 model."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    # The weights are there already, so the new model needs no memory of its own.
+    with torch.device("meta"):
         text = Qwen2ForCausalLM(config.text_config)
     text.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
     text.lm_head.load_state_dict(whole.lm_head.state_dict(), assign=True)
-    text.save_pretrained(out / "text")
-    tokenizer.save_pretrained(out / "text")
+    text.save_pretrained(folder)
+
+
+def write_speech(config, whole, folder: Path) -> None:
+    """Write the speech encoder with the projector, for rollouts/simultaneous/qwen2_audio.py."""
+    from safetensors.torch import save_file
+
+    from rollouts.simultaneous.qwen2_audio import SpeechEncoder
+
     encoder = SpeechEncoder(whole.model.audio_tower, whole.model.multi_modal_projector)
-    config.save_pretrained(out / "speech")
-    save_file(
-        {name: value.contiguous() for name, value in encoder.state_dict().items()},
-        out / "speech" / "model.safetensors",
-    )
+    weights = {name: value.contiguous() for name, value in encoder.state_dict().items()}
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The special tokens that mark what a streaming reasoner reads and writes, and adding them to a
-model without them.
+"""The special tokens that mark what a streaming reasoner reads and writes.
 
-The source is read as `instruction <SEP>`, `question <EOQ>`, then `sentence <EOS>` again and again;
-the target repeats the first two marks, writes `thought <EOT>` or a lone `<skip>` per sentence, then
-`deep reasoning <EOR> answer <EOA>`. That is the format of StreamingThinker (arXiv 2510.17238;
-methods.md, 3); `<skip>` is AdaSR's (arXiv 2606.14694)."""
+The source is read as `instruction <SEP>`, `question <EOQ>`, then `sentence <EOS>` again and again.
+The target repeats the first two marks. It writes `thought <EOT>` or a lone `<skip>` per sentence,
+then `deep reasoning <EOR> answer <EOA>`. This is the format of StreamingThinker (arXiv 2510.17238;
+docs/specification.md, 3.1). `<skip>` is AdaSR's (arXiv 2606.14694).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rollouts.trajectory import Sampling
 
 @dataclass(frozen=True)
 class StreamingSampling(Sampling):
-    """How a streaming completion is drawn; the inherited limits are those of the deep segment."""
+    """How a streaming completion is sampled; the inherited limits are those of the deep segment."""
 
     # A thought ends on one of these tokens.
     thought_stops: tuple[int, ...] = ()
@@ -44,11 +44,15 @@ class Protocol:
 
     @classmethod
     def of(cls, tokenizer) -> Protocol:
-        """Raises ModelError: the tokenizer lacks one of the tokens."""
+        """The ids that a tokenizer gives the tokens.
+
+        Raises:
+            ModelError: the tokenizer lacks one of the tokens.
+        """
         if lacking := missing(tokenizer):
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no token {lacking[0]}, which streaming "
-                "needs; run recipe=streaming_sft first, which adds it"
+                f"the tokenizer of {tokenizer.name_or_path} has no token {lacking[0]}, "
+                "which streaming needs; run recipe=streaming_sft first, which adds it"
             )
         return cls(*tokenizer.convert_tokens_to_ids(list(TOKENS)))
 
@@ -64,7 +68,7 @@ def missing(tokenizer) -> list[str]:
 
 
 def add_tokens(tokenizer) -> list[str]:
-    """Give a tokenizer the protocol tokens that it lacks, as special tokens; returns them."""
+    """Give a tokenizer the protocol tokens that it lacks, as special tokens, and return them."""
     new = missing(tokenizer)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": new}, replace_extra_special_tokens=False
@@ -75,14 +79,14 @@ def add_tokens(tokenizer) -> list[str]:
 def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
     """Write a copy of a model whose embedding has a row for each of the new tokens.
 
-    The rows become the mean of those that the old tokens have, in the embedding and in an untied
-    head. A vocabulary with room (padding rows, as Qwen3's has) keeps its size.
+    A new row is the mean of the rows of the old tokens, in the embedding and in an untied head. A
+    vocabulary with padding rows, as Qwen3's, keeps its size.
 
     Args:
         path: a model folder or hub name.
-        tokenizer: with the new tokens.
-        new: those tokens.
-        folder: where the copy goes, with the tokenizer; one that is there is taken as it is.
+        tokenizer: a tokenizer with the new tokens.
+        new: the new tokens.
+        folder: where the copy goes, with the tokenizer. A copy that is there is taken as it is.
 
     Returns:
         `folder`.
@@ -97,9 +101,10 @@ def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
     ids = sorted(tokenizer.convert_tokens_to_ids(new))
     if model.get_input_embeddings().weight.shape[0] < token_count(tokenizer):
         model.resize_token_embeddings(token_count(tokenizer), mean_resizing=False)
-    with torch.no_grad():  # a tied head is written twice, the same
-        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for tensor in (part.weight, getattr(part, "bias", None)):
+    # A tied head is written twice, with the same values.
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for tensor in (layer.weight, getattr(layer, "bias", None)):
                 if tensor is not None:
                     tensor[ids] = tensor[: ids[0]].float().mean(0).to(tensor.dtype)
     work = folder.with_name(f"{folder.name}.part")

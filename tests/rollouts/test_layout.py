@@ -1,5 +1,5 @@
-"""Layouts: the golden mask of methods.md, random ones against an oracle that loops over every pair,
-other schedules."""
+"""Layouts: the golden mask of docs/specification.md, 3.2; random ones against an oracle that loops
+over every pair; other schedules."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,7 @@ def oracle(source, targets):
     mask = np.zeros((length, length), dtype=bool)
     for row in range(length):
         for column in range(length):
-            if column >= count:
-                mask[row, column] = row >= column
-            elif row < count:
+            if column >= count or row < count:
                 mask[row, column] = row >= column
             else:
                 token = row - count

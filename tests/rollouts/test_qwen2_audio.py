@@ -119,7 +119,7 @@ def test_the_recipe_is_ready_for_them(whole, tmp_path):
     assert [len(unit) for unit in prepared.prompts[0].segments[1:]] == [5, 5 + 1]
     np.save(tmp_path / "a.npy", np.concatenate([frames, frames]))
     with pytest.raises(
-        DataError, match="row 0 lasts 0.74 s; model.encoder hears at most 0.4 s; cut it"
+        DataError, match=r"row 0 lasts 0\.74 s; model\.encoder hears at most 0\.4 s; cut it"
     ):
         prepare(config)
 
