@@ -1,6 +1,8 @@
 """Simultaneous generation: its log-probs under one masked forward, its decisions against a row read
 alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -41,11 +43,11 @@ def engine(tmp_path_factory):
 
 def requests(count: int = 9) -> list[Request]:
     """Ragged ones: 1 to 7 units of 1 to 3 tokens, openings of 1 or 2 tokens."""
-    rng, made = np.random.default_rng(5), []
+    rng, batch = np.random.default_rng(5), []
     for index in range(count):
         lengths = [rng.integers(1, 4) for _ in range(2 + index % 7)]
         segments = tuple(tuple(rng.integers(2, VOCAB, n).tolist()) for n in lengths)
-        made.append(
+        batch.append(
             Request(
                 index,
                 0,
@@ -55,7 +57,7 @@ def requests(count: int = 9) -> list[Request]:
                 opening=((2, 3)[: 1 + index % 2],),
             )
         )
-    return made
+    return batch
 
 
 def sampling(head, **options) -> Sampling:
@@ -134,7 +136,7 @@ def by_unit(engine, ids, layout, ends) -> torch.Tensor:
     )
     engine.model.set_attn_implementation(before)
     rows = torch.stack([layer[0, :, -2] for layer in output.attentions])
-    return torch.stack([rows[..., low:high].sum(-1) for low, high in zip(ends, ends[1:])], -1)
+    return torch.stack([rows[..., low:high].sum(-1) for low, high in pairwise(ends)], -1)
 
 
 HEADS_TRIED = [

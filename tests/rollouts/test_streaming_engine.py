@@ -52,8 +52,9 @@ def folder(request, tiny_models, tmp_path_factory):
             initializer_range=0.2,
         )
     )
-    model.save_pretrained(made := tmp_path_factory.mktemp("llama"))
-    return made
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return folder
 
 
 def make(folder, layout="grouped", **keys):
@@ -71,7 +72,7 @@ def make(folder, layout="grouped", **keys):
 def requests(count=12, samples=2, seed=0):
     """Prompts of 0 to 4 sentences and ragged lengths, two samples each."""
     rng = np.random.default_rng(seed)
-    made = []
+    batch = []
     for prompt in range(count):
         segments = [
             tuple(rng.integers(170, 390, rng.integers(1, 6)).tolist())
@@ -80,7 +81,7 @@ def requests(count=12, samples=2, seed=0):
         opening = tuple(
             tuple(rng.integers(170, 390, rng.integers(1, 4)).tolist()) for _ in range(2)
         )
-        made += [
+        batch += [
             Request(
                 prompt,
                 s,
@@ -91,7 +92,7 @@ def requests(count=12, samples=2, seed=0):
             )
             for s in range(samples)
         ]
-    return made
+    return batch
 
 
 def trainers_logprobs(policy, trajectories):
@@ -235,12 +236,14 @@ def test_a_model_with_a_window_is_refused(tiny_models):
     model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(
         ModelError,
-        match="Qwen3ForCausalLM has sliding_attention layers: streaming.layout grouped and",
+        match=r"Qwen3ForCausalLM has sliding_attention layers: streaming\.layout grouped and",
     ):
         check_layouts(model, lambda ids, layout: masked_states(model, ids, layout))
 
 
-@pytest.mark.parametrize("kind", [HuggingFaceEngine, VllmEngine])
+@pytest.mark.parametrize(
+    "kind", [HuggingFaceEngine, pytest.param(VllmEngine, marks=pytest.mark.slow)]
+)
 def test_interleaved_rollouts_are_continuations(tiny_models, kind):
     inner = kind(
         str(tiny_models["student"]),
@@ -299,6 +302,6 @@ def test_a_wrong_pair_of_layout_and_engine(layout, sampler, right):
     ):
         compose([f"streaming.layout={layout}", f"rollout.engine={sampler}"])
     with pytest.raises(
-        ConfigError, match="streaming.layout=groupd is not known; did you mean 'grouped'"
+        ConfigError, match=r"streaming\.layout=groupd is not known; did you mean 'grouped'"
     ):
         compose(["streaming.layout=groupd"])

@@ -29,29 +29,32 @@ def padded(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["hf", "vllm"])
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def engine(request, padded):
     kind = {"hf": HuggingFaceEngine, "vllm": VllmEngine}[request.param]
-    made = kind(
+    engine = kind(
         str(padded / "student"), compose([]), torch.device("cpu"), torch.float32, max_length=64
     )
-    yield made
-    made.close()
+    yield engine
+    engine.close()
 
 
 def requests(count: int) -> list[Request]:
     return [Request(0, index, (5, 6, 7), index) for index in range(count)]
 
 
+def largest(trajectories) -> int:
+    return max(token for trajectory in trajectories for token in trajectory.completion_ids)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_only_tokens_of_the_tokenizer_are_drawn(engine, padded, temperature):
     vocab = token_count(AutoTokenizer.from_pretrained(padded / "student"))
     assert vocab < ROWS
-    drawn = engine.generate(requests(40), Sampling(12, temperature=temperature, vocab=vocab))
-    assert max(token for one in drawn for token in one.completion_ids) < vocab
+    sampling = Sampling(12, temperature=temperature, vocab=vocab)
+    assert largest(engine.generate(requests(40), sampling)) < vocab
     if temperature:
-        free = engine.generate(requests(40), Sampling(12))
-        assert max(token for one in free for token in one.completion_ids) >= vocab
+        assert largest(engine.generate(requests(40), Sampling(12))) >= vocab
 
 
 def test_log_probs_are_over_the_tokens_alone(engine, padded):
@@ -64,6 +67,7 @@ def test_log_probs_are_over_the_tokens_alone(engine, padded):
     torch.testing.assert_close(torch.from_numpy(one.logprobs), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["hf", "vllm"])
 def test_a_run_with_padded_heads(padded, overrides, run_command, tmp_path, sampler):
     """It died in the kernels at the first id that the tokenizer does not have."""
@@ -83,18 +87,19 @@ def test_a_run_with_padded_heads(padded, overrides, run_command, tmp_path, sampl
     assert len(gaps) == 2 and max(gaps) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_holes(padded, overrides, run_command, tmp_path):
     """Its end token has an id above its number of tokens."""
     for name in ("student", "teacher"):
         folder = shutil.copytree(padded / name, tmp_path / name)
         file = folder / "tokenizer.json"
-        made = json.loads(file.read_text())
+        content = json.loads(file.read_text())
         end = {"student": "<|endoftext|>", "teacher": "<|im_end|>"}[name]
         ids = {"<|endoftext|>": 900, "<|im_end|>": 901}
-        for token in made["added_tokens"]:
+        for token in content["added_tokens"]:
             token["id"] = ids.get(token["content"], token["id"])
-        made["model"]["vocab"] |= ids
-        file.write_text(json.dumps(made))
+        content["model"]["vocab"] |= ids
+        file.write_text(json.dumps(content))
         for config in ("config.json", "generation_config.json"):
             values = json.loads((folder / config).read_text())
             values["eos_token_id"] = ids[end]
