@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         initialise(Path(work), replace(MODELS["stories-student"], start=None, vocab_size=512))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = compose(["streaming.layout=grouped", "rollout.engine=streaming", *overrides])
+        config = compose(["recipe=streaming_sft", "streaming.layout=grouped", *overrides])
         engine = StreamingEngine(work, config, device, torch.float32)
 
     def batched(size: int):

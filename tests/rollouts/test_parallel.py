@@ -261,7 +261,7 @@ def tokenizer(tiny_models):
 
 
 def config(*overrides):
-    return compose(["recipe=streaming_sft", *overrides])
+    return compose(["recipe=proactivellm", "data.template=auto", *overrides])
 
 
 def example(text, solution=None, **parts):

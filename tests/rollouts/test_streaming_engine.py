@@ -60,6 +60,7 @@ def folder(request, tiny_models, tmp_path_factory):
 def make(folder, layout="grouped", **keys):
     config = compose(
         [
+            "recipe=streaming_sft",
             f"streaming.layout={layout}",
             "rollout.engine=streaming",
             "rollout.batch_size=16",
@@ -300,8 +301,10 @@ def test_a_wrong_pair_of_layout_and_engine(layout, sampler, right):
     with pytest.raises(
         ConfigError, match=f"rollout.engine={sampler} cannot sample .*; use rollout.engine={right}$"
     ):
-        compose([f"streaming.layout={layout}", f"rollout.engine={sampler}"])
+        compose(
+            ["recipe=streaming_sft", f"streaming.layout={layout}", f"rollout.engine={sampler}"]
+        )
     with pytest.raises(
         ConfigError, match=r"streaming\.layout=groupd is not known; did you mean 'grouped'"
     ):
-        compose(["streaming.layout=groupd"])
+        compose(["recipe=streaming_sft", "streaming.layout=groupd"])

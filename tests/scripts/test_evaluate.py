@@ -61,7 +61,7 @@ def test_both_modes(evaluate):
 
 
 def test_measured_speed_and_interleaved(evaluate):
-    found = evaluate("streaming.layout=interleaved", "engine=hf", "size=2")
+    found = evaluate("recipe=streaming_sft", "streaming.layout=interleaved", "engine=hf", "size=2")
     assert found["latency_s"] > found["seconds_per_token"] > 0 and "mode" not in found
     assert not FIGURES & set(evaluate("engine=hf", "size=2"))
 

@@ -242,6 +242,7 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
     config = compose(
         [
             "recipe=grpo",
+            "trainer=trainers.grpo.GRPO",  # by its path it reads the keys of every method
             "streaming.layout=grouped",
             "rollout.engine=streaming",
             f"model.path={folder}",
@@ -312,7 +313,7 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
 def test_lengths_count_openings_and_thoughts(streaming):
     _, _, prompts = streaming
     config = compose(
-        ["streaming.layout=grouped", "rollout.engine=streaming", "streaming.max_thought_tokens=6"]
+        ["recipe=streaming_sft", "rollout.max_new_tokens=80", "streaming.max_thought_tokens=6"]
     )
     longest = max(prompts, key=lambda p: len(p.token_ids))
     source, written = len(longest.token_ids), 2 + 4 * 6 + config.rollout.max_new_tokens
@@ -324,7 +325,13 @@ def test_lengths_count_openings_and_thoughts(streaming):
     ):
         max_length(config, prompts, [], max(source, written) - 1)
     apart = compose(
-        ["streaming.layout=interleaved", "rollout.engine=hf", "streaming.max_thought_tokens=6"]
+        [
+            "recipe=streaming_sft",
+            "streaming.layout=interleaved",
+            "rollout.engine=hf",
+            "rollout.max_new_tokens=80",
+            "streaming.max_thought_tokens=6",
+        ]
     )
     with pytest.raises(ConfigError, match="exceeds the model's context"):
         max_length(apart, prompts, [], source + written - 1)

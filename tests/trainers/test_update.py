@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "gradient_worker.py"
-W = "window_token_mean"
+W = "token_mean"
 ONE_RANK = [
     f"zero0/4096/given/{W}",
     f"zero0/100/given/{W}",
