@@ -20,6 +20,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recipes.errors import ModelError
 
@@ -98,7 +99,10 @@ class Layout:
 
 
 def from_visible(
-    source: int, visible: Sequence[int], offset: int = 0, views: Sequence[int] | None = None
+    source: int,
+    visible: Sequence[int] | np.ndarray,
+    offset: int = 0,
+    views: Sequence[int] | None = None,
 ) -> Layout:
     """The layout of any read schedule.
 
@@ -230,7 +234,7 @@ def _ordered(
     return parts, next(index for index, (_, slot) in enumerate(parts) if slot == 0)
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as transformers' sdpa and eager attention both take it.
 
     It is 0 where a row attends, else the lowest number. So a row that attends to nothing, which is
@@ -241,7 +245,7 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_layouts(model, states: Callable[[list[int], Layout], torch.Tensor]) -> None:
+def check_layouts(model, states: Callable[[list[int], Layout], Tensor]) -> None:
     """Prove on eleven tokens that a model keeps to a layout.
 
     Changing any one token must move the hidden states of exactly those that see it.
@@ -281,7 +285,7 @@ def check_layouts(model, states: Callable[[list[int], Layout], torch.Tensor]) ->
         )
 
 
-def _influence(states: Callable[[list[int], Layout], torch.Tensor], layout: Layout) -> torch.Tensor:
+def _influence(states: Callable[[list[int], Layout], Tensor], layout: Layout) -> Tensor:
     """[L, L] bool: the row's hidden state moves with the column's token."""
     ids = list(range(layout.length))
     before = states(ids, layout).float()

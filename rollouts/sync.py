@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from recipes.errors import SyncError
 
-Weights = Iterator[tuple[str, torch.Tensor]]
+Weights = Iterator[tuple[str, Tensor]]
 
 COLUMNS = 64  # input columns of a matrix that are compared
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,17 +61,18 @@ def verify(engine, expected: dict[str, int], salt: int) -> None:
         )
 
 
-def fingerprint(tensor: torch.Tensor, name: str, salt: int) -> int:
+def fingerprint(tensor: Tensor, name: str, salt: int) -> int:
     """The fingerprint of parameter `name`.
 
     A vector enters whole, a matrix [out, in] by its sampled input columns.
     """
     if tensor.dim() == 2:
-        tensor = tensor[:, sampled_columns(name, tensor.shape[1], salt).to(tensor.device)]
+        columns = sampled_columns(name, tensor.shape[1], salt)
+        tensor = tensor[:, columns.to(tensor.device)]
     return checksum(tensor)
 
 
-def sampled_columns(name: str, width: int, salt: int) -> torch.Tensor:
+def sampled_columns(name: str, width: int, salt: int) -> Tensor:
     """The input columns of a matrix that are compared.
 
     Up to 64 columns are all compared. Of more, a seeded choice of 64 moves with `salt`. A GEMM
@@ -84,13 +86,13 @@ def sampled_columns(name: str, width: int, salt: int) -> torch.Tensor:
     return torch.randperm(width, generator=generator)[:COLUMNS].sort().values
 
 
-def checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """A position-weighted sum of the tensor's bits, modulo 2^64. The shape does not enter."""
     flat = tensor.detach().contiguous().reshape(-1)
     # -0.0 becomes 0.0: a packed matrix read back by multiplication cannot keep the sign of zero.
     flat = flat + 0
     bits = flat.view(_BITS[flat.element_size()]).to(torch.int64)
-    weight = torch.arange(1, bits.numel() + 1, dtype=torch.int64, device=bits.device)
+    weight = torch.arange(1, bits.numel() + 1, device=bits.device)
     # A linear congruential step, which wraps.
     weight = weight * -7046029254386353131 + 1442695040888963407
     weight = weight | 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
+from torch import Tensor
 
 from rollouts.trajectory import Request, Sampling, Trajectory
 
@@ -43,7 +43,7 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the trainer's tensors in place; names are those of the Hugging Face checkpoint.
 
         The iterable may be consumed lazily, as it gathers sharded parameters on the way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -17,7 +18,7 @@ class CausalCache:
         # [B, tokens so far]: 0 for padding.
         self.attention = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
 
-    def append(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    def append(self, ids: Tensor, attention: Tensor) -> Tensor:
         """Run n tokens per row and keep their keys.
 
         Args:
@@ -27,7 +28,8 @@ class CausalCache:
         Returns:
             the logits [B, V] after the last of them, float32.
         """
-        positions = self.attention.sum(-1, keepdim=True) + attention.cumsum(-1) - 1
+        before = self.attention.sum(-1, keepdim=True)
+        positions = before + attention.cumsum(-1) - 1
         self.attention = torch.cat([self.attention, attention], -1)
         output = self.model(
             input_ids=ids,
@@ -39,7 +41,7 @@ class CausalCache:
         )
         return output.logits[:, -1].float()
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
         self.cached.batch_select_indices(rows)
         self.attention = self.attention[rows]
@@ -63,13 +65,13 @@ class GrowingLayer(DynamicLayer):
     DynamicLayer, its specification, copies all of them for every new token.
     """
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.buffers = [key_states[..., :0, :], value_states[..., :0, :]]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, and return all there are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -77,15 +79,20 @@ class GrowingLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         for index, states in enumerate((key_states, value_states)):
             if end > self.buffers[index].shape[-2]:
-                size = (*states.shape[:-2], end + end // 4 + SPARE, states.shape[-1])
-                larger = states.new_empty(size)
-                larger[..., :start, :] = self.buffers[index][..., :start, :]
-                self.buffers[index] = larger
+                self.buffers[index] = self._enlarged(self.buffers[index], states, start, end)
             self.buffers[index][..., start:end, :] = states
         self._show(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    @staticmethod
+    def _enlarged(buffer: Tensor, states: Tensor, start: int, end: int) -> Tensor:
+        """A buffer with room for `end` tokens and more, whose first `start` are those of before."""
+        *outer, _, width = states.shape
+        larger = states.new_empty(*outer, end + end // 4 + SPARE, width)
+        larger[..., :start, :] = buffer[..., :start, :]
+        return larger
+
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         end = self.get_seq_length()
         if end > 0:

@@ -14,11 +14,12 @@ Letters: B requests, R rows that are still live, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rollouts.engines.sampling import sample
@@ -28,14 +29,16 @@ from rollouts.trajectory import Request, Sampling
 class Columns(Protocol):
     """Whatever has an entry per live row: a key-value cache, or the state of an engine's loop."""
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Keep these rows [R] int64, in this order."""
 
 
+@dataclass
 class RowState:
-    """Base of dataclasses whose fields are tensors [R, …] with a row per live one."""
+    """Base of dataclasses whose fields are tensors [R, …], with an entry per live row."""
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
@@ -81,7 +84,7 @@ class Decoding:
             for name, dtype in tables.items()
         }
 
-    def propose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each live row from logits [R, V] float32.
 
         A row whose proposal is not written meets the same uniform again.
@@ -89,39 +92,42 @@ class Decoding:
         Returns:
             token ids [R] int64 and their log-probs [R] float32.
         """
-        uniforms_R = self.uniforms_BT[self.live, self.length[self.live]]
+        uniforms_R = self.uniforms_BT[self.live, self.written]
         return sample(logits, uniforms_R, self.sampling)
 
-    def write(self, where: torch.Tensor | None = None, **values: torch.Tensor) -> None:
+    def write(self, where: Tensor | None = None, **values: Tensor) -> None:
         """Append a token to each live row, or to those of the mask `where` [R].
 
         Args:
             where: bool; None stands for all.
             values: [R] each, one for every table.
         """
-        rows = self.live
-        if where is not None:
-            rows, values = rows[where], {name: value[where] for name, value in values.items()}
+        rows = self.live if where is None else self.live[where]
         place = rows, self.length[rows]
-        for name, value in values.items():
-            self.tables_BT[name][place] = value
+        for name, value_R in values.items():
+            self.tables_BT[name][place] = value_R if where is None else value_R[where]
         self.length[rows] += 1
 
-    def on_stop(self, tokens: torch.Tensor) -> torch.Tensor:
+    def on_stop(self, tokens: Tensor) -> Tensor:
         """[R] bool: these tokens [R] are stop tokens."""
         return torch.isin(tokens, self.stop_ids)
 
     @property
-    def full(self) -> torch.Tensor:
-        """[R] bool: the row has as many tokens as its limit."""
-        return self.length[self.live] >= self.limits_B[self.live]
+    def written(self) -> Tensor:
+        """[R] int64: the number of tokens that each live row has written."""
+        return self.length[self.live]
 
     @property
-    def newest(self) -> torch.Tensor:
-        """[R] int64: the last token that each live row has written."""
-        return self.tables_BT["tokens"][self.live, self.length[self.live] - 1]
+    def full(self) -> Tensor:
+        """[R] bool: the row has as many tokens as its limit."""
+        return self.written >= self.limits_B[self.live]
 
-    def leave(self, stopped: torch.Tensor, full: torch.Tensor, *others: Columns) -> None:
+    @property
+    def newest(self) -> Tensor:
+        """[R] int64: the last token that each live row has written."""
+        return self.tables_BT["tokens"][self.live, self.written - 1]
+
+    def leave(self, stopped: Tensor, full: Tensor, *others: Columns) -> None:
         """Take finished rows out of the batch.
 
         Args:
@@ -134,8 +140,9 @@ class Decoding:
         if len(stay) == len(self.live):
             return
         self.live = self.live[stay]
-        for columns in others if len(stay) else ():
-            columns.select(stay)
+        if len(stay):
+            for columns in others:
+                columns.select(stay)
 
     def completions(self) -> Iterator[tuple[Request, dict[str, np.ndarray], str]]:
         """Each request, with its part [T] of every table, and the reason why it finished."""
@@ -143,17 +150,18 @@ class Decoding:
         lengths = self.length.tolist()
         reasons = ["stop" if stopped else "length" for stopped in self.stopped.tolist()]
         for row, request in enumerate(self.requests):
-            # Copies, so that a trajectory does not keep the whole batch in memory.
-            written = {name: table[row, : lengths[row]].copy() for name, table in tables.items()}
+            written = {}
+            for name, table in tables.items():
+                # A copy, so that a trajectory does not keep the whole batch in memory.
+                written[name] = table[row, : lengths[row]].copy()
             yield request, written, reasons[row]
 
 
-def uniforms(requests: Sequence[Request], limits: Sequence[int]) -> torch.Tensor:
+def uniforms(requests: Sequence[Request], limits: Sequence[int]) -> Tensor:
     """[B, T] float64 in [0, 1): a stream per request, from its seed; zeros after its limit."""
-    streams = [
-        torch.rand(
-            limit, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64
-        )
-        for request, limit in zip(requests, limits)
-    ]
+    streams = []
+    for request, limit in zip(requests, limits):
+        generator = torch.Generator().manual_seed(request.seed)
+        stream = torch.rand(limit, generator=generator, dtype=torch.float64)
+        streams.append(stream)
     return pad_sequence(streams, batch_first=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipes.embedded import model_folder
@@ -86,7 +87,7 @@ class HuggingFaceEngine:
         ]
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the trainer's tensors in place; names are those of the Hugging Face checkpoint."""
         for name, tensor in weights:
             self.parameters[name].copy_(tensor)
@@ -111,7 +112,7 @@ class HuggingFaceEngine:
         self.model = self.parameters = None
 
 
-def left_padded(requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
     """Ids and attention [B, n] of the prompts, whose last tokens are all in the last column."""
     prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in requests]
     ids, attention = (

@@ -6,15 +6,14 @@ B rows, V vocabulary.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rollouts.trajectory import Sampling
 
 BLOCK = 128  # tokens of the vocabulary whose weights are summed before one of them is looked for
 
 
-def sample(
-    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the CDF.
 
     Args:
@@ -28,8 +27,9 @@ def sample(
     """
     logits = logits[:, : sampling.vocab]
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        tokens = logits.argmax(-1, keepdim=True)
+        logprobs = logits.log_softmax(-1).gather(-1, tokens)
+        return tokens[:, 0], logprobs[:, 0]
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     probs = logits.softmax(-1)
@@ -37,10 +37,11 @@ def sample(
     if sampling.top_k > 0 or sampling.top_p < 1:
         weights = truncate(probs.double(), sampling)
     tokens = invert_cdf(weights, uniforms)
-    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
+    chosen = probs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, chosen.log()
 
 
-def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [B, V], with zeros outside the `top_k` largest and outside their nucleus.
 
     The nucleus is the smallest set of what top-k left whose mass reaches `top_p` of it.
@@ -56,7 +57,7 @@ def truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.zeros_like(probs).scatter(-1, index, ranked * keep)
 
 
-def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The index at which the cumulative sum of each row passes its uniform share of the total.
 
     The search has two levels: first among the sums of blocks, then within one block. So the
@@ -83,7 +84,7 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return (block * BLOCK + place).clamp(max=width - 1)
 
 
-def crossing(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def crossing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Where the cumulative sum of float64 weights [B, N] passes `target` [B].
 
     Returns:

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recipes.embedded import model_folder
 from recipes.errors import ConfigError, ModelError
@@ -107,7 +108,7 @@ class VllmEngine:
             self.llm.collective_rpc(lambda worker: _cut_logits(worker.model_runner.model, vocab))
             self.vocab = vocab
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the trainer's tensors in place.
 
         `weights` is consumed lazily, so it may gather as it goes.
@@ -268,9 +269,7 @@ def _output_rows(module: torch.nn.Module, part: int | None) -> slice:
     return slice(None)
 
 
-def _matrix_fingerprint(
-    module, weight: torch.Tensor, rows: slice, name: str, salt: int
-) -> int | None:
+def _matrix_fingerprint(module, weight: Tensor, rows: slice, name: str, salt: int) -> int | None:
     """The fingerprint of sampled columns of the matrix that the module multiplies with.
 
     The columns are read, or recovered with one-hot inputs. One-hot inputs recover a packed matrix

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recipes.components import DECISION_HEADS
 from recipes.errors import ConfigError, DataError
@@ -33,14 +34,14 @@ from rollouts.trajectory import Sampling
 class State:
     """B rows, each with a proposal. Units are those of the source, words those of the target."""
 
-    logits: torch.Tensor  # [B, V] float32, of the proposal
-    read: torch.Tensor  # [B] units read, 1 or more
-    written: torch.Tensor  # [B] words written in full, before the word of the proposal
-    finished: torch.Tensor  # [B] bool: the input is over
+    logits: Tensor  # [B, V] float32, of the proposal
+    read: Tensor  # [B] units read, 1 or more
+    written: Tensor  # [B] words written in full, before the word of the proposal
+    finished: Tensor  # [B] bool: the input is over
     # [B] bool: the head decides here. With `whole_words` it does not decide inside words.
-    asked: torch.Tensor
+    asked: Tensor
     # [layers, B, heads, M] of the token that proposes, on the tokens of each unit
-    attention: torch.Tensor | None = None
+    attention: Tensor | None = None
 
 
 class DecisionHead:
@@ -72,11 +73,11 @@ class DecisionHead:
             raise ConfigError(f"proactive.setting={setting:g} must be {self.what} for this head")
         self.setting = setting
 
-    def writes(self, state: State) -> torch.Tensor:
+    def writes(self, state: State) -> Tensor:
         """[B] bool: write the proposal. By default, where its score is at most the setting."""
         return self.score(state) <= self.setting
 
-    def score(self, state: State) -> torch.Tensor:
+    def score(self, state: State) -> Tensor:
         """[B]: the lower, the readier to write."""
         raise TypeError(f"{type(self).__name__} has no score")
 
@@ -90,7 +91,7 @@ class Entropy(DecisionHead):
     calibrated = True
     low, what = 0.0, "0 or more (nats)"
 
-    def score(self, state: State) -> torch.Tensor:
+    def score(self, state: State) -> Tensor:
         logprobs = state.logits.log_softmax(-1)
         return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -105,7 +106,7 @@ class Attention(DecisionHead):
     needs_attention = calibrated = True
     low, high, what = 0.0, 1.0, "between 0 and 1"
 
-    def score(self, state: State) -> torch.Tensor:
+    def score(self, state: State) -> Tensor:
         return 1 - state.attention.amax(-1).mean((0, 2))
 
 
@@ -121,7 +122,7 @@ class NewestAttention(DecisionHead):
     low, high, what = 0.0, 1.0, "between 0 and 1"
     sweep = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 
-    def score(self, state: State) -> torch.Tensor:
+    def score(self, state: State) -> Tensor:
         attention = state.attention.mean((0, 2))
         return attention.gather(-1, state.read[:, None] - 1)[:, 0] / attention.sum(-1)
 
@@ -133,7 +134,7 @@ class WaitK(DecisionHead):
     low, what = 1, "1 or more (units)"
     sweep = tuple(map(float, range(1, 10)))
 
-    def writes(self, state: State) -> torch.Tensor:
+    def writes(self, state: State) -> Tensor:
         return state.read >= self.setting + state.written
 
 
@@ -144,7 +145,7 @@ class Ratio(DecisionHead):
     low, what = 1e-6, "above 0 (units per word)"
     sweep = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 
-    def writes(self, state: State) -> torch.Tensor:
+    def writes(self, state: State) -> Tensor:
         return state.read >= self.setting * (state.written + 1)
 
 
@@ -154,7 +155,7 @@ class Batch(DecisionHead):
     needs_setting = adaptive = False
     sweep = (0.0,)
 
-    def writes(self, state: State) -> torch.Tensor:
+    def writes(self, state: State) -> Tensor:
         return state.finished
 
 
@@ -176,7 +177,7 @@ class SimultaneousSampling(Sampling):
     max_lag: int | None = None
 
 
-def decide(sampling: SimultaneousSampling, state: State, waited: torch.Tensor) -> torch.Tensor:
+def decide(sampling: SimultaneousSampling, state: State, waited: Tensor) -> Tensor:
     """Whether each row writes its proposal: what the head says, within the bounds of the lag.
 
     Args:
@@ -235,7 +236,7 @@ class Recorder(DecisionHead):
         self.head, self.needs_attention = head, head.needs_attention
         self.scores: list[float] = []
 
-    def writes(self, state: State) -> torch.Tensor:
+    def writes(self, state: State) -> Tensor:
         self.scores += self.head.score(state)[state.finished & state.asked].tolist()
         return state.finished
 

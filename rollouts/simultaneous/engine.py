@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rollouts.engines.decoding import Decoding, RowState
@@ -35,20 +36,37 @@ BEYOND = 2**40  # more tokens than any source has
 class ReadingState(RowState):
     """What R live rows have read and written."""
 
-    units: torch.Tensor  # [R] M, the units of the source
-    ends: torch.Tensor  # [R, 1 + M] source tokens in view once so many units are read
-    start: torch.Tensor  # [R] index of the first written target token, after the opening
-    pending: torch.Tensor  # [R] the last target token, which is run once more after every read
-    read: torch.Tensor  # [R] units read
-    waited: torch.Tensor  # [R] units read since the last token was written
-    words: torch.Tensor  # [R] words begun
+    units: Tensor  # [R] M, the units of the source
+    ends: Tensor  # [R, 1 + M] source tokens in view once so many units are read
+    start: Tensor  # [R] index of the first written target token, after the opening
+    pending: Tensor  # [R] the last target token, which is run once more after every read
+    read: Tensor  # [R] units read
+    waited: Tensor  # [R] units read since the last token was written
+    words: Tensor  # [R] words begun
 
     @property
-    def visible(self) -> torch.Tensor:
+    def visible(self) -> Tensor:
         """[R] source tokens that each row sees."""
         return self.ends.gather(-1, self.read[:, None])[:, 0]
 
-    def advance(self, write: torch.Tensor, tokens: torch.Tensor, begins: torch.Tensor) -> None:
+    def proposal(self, logits: Tensor, begins: Tensor, whole_words: bool) -> State:
+        """What a decision head knows of each row and its proposal.
+
+        Args:
+            logits: [R, V] of the proposal.
+            begins: [R] bool, the proposal begins a word.
+            whole_words: the head decides only where a word begins.
+        """
+        return State(
+            logits=logits,
+            read=self.read,
+            # A word that goes on is not written in full.
+            written=self.words - (~begins).long(),
+            finished=self.read == self.units,
+            asked=begins if whole_words else torch.ones_like(begins),
+        )
+
+    def advance(self, write: Tensor, tokens: Tensor, begins: Tensor) -> None:
         """Count a step, in which each row writes its token or reads one unit more.
 
         Args:
@@ -90,15 +108,8 @@ class SimultaneousEngine(StreamingEngine):
             # Rows of the head past the tokenizer's tokens are padding.
             logits = logits[:, : len(starts_V)]
             tokens, logprobs = decoding.propose(logits)
-            begins = starts_V[tokens] | (decoding.length[decoding.live] == 0)
-            state = State(
-                logits=logits,
-                read=rows.read,
-                # A word that goes on is not written in full.
-                written=rows.words - (~begins).long(),
-                finished=rows.read == rows.units,
-                asked=begins if sampling.whole_words else torch.ones_like(begins),
-            )
+            begins = starts_V[tokens] | (decoding.written == 0)
+            state = rows.proposal(logits, begins, sampling.whole_words)
             if needs_attention:
                 state.attention = attention_by_unit(cache.attention, cache.keys, rows.ends)
             write = decide(sampling, state, rows.waited)
@@ -111,9 +122,9 @@ class SimultaneousEngine(StreamingEngine):
 
     def _run_pending(
         self, cache: Cache, decoding: Decoding, rows: ReadingState, attention: bool
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Run the pending token of each row; returns the logits [R, V] of the next ones."""
-        index = rows.start + decoding.length[decoding.live] - 1
+        index = rows.start + decoding.written - 1
         table = torch.stack([torch.zeros_like(index), index, rows.visible])
         return cache.append(
             rows.pending[:, None], table[..., None], self.offset, attention=attention
@@ -151,7 +162,7 @@ class SimultaneousEngine(StreamingEngine):
         cache.append(ids, table, self.offset, embeddings=embeddings)
         return cache
 
-    def _prompt(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prompt(self, request: Request) -> tuple[Tensor, Tensor]:
         """Ids [n] and table [3, n] of [source | opening but its last token]."""
         opening = joined(request.opening)[:-1]
         # The opening is written before any unit is read.
@@ -165,15 +176,18 @@ class SimultaneousEngine(StreamingEngine):
     ) -> Trajectory:
         """Assemble one completion from the tables [T] of what was written."""
         opening = joined(request.opening)
+        zeros = np.zeros(len(opening))
+        # No unit is read when the opening is written, and its tokens have no log-probs.
+        reads = np.append(zeros.astype(np.int64), written["reads"])
+        logprobs = np.append(zeros.astype(np.float32), written["logprobs"])
         ends = np.cumsum([len(segment) for segment in request.segments])
-        reads = np.append(np.zeros(len(opening), dtype=np.int64), written["reads"])
         return Trajectory(
             request.prompt_index,
             request.sample_index,
             list(request.prompt_ids),
             [*opening, *written["tokens"].tolist()],
             finish_reason,
-            np.append(np.zeros(len(opening), np.float32), written["logprobs"]),
+            logprobs,
             layout=from_visible(ends[-1], ends[reads], self.offset),
             reads=reads,
             sampled=np.arange(len(reads)) >= len(opening),
@@ -181,9 +195,7 @@ class SimultaneousEngine(StreamingEngine):
         )
 
 
-def attention_by_unit(
-    attention: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
+def attention_by_unit(attention: Tensor, keys: Tensor, ends: Tensor) -> Tensor:
     """The attention that falls on the tokens of each source unit.
 
     Args:
@@ -197,8 +209,7 @@ def attention_by_unit(
     # The frame is unit 0. Target tokens are counted with it, and it is cut off.
     unit = torch.searchsorted(ends, keys[1], right=True)
     unit = torch.where(keys[0] == SOURCE, unit, 0)
-    weights = torch.zeros(
-        *attention.shape[:-1], ends.shape[1], device=attention.device, dtype=attention.dtype
-    )
-    weights.scatter_add_(-1, unit[None, :, None].expand_as(attention), attention)
+    unit = unit[None, :, None].expand_as(attention)
+    weights = attention.new_zeros(*attention.shape[:-1], ends.shape[1])
+    weights.scatter_add_(-1, unit, attention)
     return weights[..., 1:]

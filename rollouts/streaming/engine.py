@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rollouts.engines.decoding import Decoding, RowState
@@ -53,12 +54,12 @@ class Cache:
 
     def append(
         self,
-        ids: torch.Tensor,
-        table: torch.Tensor,
-        offset: int | torch.Tensor = 0,
+        ids: Tensor,
+        table: Tensor,
+        offset: int | Tensor = 0,
         attention: bool = False,
-        embeddings: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
         """Run n tokens per row and keep their keys.
 
         Args:
@@ -73,8 +74,11 @@ class Cache:
             the logits [B, V] after the last of them, float32.
         """
         self.keys = torch.cat([self.keys, table[:2]], -1)
-        mask = sees(table[..., :, None], self.keys[..., None, :])[:, None]
-        positions = table[1] + (table[0] >= 0) * offset
+        # [B, n, keys], and one mask for all heads.
+        mask = sees(table[..., :, None], self.keys[..., None, :])
+        mask = mask[:, None]
+        group, index, _ = table
+        positions = index + (group >= 0) * offset
         inputs = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
         output = self.model(
             **inputs,
@@ -86,10 +90,11 @@ class Cache:
             output_attentions=attention,
         )
         if attention:
-            self.attention = torch.stack([layer[:, :, -1] for layer in output.attentions]).float()
+            last = [layer[:, :, -1] for layer in output.attentions]
+            self.attention = torch.stack(last).float()
         return output.logits[:, -1].float()
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; one may be named several times."""
         self.cached.batch_select_indices(rows)
         self.keys = self.keys[:, rows]
@@ -99,23 +104,23 @@ class Cache:
 class SlotState(RowState):
     """Where R live rows are. Slots 0 .. N - 1 are the thoughts, slot N is the deep segment."""
 
-    thoughts: torch.Tensor  # [R] N, the thoughts of the row
-    start: torch.Tensor  # [R] index of the first written target token, after the opening
-    limits: torch.Tensor  # [R, N + 1] source tokens that each slot sees
-    slot: torch.Tensor  # [R] the slot that the row is in
-    used: torch.Tensor  # [R] tokens in that slot
+    thoughts: Tensor  # [R] N, the thoughts of the row
+    start: Tensor  # [R] index of the first written target token, after the opening
+    limits: Tensor  # [R, N + 1] source tokens that each slot sees
+    slot: Tensor  # [R] the slot that the row is in
+    used: Tensor  # [R] tokens in that slot
 
     @property
-    def thinking(self) -> torch.Tensor:
+    def thinking(self) -> Tensor:
         """[R] bool: the row is in a thought."""
         return self.slot < self.thoughts
 
     @property
-    def visible(self) -> torch.Tensor:
+    def visible(self) -> Tensor:
         """[R] source tokens that the slot of each row sees."""
         return self.limits.gather(-1, self.slot[:, None])[:, 0]
 
-    def advance(self, closed: torch.Tensor) -> None:
+    def advance(self, closed: Tensor) -> None:
         """Count the token that each row has written; `closed` [R] bool: it ended its thought."""
         self.slot = self.slot + closed
         self.used = (self.used + 1).masked_fill(closed, 0)
@@ -126,7 +131,8 @@ class StreamingEngine(HuggingFaceEngine):
 
     def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **rest):
         super().__init__(path, config, device, dtype, **rest)
-        self.layout, self.offset = config.streaming.layout, config.streaming.target_offset
+        self.layout = config.streaming.layout
+        self.offset = config.streaming.target_offset
         check_layouts(self.model, lambda ids, layout: masked_states(self.model, ids, layout))
 
     def live(self, sampling: StreamingSampling, seed: int = 0) -> Live:
@@ -165,14 +171,14 @@ class StreamingEngine(HuggingFaceEngine):
                 logits = self._feed(cache, decoding, rows)
         return [self._trajectory(*completion) for completion in decoding.completions()]
 
-    def _feed(self, cache: Cache, decoding: Decoding, rows: SlotState) -> torch.Tensor:
+    def _feed(self, cache: Cache, decoding: Decoding, rows: SlotState) -> Tensor:
         """Run the newest token of each live row; returns the logits [R, V] of the next ones."""
         ids = decoding.newest
-        index = rows.start + decoding.length[decoding.live] - 1
+        index = rows.start + decoding.written - 1
         table = torch.stack([torch.zeros_like(ids), index, rows.visible])
         return cache.append(ids[:, None], table[..., None], self.offset)
 
-    def _read(self, requests: Sequence[Request]) -> tuple[Cache, torch.Tensor, SlotState]:
+    def _read(self, requests: Sequence[Request]) -> tuple[Cache, Tensor, SlotState]:
         """Encode source and opening, once for requests that share them.
 
         Returns:
@@ -181,8 +187,9 @@ class StreamingEngine(HuggingFaceEngine):
         keys = [(request.segments, request.opening) for request in requests]
         prompts = dict(zip(keys, requests))
         ids, table = padded([self._prompt(request) for request in prompts.values()], "left")
+        ids, table = ids.to(self.device), table.to(self.device)
         cache = Cache(self.model, len(prompts))
-        logits = cache.append(ids.to(self.device), table.to(self.device), self.offset)
+        logits = cache.append(ids, table, self.offset)
         # From a row per prompt to a row per request.
         row_of = {key: row for row, key in enumerate(prompts)}
         place = torch.tensor([row_of[key] for key in keys], device=self.device)
@@ -209,15 +216,16 @@ class StreamingEngine(HuggingFaceEngine):
         targets = len(request.opening) + request.thoughts + 1
         return read_counts(self.layout, lengths, targets)
 
-    def _prompt(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prompt(self, request: Request) -> tuple[Tensor, Tensor]:
         """Ids [n] and table [3, n] of [source | opening]."""
         source = joined(request.segments)
         lengths = [len(segment) for segment in request.opening]
         # The row that predicts the first thought sees what that thought does. Hence one target
         # token more, which is cut off again.
         lengths.append(1)
-        visible = np.repeat(self._counts(request)[: len(lengths)], lengths)
-        table = from_visible(len(source), visible).table()[:, :-1]
+        counts = self._counts(request)[: len(lengths)]
+        layout = from_visible(len(source), np.repeat(counts, lengths))
+        table = layout.table()[:, :-1]
         ids = [*source, *joined(request.opening)]
         return torch.tensor(ids), torch.from_numpy(table)
 
@@ -225,13 +233,14 @@ class StreamingEngine(HuggingFaceEngine):
         self, request: Request, written: dict[str, np.ndarray], finish_reason: str
     ) -> Trajectory:
         """Assemble one completion from the tables [T] of what was written."""
-        slots = written["slots"]
-        ends = np.cumsum(np.bincount(slots, minlength=request.thoughts + 1))
+        lengths = np.bincount(written["slots"], minlength=request.thoughts + 1)
+        ends = np.cumsum(lengths)
+        targets = np.split(written["tokens"], ends[:-1])
         fields = arrange(
             self.layout,
             request.segments,
             request.opening,
-            [part.tolist() for part in np.split(written["tokens"], ends[:-1])],
+            [target.tolist() for target in targets],
             written["forced"][ends - 1].tolist(),
             self.offset,
         )
@@ -251,9 +260,7 @@ def joined(parts: Sequence[Sequence[int]]) -> list[int]:
     return [token for part in parts for token in part]
 
 
-def padded(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], side: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[tuple[Tensor, Tensor]], side: str) -> tuple[Tensor, Tensor]:
     """A batch of rows of unequal length, with padding on their "left" or "right" side.
 
     Args:
@@ -264,7 +271,7 @@ def padded(
         ids [B, n] and table [3, B, n], which knows the padding by its group.
     """
 
-    def pad(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+    def pad(parts: list[Tensor], value: int = 0) -> Tensor:
         return pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
 
     ids = pad([ids for ids, _ in rows])
@@ -282,7 +289,8 @@ class Live:
     """
 
     def __init__(self, model, sampling: StreamingSampling, seed: int = 0, offset: int = 0):
-        self.cache, self.sampling, self.offset = Cache(model, 1), sampling, offset
+        self.cache = Cache(model, 1)
+        self.sampling, self.offset = sampling, offset
         self.generator = torch.Generator().manual_seed(seed)
         # Tokens of the source, and of the target, whose keys are cached.
         self.read = self.written = 0
@@ -332,7 +340,7 @@ class Live:
         return int(token), float(logprob)
 
     @torch.no_grad()
-    def _run(self, ids: Sequence[int], group: int, start: int, limit: int) -> torch.Tensor:
+    def _run(self, ids: Sequence[int], group: int, start: int, limit: int) -> Tensor:
         """Run tokens of one group from index `start`; returns the logits [1, V] after the last."""
         device = self.cache.model.device
         row = torch.tensor([list(ids)], dtype=torch.long, device=device)
@@ -343,7 +351,7 @@ class Live:
         return self.cache.append(row, table, self.offset)
 
 
-def masked_states(model, ids: Sequence[int], layout: Layout) -> torch.Tensor:
+def masked_states(model, ids: Sequence[int], layout: Layout) -> Tensor:
     """Hidden states [L, H] of one full forward under a layout's mask, without a cache."""
     positions = torch.from_numpy(layout.positions()).to(model.device)
     mask = torch.from_numpy(layout.mask()).to(model.device)

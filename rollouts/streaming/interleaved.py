@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from rollouts.engines.base import Engine
 from rollouts.layout import arrange
@@ -60,7 +60,7 @@ class InterleavedEngine:
         )
         return [target.finish(trajectory) for target, trajectory in zip(targets, answers)]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.engine.load_weights(weights)
 
     def fingerprints(self, names: Sequence[str], salt: int) -> dict[str, int | None]:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import SyncError
+from rollouts.engines.decoding import Decoding, uniforms
 from rollouts.engines.huggingface import HuggingFaceEngine
 from rollouts.engines.sampling import invert_cdf, sample
 from rollouts.engines.vllm import VllmEngine
@@ -158,6 +159,60 @@ def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(tiny_models, model):
     with pytest.raises(SyncError, match=r"lm_head\.weight"):
         sync_weights(partial, lambda: weights_of(model), salt=1)
     engine.close()
+
+
+def test_rows_leave_as_they_finish_and_keep_what_they_wrote():
+    """Greedy tokens by the script: a row stops, one fills its limit, one skips a step."""
+    script = [[5, 1], [5, 6, 7, 8], [3, 1]]
+    batch = [Request(0, index, (2,), index) for index in range(3)]
+    sampling = Sampling(4, temperature=0.0, stop_ids=(1,))
+    decoding = Decoding(batch, sampling, [4, 4, 4], torch.device("cpu"), step=torch.long)
+    left, step = Columns(), 0
+    while len(decoding.live):
+        rows, places = decoding.live.tolist(), decoding.written.tolist()
+        wanted = [script[row][place] for row, place in zip(rows, places)]
+        logits = torch.nn.functional.one_hot(torch.tensor(wanted), 10).float()
+        tokens, logprobs = decoding.propose(logits)
+        # The last request reads instead of writing in the first step.
+        writes = (decoding.live != 2) | (step > 0)
+        steps = torch.full_like(tokens, step)
+        decoding.write(writes, tokens=tokens, logprobs=logprobs, step=steps)
+        decoding.leave(writes & decoding.on_stop(tokens), decoding.full, left)
+        step += 1
+    completions = list(decoding.completions())
+    assert [written["tokens"].tolist() for _, written, _ in completions] == script
+    assert [written["step"].tolist() for _, written, _ in completions] == [
+        [0, 1],
+        [0, 1, 2, 3],
+        [1, 2],
+    ]
+    assert [reason for _, _, reason in completions] == ["stop", "length", "stop"]
+    # The first row leaves after the second step, the last one after the third.
+    assert left.selected == [[1, 2], [0]]
+
+
+class Columns:
+    def __init__(self):
+        self.selected = []
+
+    def select(self, rows):
+        self.selected.append(rows.tolist())
+
+
+def test_a_limit_of_zero_is_an_empty_completion():
+    decoding = Decoding([Request(0, 0, (2,), 0)], Sampling(0), [0], torch.device("cpu"))
+    assert len(decoding.live) == 0
+    ((_, written, reason),) = decoding.completions()
+    assert written["tokens"].tolist() == [] and reason == "length"
+
+
+def test_uniforms_are_those_of_the_request_alone():
+    batch = [Request(0, index, (2,), index) for index in range(3)]
+    together = uniforms(batch, [5, 3, 8])
+    for row, limit in enumerate((5, 3, 8)):
+        alone = uniforms([batch[row]], [limit])
+        assert torch.equal(together[row, :limit], alone[0])
+        assert (together[row, limit:] == 0).all()
 
 
 def test_fingerprints_see_every_bit_and_place():
