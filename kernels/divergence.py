@@ -1,20 +1,14 @@
 """Full-vocabulary divergences between a student's and a teacher's next-token distributions."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
-from kernels.checks import (
-    Shapes,
-    check_choice,
-    check_denominator,
-    check_number,
-    check_vocab,
-)
+from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_vocab
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
 from kernels.rows import (
@@ -26,16 +20,20 @@ from kernels.rows import (
     row_blocks,
     unit_stride,
 )
-from kernels.stream import active_rows, spread
+from kernels.tiled_head import active_rows, spread_constants
+
+if TYPE_CHECKING:
+    from kernels.triton_divergence import Rule, Side
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "power")
 
 
 class DivergenceOutput(NamedTuple):
-    """loss: differentiable scalar; the rest is detached: [T] tensors in nats, 0 at masked rows.
+    """loss: differentiable scalar; the rest is detached: [T] tensors in nats, 0 at masked tokens.
 
-    divergence: unweighted; logprobs: the student's, of token_ids (None without them); entropy: the
-    student's."""
+    divergence: unweighted. logprobs: the student's, of token_ids (None without them). entropy: the
+    student's.
+    """
 
     loss: Tensor
     divergence: Tensor
@@ -43,31 +41,36 @@ class DivergenceOutput(NamedTuple):
     entropy: Tensor | None
 
 
-def bregman_terms(lq: Tensor, lp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and derivatives by lq
-    and lp.
+def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and its derivatives by
+    log_q and log_p.
 
-    lq, lp: log-masses. alpha = 0 is the limit sum q log(q/p) - q + p, the KL divergence. Every term
-        is >= 0,
-    also in rounding: with r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1), which loses its
-    digits where p is near q, so there the common factor q max(p,q)^a is taken out and both
-    differences are made by expm1."""
-    q, p = lq.exp(), lp.exp()
-    d = lp - lq
-    gone = q == 0  # d is then inf or NaN, or may as well be
+    The inputs are log-masses of one shape. alpha = 0 is the limit sum q log(q/p) - q + p, the KL
+    divergence.
+
+    Every term is >= 0, also in rounding. With r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1),
+    which loses its digits where p is near q. There the common factor q max(p,q)^a is taken out, and
+    both differences are made by expm1.
+    """
+    q, p = log_q.exp(), log_p.exp()
+    gap = log_p - log_q
+    # Where q is 0 the gap is inf or NaN, or may as well be.
+    gone = q == 0
     if alpha == 0:
-        power, r = 1.0, d.masked_fill(gone, 0)
-        near = q * (torch.expm1(d) - d)
+        p_power, r = 1.0, gap.masked_fill(gone, 0)
+        near = q * (torch.expm1(gap) - gap)
     else:
-        power = torch.exp(alpha * lp)
-        top = torch.maximum(lp, lq)
-        anchor, gap = torch.exp(alpha * top), box_cox_gap(d.abs(), alpha) * d.sign()
-        r = (anchor * gap).masked_fill_(gone, 0)
-        near = q * anchor * (torch.exp(alpha * (lp - top)) * torch.expm1(d) - gap)
+        p_power = torch.exp(alpha * log_p)
+        top = torch.maximum(log_p, log_q)
+        anchor = torch.exp(alpha * top)
+        box_cox = box_cox_gap(gap.abs(), alpha) * gap.sign()
+        r = (anchor * box_cox).masked_fill_(gone, 0)
+        near = q * anchor * (torch.exp(alpha * (log_p - top)) * torch.expm1(gap) - box_cox)
     by_q = -q * r
-    by_p = power * (p - q)
+    by_p = p_power * (p - q)
     far = by_p + by_q
-    return torch.where(d.abs() < 1, near, far).clamp_min_(0).div_(alpha + 1), by_q, by_p
+    terms = torch.where(gap.abs() < 1, near, far).clamp_min_(0).div_(alpha + 1)
+    return terms, by_q, by_p
 
 
 @dataclass(frozen=True)
@@ -86,142 +89,167 @@ class Divergence:
             check_power(self.alpha, self.normalization)
         check_number("beta", self.beta, high=1.0, strict=False)
 
-    def for_triton(self):
-        """The same as a `triton_divergence.Rule`."""
+    def for_triton(self) -> "Rule":
+        """The same for the Triton kernels."""
         from kernels import triton_divergence
 
         return triton_divergence.make_rule(self.name, self.alpha, self.normalization, self.beta)
 
-    def terms(self, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(terms >= 0, their derivatives by ls, by lt); the log-masses need not be normalised."""
+    def terms(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(terms >= 0, their derivatives by log_s, by log_t) of the student's and the teacher's
+        log-masses, which need not be normalised."""
         if self.name == "reverse_kl" or (self.name == "jsd" and self.beta == 1):
-            return bregman_terms(ls, lt, 0)
+            return bregman_terms(log_s, log_t, 0)
         if self.name == "forward_kl" or (self.name == "jsd" and self.beta == 0):
-            value, by_t, by_s = bregman_terms(lt, ls, 0)
-            return value, by_s, by_t
+            terms, by_t, by_s = bregman_terms(log_t, log_s, 0)
+            return terms, by_s, by_t
         if self.name == "power":
-            value, by_s, by_t = bregman_terms(ls, lt, self.alpha)
+            terms, by_s, by_t = bregman_terms(log_s, log_t, self.alpha)
             if self.normalization == "none":
-                value, by_s, by_t = value * self.alpha, by_s * self.alpha, by_t * self.alpha
-            return value, by_s, by_t
-        d = (lt - ls).nan_to_num_(0)  # NaN: both -inf
-        share = (d > 0).to(d.dtype).mul_(1 - 2 * self.beta).add_(self.beta)  # of the smaller mass
-        mixed = torch.maximum(ls, lt) + torch.log1p(share * torch.expm1(-d.abs()))
-        of_s, by_s, _ = bregman_terms(ls, mixed, 0)
-        of_t, by_t, _ = bregman_terms(lt, mixed, 0)
-        # the mixture's own derivative cancels between the two halves
-        return self.beta * of_t + (1 - self.beta) * of_s, (1 - self.beta) * by_s, self.beta * by_t
+                return terms * self.alpha, by_s * self.alpha, by_t * self.alpha
+            return terms, by_s, by_t
+        return self._jsd_terms(log_s, log_t)
+
+    def _jsd_terms(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """beta KL(t || m) + (1 - beta) KL(s || m) with the mixture m = beta t + (1 - beta) s."""
+        beta = self.beta
+        # NaN where both are -inf.
+        gap = (log_t - log_s).nan_to_num_(0)
+        share_of_smaller = (gap > 0).to(gap.dtype).mul_(1 - 2 * beta).add_(beta)
+        larger = torch.maximum(log_s, log_t)
+        log_m = larger + torch.log1p(share_of_smaller * torch.expm1(-gap.abs()))
+        of_s, by_s, _ = bregman_terms(log_s, log_m, 0)
+        of_t, by_t, _ = bregman_terms(log_t, log_m, 0)
+        # The mixture's own derivative cancels between the two halves.
+        return beta * of_t + (1 - beta) * of_s, (1 - beta) * by_s, beta * by_t
 
 
-class _Divergence(torch.autograd.Function):
-    """From two logits tensors; the backward makes the terms again instead of keeping [T, V] of
-    them."""
+@dataclass(frozen=True)
+class _LogitPair:
+    """Two models' logits [T, V] and [T, V'] at the active tokens, with their softmax statistics."""
 
-    @staticmethod
-    def forward(
-        ctx, student, teacher, rows, ids, factors, divergence, temperature, vocab, entropy, inplace
-    ):
-        n, T = len(rows), len(student)
-        columns = None if ids is None else ids.index_select(0, rows)[:, None]
-        stats = (
-            RowStats(n, factors.dtype, student.device, columns, entropy),
-            RowStats(n, factors.dtype, student.device),
+    logits: tuple[Tensor, Tensor]
+    active: Tensor
+    vocab: int
+    temperature: float
+    finals: tuple[Softmax, Softmax]
+
+    def block_terms(self, at: slice, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        """(student log-probs, terms, derivative of the terms by them) of some rows, [n, vocab]."""
+        rows = self.active[at]
+        log_s, log_t = (
+            final.log_probs(
+                load_logits(logits, rows, self.vocab, self.temperature, final.total.dtype), at
+            )
+            for logits, final in zip(self.logits, self.finals)
         )
-        for one, logits in zip(stats, (student, teacher)):
-            one.fold_logits(logits, rows, vocab, temperature)
-        final = stats[0].final()
-        ctx.args = divergence, temperature, vocab, (final, stats[1].final())
-        ctx.inplace = inplace
-        values, slopes = torch.zeros_like(factors), torch.zeros_like(factors)
-        if use_triton(student):
+        terms, by_student, _ = divergence.terms(log_s, log_t)
+        return log_s, terms, by_student
+
+    def sides(self) -> "list[Side]":
+        """The same for the Triton kernels."""
+        from kernels import triton_divergence
+
+        return [
+            triton_divergence.Side(unit_stride(logits), final.shift, final.log_total)
+            for logits, final in zip(self.logits, self.finals)
+        ]
+
+    def sums(self, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """Of the terms and of their derivatives by the student's log-probs, [n]."""
+        total = self.finals[0].total
+        values, slopes = torch.zeros_like(total), torch.zeros_like(total)
+        if use_triton(self.logits[0]):
             from kernels import triton_divergence
 
             triton_divergence.add_sums(
-                *_sides(student, teacher, *ctx.args),
+                *self.sides(),
                 divergence.for_triton(),
                 values,
                 slopes,
                 None,
-                columns=vocab,
-                rows=rows,
-                temper=1 / temperature,
+                columns=self.vocab,
+                rows=self.active,
+                temper=1 / self.temperature,
             )
-        else:
-            for at, some in row_blocks(rows, vocab):
-                _, terms, by_student = _block_terms(student, teacher, at, some, *ctx.args)
-                values[at], slopes[at] = terms.sum(1), by_student.sum(1)
-        ctx.save_for_backward(student, teacher, rows, factors, slopes)
-        outputs = [
-            spread(x, rows, T)
-            for x in (values, None if ids is None else final.logprobs[:, 0], final.entropy)
-        ]
-        ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
+            return values, slopes
+        for at in row_blocks(len(self.active), self.vocab):
+            _, terms, by_student = self.block_terms(at, divergence)
+            values[at], slopes[at] = terms.sum(1), by_student.sum(1)
+        return values, slopes
+
+    def write_grad(
+        self, divergence: Divergence, slopes: Tensor, factors: Tensor, grad: Tensor
+    ) -> Tensor:
+        """Write factors [n] times the gradient by the tempered student logits into grad [T, V]."""
+        if use_triton(self.logits[0]):
+            from kernels import triton_divergence
+
+            out = unit_stride(grad)
+            triton_divergence.grad(
+                *self.sides(),
+                divergence.for_triton(),
+                slopes,
+                factors,
+                out,
+                columns=self.vocab,
+                rows=self.active,
+                temper=1 / self.temperature,
+            )
+            return grad if out.data_ptr() == grad.data_ptr() else grad.copy_(out)
+        for at in row_blocks(len(self.active), self.vocab):
+            log_s, _, by_student = self.block_terms(at, divergence)
+            # Through the softmax: dz = g - p sum(g).
+            dz = by_student.sub_(log_s.exp_().mul_(slopes[at, None])).mul_(factors[at, None])
+            grad[:, : self.vocab].index_copy_(0, self.active[at], dz.to(grad.dtype))
+        return grad
+
+
+class _Divergence(torch.autograd.Function):
+    """From two logits tensors.
+
+    The backward makes the terms again instead of keeping [T, V] of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        student,
+        teacher,
+        active,
+        ids,
+        factors,
+        divergence: Divergence,
+        temperature,
+        vocab,
+        entropy,
+        inplace,
+    ):
+        n, dtype, device = len(active), factors.dtype, student.device
+        columns = None if ids is None else ids.index_select(0, active)[:, None]
+        student_stats = RowStats(n, dtype, device, columns, entropy)
+        teacher_stats = RowStats(n, dtype, device)
+        student_stats.fold_logits(student, active, vocab, temperature)
+        teacher_stats.fold_logits(teacher, active, vocab, temperature)
+        finals = student_stats.final(), teacher_stats.final()
+        pair = _LogitPair((student, teacher), active, vocab, temperature, finals)
+        values, slopes = pair.sums(divergence)
+        ctx.save_for_backward(student, teacher, active, factors, slopes)
+        ctx.args = divergence, vocab, temperature, finals, inplace
+        logprobs = None if ids is None else finals[0].logprobs[:, 0]
+        outputs = [values, logprobs, finals[0].entropy]
+        outputs = spread_constants(ctx, outputs, active, len(student))
         return weighted_sum(values, factors), *outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        student, teacher, rows, factors, slopes = ctx.saved_tensors
-        vocab, temperature = ctx.args[2], ctx.args[1]
-        grad = gradient_buffer(student, rows, vocab, ctx.inplace)
+        student, teacher, active, factors, slopes = ctx.saved_tensors
+        divergence, vocab, temperature, finals, inplace = ctx.args
+        pair = _LogitPair((student, teacher), active, vocab, temperature, finals)
+        grad = gradient_buffer(student, active, vocab, inplace)
         factors = factors * (upstream / temperature)
-        if use_triton(student):
-            from kernels import triton_divergence
-
-            out = unit_stride(grad)
-            triton_divergence.grad(
-                *_sides(student, teacher, *ctx.args),
-                ctx.args[0].for_triton(),
-                slopes,
-                factors,
-                out,
-                columns=vocab,
-                rows=rows,
-                temper=1 / temperature,
-            )
-            return grad.copy_(out) if out.data_ptr() != grad.data_ptr() else grad, *[None] * 9
-        for at, some in row_blocks(rows, vocab):
-            ls, _, by_student = _block_terms(student, teacher, at, some, *ctx.args)
-            dz = by_student.sub_(ls.exp_().mul_(slopes[at, None])).mul_(factors[at, None])
-            grad[:, :vocab].index_copy_(0, some, dz.to(grad.dtype))
-        return grad, *[None] * 9
-
-
-def _sides(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: Divergence,
-    temperature: float,
-    vocab: int,
-    finals: tuple[Softmax, Softmax],
-) -> tuple:
-    """Both models' logits and row statistics for the Triton kernels."""
-    from kernels import triton_divergence
-
-    return tuple(
-        triton_divergence.Side(unit_stride(logits), final.shift, final.log_l)
-        for logits, final in zip((student, teacher), finals)
-    )
-
-
-def _block_terms(
-    student: Tensor,
-    teacher: Tensor,
-    at: slice,
-    some: Tensor,
-    divergence: Divergence,
-    temperature: float,
-    vocab: int,
-    finals: tuple[Softmax, Softmax],
-) -> tuple[Tensor, ...]:
-    """(student log-probs, terms, derivative of the terms by them) of some rows of two logits
-    tensors."""
-    ls, lt = (
-        final.log_probs(load_logits(logits, some, vocab, temperature, final.l.dtype), at)
-        for logits, final in zip((student, teacher), finals)
-    )
-    terms, by_student, _ = divergence.terms(ls, lt)
-    return ls, terms, by_student
+        return pair.write_grad(divergence, slopes, factors, grad), *[None] * 9
 
 
 def distillation_divergence(
@@ -243,27 +271,39 @@ def distillation_divergence(
 ) -> DivergenceOutput:
     """Exact full-vocabulary divergence of the student from the teacher, from logits.
 
-    loss = sum_t weights_t D_t / denominator over unmasked tokens. With q the student's
-    and p the teacher's distribution at softmax(logits / temperature), D is
-      reverse_kl  KL(q || p) forward_kl  KL(p || q) jsd         beta KL(p || m) + (1 - beta) KL(q ||
-      m) with m = beta p + (1 - beta) q; beta 0 is the
-                  forward and beta 1 the reverse KL, as in TRL's GKD (arXiv 2306.13649)
-      power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox"
-      (alpha 0:
-                  reverse KL), alpha B with "none": the exact full-vocabulary PowerOPD loss (arXiv
-                  2606.17199), since grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)]
+    loss = sum_t weights_t D_t / denominator over unmasked tokens. With q the student's and p the
+    teacher's distribution at softmax(logits / temperature), D is
+      reverse_kl  KL(q || p)
+      forward_kl  KL(p || q)
+      jsd         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. As in TRL's
+                  GKD (arXiv 2306.13649), beta 0 is the forward and beta 1 the reverse KL.
+      power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox",
+                  alpha B with "none". alpha 0 is the reverse KL. It is the exact full-vocabulary
+                  PowerOPD loss (arXiv 2606.17199): grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)].
     All are summed from terms that are >= 0 one by one. Where the student gives mass to a token that
     the teacher excludes (-inf), the reverse KL is inf, as it should be.
 
-    student_logits [T, V] floating, differentiable; teacher_logits [T, V'] floating, constant;
-    valid_vocab_size: the columns that take part, needed where V != V'; mask [T] bool or uint8
-    (masked: loss and gradient exactly 0, may hold NaN); weights [T] floating; token_ids [T] int64:
-    whose student log-probs to return; denominator: a number or 0-dim tensor, above 0;
-    inplace_backward: as in `selective_logprobs`. Returns DivergenceOutput(loss, divergence [T],
-    logprobs [T] or None, entropy [T] or None), float32 (float64 for float64 inputs), nats.
+    Args:
+        student_logits: [T, V] floating, differentiable.
+        teacher_logits: [T, V'] floating, constant.
+        denominator: a number or 0-dim tensor, above 0.
+        divergence, alpha, normalization, beta: as above.
+        temperature: above 0.
+        mask: [T] bool or uint8. Masked tokens: loss and gradient exactly 0, may hold NaN.
+        weights: [T] floating, constant.
+        token_ids: [T] int64, the tokens whose student log-probs are returned.
+        valid_vocab_size: the columns that take part, needed where V != V'.
+        return_entropy: whether to return the student's entropies.
+        inplace_backward: as in `selective_logprobs`.
 
-    Raises TypeError, ValueError (shapes, dtypes, choices, bounds), IndexError (an id outside the
-    valid vocabulary)."""
+    Returns:
+        The loss, divergence [T], logprobs [T] or None, entropy [T] or None: nats, float32 (float64
+        for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, choices, bounds.
+        IndexError: an id outside the valid vocabulary.
+    """
     shapes = Shapes()
     shapes.check("student_logits", student_logits, "TV")
     shapes.check("teacher_logits", teacher_logits, "Tv")
@@ -271,22 +311,21 @@ def distillation_divergence(
     check_number("temperature", temperature)
     vocab = check_vocab(valid_vocab_size, student_logits.shape[1], teacher_logits.shape[1])
     rule = Divergence(divergence, alpha, normalization, beta)
-    rows = check_loss(shapes, len(student_logits), mask, weights, token_ids, vocab, denominator)
-    factors = loss_factors(rows, weights, denominator, acc_dtype(student_logits, teacher_logits))
-    return DivergenceOutput(
-        *_Divergence.apply(
-            student_logits,
-            teacher_logits.detach(),
-            rows,
-            token_ids,
-            factors,
-            rule,
-            temperature,
-            vocab,
-            return_entropy,
-            inplace_backward,
-        )
+    active = check_loss(shapes, len(student_logits), mask, weights, token_ids, vocab, denominator)
+    dtype = acc_dtype(student_logits, teacher_logits)
+    outputs = _Divergence.apply(
+        student_logits,
+        teacher_logits.detach(),
+        active,
+        token_ids,
+        loss_factors(active, weights, denominator, dtype),
+        rule,
+        temperature,
+        vocab,
+        return_entropy,
+        inplace_backward,
     )
+    return DivergenceOutput(*outputs)
 
 
 def check_loss(
@@ -298,10 +337,10 @@ def check_loss(
     vocab: int,
     denominator: float | Tensor,
 ) -> Tensor:
-    """Check what every divergence takes; returns the active rows."""
+    """Check what every divergence takes; returns the positions of the active tokens."""
     shapes.check("weights", weights, "T", optional=True)
     check_denominator(denominator)
-    rows = active_rows(mask, T, shapes.device)
+    active = active_rows(mask, T, shapes.device)
     if token_ids is not None:
-        shapes.ids("token_ids", token_ids, "T", rows, vocab)
-    return rows
+        shapes.ids("token_ids", token_ids, "T", active, vocab)
+    return active

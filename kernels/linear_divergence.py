@@ -1,6 +1,6 @@
 """Full-vocabulary divergences from hidden states and LM heads, in one shot."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,71 +9,76 @@ from torch.autograd.function import once_differentiable
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_scale, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss
-from kernels.logprobs import check_head
 from kernels.policy_loss import loss_factors, weighted_sum
-from kernels.rows import RowStats, acc_dtype
-from kernels.stream import (
+from kernels.rows import RowStats, acc_dtype, slices
+from kernels.tiled_head import (
+    ByLogits,
     HeadGrads,
-    LinearHead,
-    make_head,
+    HeadInputs,
+    TiledHead,
     needs_grad,
     scaled_grad,
-    spread,
+    spread_constants,
     stream_logits,
 )
+
+if TYPE_CHECKING:
+    from kernels.triton_divergence import Side
 
 
 class _View:
     """One model's logits of a chunk of rows, and then the gradient of a function of their
-    log-probs."""
+    log-probs.
+
+    hidden is [T, H]; a chunk has room for `room` rows. `differentiated`: whether any of the view's
+    inputs needs a gradient.
+    """
 
     def __init__(
-        self, head: LinearHead, hidden: Tensor, grads: HeadGrads, wanted: bool, room: int
+        self, head: TiledHead, hidden: Tensor, grads: HeadGrads, differentiated: bool, room: int
     ) -> None:
-        self.head, self.hidden, self.grads, self.wanted = head, hidden, grads, wanted
+        self.head, self.hidden, self.grads = head, hidden, grads
+        self.differentiated = differentiated
         self.workspace = head.workspace(room)
 
     def load(self, rows: Tensor, ids: Tensor | None = None, entropy: bool = False) -> None:
+        """Make the logits of the token positions `rows` [n]; ids [n] are their target tokens."""
         columns = None if ids is None else ids[:, None]
         stats = RowStats(len(rows), self.head.dtype, rows.device, columns, entropy)
         stream_logits(self.head, self.hidden, rows, stats, self.workspace)
         self.rows, self.final = rows, stats.final()
         self.by_logprobs: list[Tensor] = []
-        self.sums = torch.zeros_like(self.final.l)
+        self.sums = torch.zeros_like(self.final.total)
 
     def logits(self, i: int) -> Tensor:
         """Of tile i, [n, N]."""
         return self.workspace[i][: len(self.rows)]
 
-    def side(self, i: int):
+    def side(self, i: int) -> "Side":
         """Tile i for the Triton kernels."""
         from kernels import triton_divergence
 
-        return triton_divergence.Side(self.logits(i), self.final.shift, self.final.log_l)
+        return triton_divergence.Side(self.logits(i), self.final.shift, self.final.log_total)
 
     def take(self, by_logprobs: Tensor) -> None:
-        """The next tile's derivative by its log-probs."""
-        if self.wanted:
+        """The next tile's derivative by its log-probs, [n, N]."""
+        if self.differentiated:
             self.by_logprobs.append(by_logprobs)
             self.sums += by_logprobs.sum(1)
 
-    def add_grads(self, by_logits: Callable[[Tensor, int, torch.dtype], Tensor]) -> None:
-        if self.wanted:
+    def add_grads(self, by_logits: ByLogits) -> None:
+        if self.differentiated:
             self.grads.add_rows(self.head, self.hidden, self.rows, by_logits, self.workspace)
 
-    def by_logits(self, factors: Tensor) -> Callable[[Tensor, int, torch.dtype], Tensor]:
+    def by_logits(self, factors: Tensor) -> ByLogits:
         """Through the softmax, dz = g - p sum(g) with the derivatives taken; factors [n] multiply
         the rows."""
-        of_p = (-self.sums / self.final.l)[:, None]
+        of_p = (-self.sums / self.final.total)[:, None]
 
         def gradient(z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
-            p = z.sub_(self.final.shift[:, None]).exp_()
-            return (
-                p.mul_(of_p)
-                .add_(self.by_logprobs[v0 // self.head.columns])
-                .mul_(factors[:, None])
-                .to(dtype)
-            )
+            g = self.by_logprobs[v0 // self.head.columns]
+            unnormalised = z.sub_(self.final.shift[:, None]).exp_()
+            return unnormalised.mul_(of_p).add_(g).mul_(factors[:, None]).to(dtype)
 
         return gradient
 
@@ -81,12 +86,12 @@ class _View:
 def _chunk(student: _View, teacher: _View, divergence: Divergence, factors: Tensor) -> Tensor:
     """The divergence [n] of the loaded rows; their gradients, times factors [n], are added to the
     views'."""
-    values = torch.zeros_like(factors)
     if use_triton(factors):
-        return _triton_chunk(student, teacher, divergence, factors, values)
+        return _triton_chunk(student, teacher, divergence, factors)
+    values = torch.zeros_like(factors)
     for i in range(len(student.workspace)):
-        ls, lt = (view.final.log_probs(view.logits(i)) for view in (student, teacher))
-        terms, by_student, by_teacher = divergence.terms(ls, lt)
+        log_s, log_t = (view.final.log_probs(view.logits(i)) for view in (student, teacher))
+        terms, by_student, by_teacher = divergence.terms(log_s, log_t)
         values += terms.sum(1)
         student.take(by_student)
         teacher.take(by_teacher)
@@ -96,25 +101,23 @@ def _chunk(student: _View, teacher: _View, divergence: Divergence, factors: Tens
 
 
 def _triton_chunk(
-    student: _View, teacher: _View, divergence: Divergence, factors: Tensor, values: Tensor
+    student: _View, teacher: _View, divergence: Divergence, factors: Tensor
 ) -> Tensor:
     """The same; the terms are made twice rather than kept."""
     from kernels import triton_divergence
 
     rule = divergence.for_triton()
+    values = torch.zeros_like(factors)
+    teacher_sums = teacher.sums if teacher.differentiated else None
     for i in range(len(student.workspace)):
         triton_divergence.add_sums(
-            student.side(i),
-            teacher.side(i),
-            rule,
-            values,
-            student.sums,
-            teacher.sums if teacher.wanted else None,
+            student.side(i), teacher.side(i), rule, values, student.sums, teacher_sums
         )
-    for view in (student, teacher):
 
-        def by_logits(z: Tensor, v0: int, dtype: torch.dtype, view=view) -> Tensor:
-            i, out = v0 // student.head.columns, torch.empty(z.shape, dtype=dtype, device=z.device)
+    def gradient_of(view: _View) -> ByLogits:
+        def by_logits(z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
+            i = v0 // student.head.columns
+            out = torch.empty(z.shape, dtype=dtype, device=z.device)
             triton_divergence.grad(
                 student.side(i),
                 teacher.side(i),
@@ -126,7 +129,10 @@ def _triton_chunk(
             )
             return out
 
-        view.add_grads(by_logits)
+        return by_logits
+
+    for view in (student, teacher):
+        view.add_grads(gradient_of(view))
     return values
 
 
@@ -134,7 +140,8 @@ class _FusedLinearDivergence(torch.autograd.Function):
     """Both heads' logits of a chunk of rows are kept until their gradient is made.
 
     With needs_teacher (self-distillation: both views share one head) the teacher view's gradient
-    joins the same dW."""
+    joins the same dW.
+    """
 
     @staticmethod
     def forward(
@@ -143,9 +150,9 @@ class _FusedLinearDivergence(torch.autograd.Function):
         weight,
         bias,
         teacher_hidden,
-        head: LinearHead,
-        teacher_head: LinearHead,
-        rows,
+        head: TiledHead,
+        teacher_head: TiledHead,
+        active,
         ids,
         factors,
         divergence: Divergence,
@@ -153,56 +160,46 @@ class _FusedLinearDivergence(torch.autograd.Function):
         needs,
         needs_teacher,
     ):
-        n, T = len(rows), len(hidden)
+        n = len(active)
         grads = HeadGrads(head, hidden, needs)
         teacher_grads = HeadGrads(teacher_head, teacher_hidden, (needs_teacher[0], False, False))
         teacher_grads.weight, teacher_grads.bias = grads.weight, grads.bias
         values = torch.zeros_like(factors)
         logprobs = None if ids is None else torch.zeros_like(factors)
         entropy = torch.zeros_like(factors) if with_entropy else None
+        # The logits of either model and their derivatives; the teacher's only if asked for.
         size = head.chunk_rows(workspaces=4 if any(needs_teacher) else 3)
-        student = _View(head, hidden, grads, any(needs), min(size, n))
-        teacher = _View(
-            teacher_head, teacher_hidden, teacher_grads, any(needs_teacher), min(size, n)
-        )
-        for start in range(0, n, size):
-            at = slice(start, start + size)
-            student.load(
-                rows[at], None if ids is None else ids.index_select(0, rows[at]), with_entropy
-            )
-            teacher.load(rows[at])
+        room = min(size, n)
+        student = _View(head, hidden, grads, any(needs), room)
+        teacher = _View(teacher_head, teacher_hidden, teacher_grads, any(needs_teacher), room)
+        for at in slices(n, size):
+            rows = active[at]
+            student.load(rows, None if ids is None else ids.index_select(0, rows), with_entropy)
+            teacher.load(rows)
             values[at] = _chunk(student, teacher, divergence, factors[at])
             if ids is not None:
                 logprobs[at] = student.final.logprobs[:, 0]
             if with_entropy:
                 entropy[at] = student.final.entropy
-        outputs = [spread(x, rows, T) for x in (values, logprobs, entropy)]
-        ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
+        outputs = spread_constants(ctx, [values, logprobs, entropy], active, len(hidden))
         ctx.save_for_backward(*grads.as_tuple(), teacher_grads.hidden)
-        ctx.dtypes = (
-            hidden.dtype,
-            weight.dtype,
-            None if bias is None else bias.dtype,
-            teacher_hidden.dtype,
-        )
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, bias_dtype, teacher_hidden.dtype
         return weighted_sum(values, factors), *outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        return *(scaled_grad(g, upstream, d) for g, d in zip(ctx.saved_tensors, ctx.dtypes)), *[
-            None
-        ] * 9
+        grads = (scaled_grad(g, upstream, d) for g, d in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, *[None] * 9
 
 
 def linear_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    student: HeadInputs,
     teacher_hidden: Tensor,
-    head: LinearHead,
-    teacher_head: LinearHead,
-    rows: Tensor,
+    head: TiledHead,
+    teacher_head: TiledHead,
+    active: Tensor,
     ids: Tensor | None,
     factors: Tensor,
     divergence: Divergence,
@@ -210,27 +207,29 @@ def linear_divergence(
     with_entropy: bool = False,
     shared: bool = False,
 ) -> DivergenceOutput:
-    """Checked arguments to the one-shot function; `shared`: one head, and both views are
-    differentiated."""
-    needs = needs_grad(hidden, weight, bias)
-    needs_teacher = needs_grad(teacher_hidden, weight, bias) if shared else (False, False, False)
-    return DivergenceOutput(
-        *_FusedLinearDivergence.apply(
-            hidden,
-            weight,
-            bias,
-            teacher_hidden if shared else teacher_hidden.detach(),
-            head,
-            teacher_head,
-            rows,
-            ids,
-            factors,
-            divergence,
-            with_entropy,
-            needs,
-            needs_teacher,
-        )
+    """Checked arguments to the one-shot function.
+
+    ids [T] are the tokens whose student log-probs are returned; factors [n] multiply the active
+    tokens. `shared`: one head, and both views are differentiated.
+    """
+    hidden, weight, bias, *_ = student
+    needs_teacher = needs_grad(teacher_hidden, weight, bias) if shared else (False,) * 3
+    outputs = _FusedLinearDivergence.apply(
+        hidden,
+        weight,
+        bias,
+        teacher_hidden if shared else teacher_hidden.detach(),
+        head,
+        teacher_head,
+        active,
+        ids,
+        factors,
+        divergence,
+        with_entropy,
+        needs_grad(hidden, weight, bias),
+        needs_teacher,
     )
+    return DivergenceOutput(*outputs)
 
 
 def fused_linear_distillation_divergence(
@@ -260,74 +259,42 @@ def fused_linear_distillation_divergence(
     forward.
 
     Only a chunk of rows' logits exists at a time. Logits are softcap(hidden @ weight.T + bias) /
-    temperature. Student and teacher may differ in hidden size and dtype; the teacher is constant.
-    Gradients are accumulated in float32 (float64 for float64 inputs), and a frozen head costs no
-    dW.
+    temperature. Student and teacher may differ in hidden size and dtype. Gradients are accumulated
+    in float32 (float64 for float64 inputs), and a frozen head costs no dW.
 
-    student_hidden [T, H], student_weight [V, H], student_bias [V]: floating, differentiable;
-    teacher_hidden [T, H'], teacher_weight [V', H'], teacher_bias [V'] floating; valid_vocab_size:
-    both heads are cut to it, needed where V != V'; loss_scale: a number or 0-dim
-    tensor that multiplies the loss. The other arguments, the result and the errors
-    are those of `distillation_divergence`."""
+    Args:
+        student_hidden, student_weight, student_bias: [T, H], [V, H], [V] floating, differentiable.
+        teacher_hidden, teacher_weight, teacher_bias: [T, H'], [V', H'], [V'] floating, constant.
+        loss_scale: a number or 0-dim tensor that multiplies the loss.
+        valid_vocab_size: both heads are cut to it, needed where V != V'.
+        student_logit_softcap, teacher_logit_softcap: as in `fused_linear_logprobs`.
+
+    The other arguments, the result and the errors are those of `distillation_divergence`.
+    """
+    student = HeadInputs(
+        student_hidden, student_weight, student_bias, temperature, student_logit_softcap
+    )
+    teacher = HeadInputs(
+        teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_softcap
+    )
+    names = ("hidden", "weight", "bias", "logit_softcap")
     shapes = Shapes()
-    check_head(
-        shapes,
-        student_hidden,
-        student_weight,
-        student_bias,
-        temperature,
-        student_logit_softcap,
-        mask,
-        names=("student_hidden", "student_weight", "student_bias", "student_logit_softcap"),
-    )
-    check_head(
-        shapes,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        temperature,
-        teacher_logit_softcap,
-        None,
-        names=("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logit_softcap"),
-        dims="Thv",
-    )
+    student.check(shapes, mask, tuple(f"student_{name}" for name in names))
+    teacher.check(shapes, None, tuple(f"teacher_{name}" for name in names), "Thv")
     vocab = check_vocab(valid_vocab_size, student_weight.shape[0], teacher_weight.shape[0])
     rule = Divergence(divergence, alpha, normalization, beta)
     check_scale("loss_scale", loss_scale)
-    rows = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator)
+    active = check_loss(shapes, len(student_hidden), mask, weights, token_ids, vocab, denominator)
     dtype = acc_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     width = max(student_hidden.shape[1], teacher_hidden.shape[1])
-    head = make_head(
-        dtype,
-        student_hidden,
-        student_weight,
-        student_bias,
-        temperature,
-        student_logit_softcap,
-        vocab,
-        width,
-    )
-    teacher_head = make_head(
-        dtype,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        temperature,
-        teacher_logit_softcap,
-        vocab,
-        width,
-    )
-    factors = loss_factors(rows, weights, denominator, dtype, loss_scale)
     return linear_divergence(
-        student_hidden,
-        student_weight,
-        student_bias,
+        student,
         teacher_hidden,
-        head,
-        teacher_head,
-        rows,
+        student.tiled(vocab, dtype, width),
+        teacher.tiled(vocab, dtype, width),
+        active,
         token_ids,
-        factors,
+        loss_factors(active, weights, denominator, dtype, loss_scale),
         rule,
         with_entropy=return_entropy,
     )

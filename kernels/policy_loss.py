@@ -28,8 +28,10 @@ class PGOutput(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """Per token: loss, its derivative by the log-prob, log-ratio to the old policy, and active
-    bounds."""
+    """Per token, [n]: its loss, what the loss does with the log-prob, and which bounds act.
+
+    slope: the loss's derivative by the log-prob. log_ratio: to the old policy.
+    """
 
     loss: Tensor
     slope: Tensor
@@ -76,67 +78,109 @@ class PolicyObjective:
         old_logprobs: Tensor | None,
         rollout_logprobs: Tensor | None,
     ) -> TokenTerms:
-        """All inputs [n], detached; without old log-probs the policy is its own old one (ratio
-        1)."""
-        off = torch.zeros_like(logprobs, dtype=torch.bool)
-        log_ratio, low, high, capped = torch.zeros_like(logprobs), off, off, off
-        if old_logprobs is not None:
-            log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = log_ratio.exp()
-        weight = None
-        if rollout_logprobs is not None:  # trainer against sampler (truncated importance sampling)
+        """All inputs [n], detached.
+
+        Without old log-probs the policy is its own old one, and the ratio is 1.
+        """
+        if old_logprobs is None:
+            log_ratio = torch.zeros_like(logprobs)
+        else:
+            log_ratio = _bounded(logprobs - old_logprobs)
+        if self.name == "ppo_clip":
+            loss, slope, low, high = self._ppo_terms(log_ratio, advantages)
+        else:
+            loss, slope, low, high = self._score_terms(log_ratio, logprobs, advantages)
+        if rollout_logprobs is None:
+            capped = torch.zeros_like(low)
+        else:
+            # Trainer against sampler: truncated importance sampling.
             trainer = logprobs if old_logprobs is None else old_logprobs
-            weight = (trainer - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+            weight = _bounded(trainer - rollout_logprobs).exp()
             capped = weight > self.is_cap
             weight = weight.clamp_max(self.is_cap)
-
-        if self.name == "ppo_clip":
-            bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-            low = (advantages < 0) & (ratio < bounded)
-            high = (advantages > 0) & (ratio > bounded)
-            gain = torch.minimum(ratio * advantages, bounded * advantages)
-            flat = low | high
-            if self.dual_clip is not None:
-                floor = self.dual_clip * advantages
-                beyond = (advantages < 0) & (gain < floor)
-                gain, flat, high = torch.where(beyond, floor, gain), flat | beyond, high | beyond
-            loss = -gain
-            flat = flat | (log_ratio.abs() >= MAX_LOG_RATIO)
-            slope = (ratio * -advantages).masked_fill(flat, 0)
-        else:
-            slope = -advantages
-            if self.name == "cispo":
-                bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-                low, high = ratio < bounded, ratio > bounded
-                slope = slope * bounded
-            loss = (slope * logprobs).masked_fill(slope == 0, 0)  # 0 * log 0
-        if weight is not None:
             loss, slope = loss * weight, slope * weight
         return TokenTerms(loss, slope, log_ratio, low, high, capped)
 
+    def _ppo_terms(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
+        """(loss, slope, clipped low, clipped high) of PPO's clipped ratio, [n]."""
+        ratio = log_ratio.exp()
+        bounded = self._clip(ratio)
+        low = (advantages < 0) & (ratio < bounded)
+        high = (advantages > 0) & (ratio > bounded)
+        gain = torch.minimum(ratio * advantages, bounded * advantages)
+        flat = low | high
+        if self.dual_clip is not None:
+            floor = self.dual_clip * advantages
+            beyond = (advantages < 0) & (gain < floor)
+            gain = torch.where(beyond, floor, gain)
+            flat, high = flat | beyond, high | beyond
+        flat = flat | (log_ratio.abs() >= MAX_LOG_RATIO)
+        slope = (ratio * -advantages).masked_fill(flat, 0)
+        return -gain, slope, low, high
+
+    def _score_terms(
+        self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same of -A logprob, which CISPO weighs by the clipped ratio."""
+        slope = -advantages
+        low = high = torch.zeros_like(logprobs, dtype=torch.bool)
+        if self.name == "cispo":
+            ratio = log_ratio.exp()
+            bounded = self._clip(ratio)
+            low, high = ratio < bounded, ratio > bounded
+            slope = slope * bounded
+        # 0 * log 0 is 0.
+        loss = (slope * logprobs).masked_fill(slope == 0, 0)
+        return loss, slope, low, high
+
+    def _clip(self, ratio: Tensor) -> Tensor:
+        return ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
 
 def weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
-    """sum(values * factors) in a fixed order and in float64: the same for the same tokens, run
-    after run."""
+    """sum(values * factors) of [n] tensors, in a fixed order and in float64.
+
+    It is the same for the same tokens, run after run.
+    """
     return (values.double() * factors.double()).sum().to(values.dtype)
 
 
 def loss_factors(
-    rows: Tensor,
+    active: Tensor,
     weights: Tensor | None,
     denominator: float | Tensor,
     dtype: torch.dtype,
     loss_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """weight * loss_scale / denominator of the given rows, [n]."""
-    factors = torch.ones(len(rows), dtype=dtype, device=rows.device)
+    """weight * loss_scale / denominator of the active tokens, [n]; weights are [T]."""
+    factors = torch.ones(len(active), dtype=dtype, device=active.device)
     if weights is not None:
-        factors = weights.detach().index_select(0, rows).to(dtype)
+        factors = weights.detach().index_select(0, active).to(dtype)
     return factors * loss_scale / denominator
 
 
+class TokenInputs(NamedTuple):
+    """What the loss of n tokens is made of besides their log-probs, [n] each.
+
+    factors: weight * loss_scale / denominator. teacher, old, rollout: log-probs.
+    """
+
+    factors: Tensor
+    advantages: Tensor | None = None
+    old: Tensor | None = None
+    rollout: Tensor | None = None
+    teacher: Tensor | None = None
+
+    def part(self, at: slice) -> "TokenInputs":
+        return TokenInputs(*(None if x is None else x[at] for x in self))
+
+
 class TokenLoss(NamedTuple):
-    """rewards [T] (None without one); slope [T]: d loss / d logprob; loss: scalar; stats: detached
+    """rewards [n] (None without one); slope [n]: d loss / d logprob; loss: scalar; stats: detached
     scalars."""
 
     rewards: Tensor | None
@@ -150,43 +194,55 @@ _STATS = ("ratio_mean", "approx_kl", "clip_frac_low", "clip_frac_high", "is_cap_
 
 def token_loss(
     rule: PolicyObjective,
+    reward: TokenReward | None,
     logprobs: Tensor,
-    factors: Tensor,
-    advantages: Tensor | None,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
+    given: TokenInputs,
     mask: Tensor | None = None,
-    reward: TokenReward | None = None,
-    teacher_logprobs: Tensor | None = None,
 ) -> TokenLoss:
-    """sum_t factors_t objective_t with the advantage reward + advantages, and its derivatives; all
-    tensors [T].
+    """sum_t factors_t objective_t with the advantage reward + advantages, and its derivatives.
 
-    The stats are means over the unmasked tokens (0 if there are none); masked tokens may hold NaN.
+    logprobs and mask are [n]. The stats are means over the unmasked tokens (0 if there are none).
+    Masked tokens may hold NaN.
     """
+    compute = _triton_token_loss if use_triton(logprobs) else _torch_token_loss
+    return compute(rule, reward, logprobs, given, mask)
+
+
+def _triton_token_loss(
+    rule: PolicyObjective,
+    reward: TokenReward | None,
+    logprobs: Tensor,
+    given: TokenInputs,
+    mask: Tensor | None,
+) -> TokenLoss:
+    from kernels import triton_tokens
+
     dtype = acc_dtype(logprobs)
-    if use_triton(logprobs):
-        from kernels import triton_tokens
+    out = triton_tokens.tokens(
+        logprobs,
+        dtype,
+        **given._asdict(),
+        mask=mask,
+        objective=rule.name,
+        clip_low=rule.clip_low,
+        clip_high=rule.clip_high,
+        dual_clip=rule.dual_clip,
+        is_cap=rule.is_cap,
+        **({} if reward is None else reward.for_triton()),
+    )
+    loss, count = out.sums[0].to(dtype), out.sums[6].clamp_min(1)
+    means = (out.sums[1:6] / count).to(dtype)
+    return TokenLoss(out.rewards, out.slope, loss, dict(zip(_STATS, means)))
 
-        out = triton_tokens.tokens(
-            logprobs,
-            dtype,
-            teacher=teacher_logprobs,
-            advantages=advantages,
-            factors=factors,
-            old=old_logprobs,
-            rollout=rollout_logprobs,
-            mask=mask,
-            objective=rule.name,
-            clip_low=rule.clip_low,
-            clip_high=rule.clip_high,
-            dual_clip=rule.dual_clip,
-            is_cap=rule.is_cap,
-            **({} if reward is None else reward.for_triton()),
-        )
-        means = (out.sums[1:6] / out.sums[6].clamp_min(1)).to(dtype)
-        return TokenLoss(out.rewards, out.slope, out.sums[0].to(dtype), dict(zip(_STATS, means)))
 
+def _torch_token_loss(
+    rule: PolicyObjective,
+    reward: TokenReward | None,
+    logprobs: Tensor,
+    given: TokenInputs,
+    mask: Tensor | None,
+) -> TokenLoss:
+    dtype = acc_dtype(logprobs)
     live = None if mask is None else mask != 0
 
     def clean(x: Tensor | None) -> Tensor | None:
@@ -195,27 +251,35 @@ def token_loss(
         x = x.detach().to(dtype)
         return x if live is None else torch.where(live, x, 0)
 
-    logprobs, factors, total = clean(logprobs), clean(factors), clean(advantages)
-    rewards = None if reward is None else clean(reward.terms(clean(teacher_logprobs), logprobs))
-    if rewards is not None:
-        total = rewards if total is None else rewards + total
-    terms = rule.terms(logprobs, total, clean(old_logprobs), clean(rollout_logprobs))
-    n = max(len(logprobs), 1) if live is None else live.sum().clamp_min(1)
+    logprobs = clean(logprobs)
+    factors, advantages, old, rollout, teacher = (clean(x) for x in given)
+    rewards = None
+    if reward is not None:
+        rewards = clean(reward.terms(teacher, logprobs))
+        advantages = rewards if advantages is None else rewards + advantages
+    terms = rule.terms(logprobs, advantages, old, rollout)
+    loss = weighted_sum(terms.loss, factors)
+    return TokenLoss(rewards, terms.slope * factors, loss, _stats(terms, live, dtype))
+
+
+def _stats(terms: TokenTerms, live: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Means over the live tokens, by name."""
+    n = max(len(terms.loss), 1) if live is None else live.sum().clamp_min(1)
+    ratio = terms.log_ratio.exp()
     # Schulman's low-variance estimate of KL(old || new)
     k3 = torch.expm1(terms.log_ratio) - terms.log_ratio
-    ratio = terms.log_ratio.exp()
     per_token = (ratio, k3, terms.clipped_low, terms.clipped_high, terms.capped)
-    stats = {
+    return {
         name: (x if live is None else x * live).sum().to(dtype) / n
         for name, x in zip(_STATS, per_token)
     }
-    return TokenLoss(rewards, terms.slope * factors, weighted_sum(terms.loss, factors), stats)
 
 
 def _sequence_weights(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
     """1 / (number of unmasked tokens of the token's sequence), [T]; 0 at masked tokens."""
     live = torch.ones_like(seq_ids) if mask is None else (mask != 0).long()
-    ids = seq_ids * live  # masked ones may hold anything
+    # Masked ids may be anything.
+    ids = seq_ids * live
     return live / torch.bincount(ids, weights=live).clamp_min(1)[ids]
 
 
@@ -253,28 +317,36 @@ def policy_gradient_loss(
 ) -> PGOutput:
     """Policy-gradient loss from per-token log-probs.
 
-    With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is reinforce
-      -A logprob ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv
-      1707.06347); where A < 0 at
-                 most -dual_clip A (arXiv 1912.09729)
+    With ratio = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is
+      reinforce  -A logprob
+      ppo_clip   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347); where
+                 A < 0 at most -dual_clip A (arXiv 1912.09729)
       cispo      -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob (arXiv
-      2506.13585)
+                 2506.13585)
     times weights, and times the truncated importance weight min(exp(trainer - rollout_logprobs),
-    is_cap) where rollout_logprobs are given (trainer: old_logprobs, else logprobs). Without
-    old_logprobs the ratio is
-    1. The sum is divided by `denominator`, which the caller counts over the whole optimizer step:
-      token_mean           the sum over tokens (denominator: tokens) seq_mean_token_mean  the sum
-      over sequences of the mean over their unmasked tokens in this call, so a
-                           sequence must not be split over calls (denominator: sequences)
+    is_cap) where rollout_logprobs are given. The trainer's log-probs are old_logprobs, or logprobs
+    without them. Without old_logprobs the ratio is 1.
+
+    The sum is divided by `denominator`, which the caller counts over the whole optimizer step:
+      token_mean           the sum over tokens (denominator: tokens)
+      seq_mean_token_mean  the sum over sequences of the mean over their unmasked tokens in this
+                           call, so a sequence must not be split over calls (denominator: sequences)
       seq_mean_token_sum   the sum over tokens (denominator: sequences)
 
-    logprobs [T] floating, nats, differentiable; advantages, weights, old_logprobs, rollout_logprobs
-    [T] floating, taken as constants; mask [T] bool or uint8 (masked tokens: loss and gradient
-    exactly 0, may hold NaN); seq_ids [T] int64 >= 0, needed by seq_mean_token_mean; denominator:
-    number or 0-dim tensor, above 0. Returns PGOutput(loss, stats{ratio_mean, clip_frac_low,
-    clip_frac_high, approx_kl, is_cap_frac}).
+    Args:
+        logprobs: [T] floating, nats, differentiable.
+        advantages, weights, old_logprobs, rollout_logprobs: [T] floating, taken as constants.
+        denominator: a number or 0-dim tensor, above 0.
+        mask: [T] bool or uint8. Masked tokens: loss and gradient exactly 0, may hold NaN.
+        objective, clip_low, clip_high, dual_clip: as above.
+        is_cap: above 0, or math.inf for no cap; needed with rollout_logprobs.
+        seq_ids: [T] int64 >= 0, needed by seq_mean_token_mean.
 
-    Raises TypeError or ValueError: shapes, dtypes, choices and bounds.
+    Returns:
+        The loss and the stats ratio_mean, clip_frac_low, clip_frac_high, approx_kl, is_cap_frac.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, choices and bounds.
     """
     rule = PolicyObjective(objective, clip_low, clip_high, dual_clip, is_cap)
     rule.check_inputs(rollout_logprobs)
@@ -291,20 +363,11 @@ def policy_gradient_loss(
     if aggregation == "seq_mean_token_mean" and seq_ids is None:
         raise ValueError("seq_ids must be given with aggregation='seq_mean_token_mean', got None")
 
-    factors = (
-        torch.ones_like(logprobs, dtype=acc_dtype(logprobs))
-        if weights is None
-        else weights.detach()
-    )
+    dtype = acc_dtype(logprobs)
+    factors = torch.ones_like(logprobs, dtype=dtype) if weights is None else weights.detach()
     if aggregation == "seq_mean_token_mean":
         factors = factors * _sequence_weights(seq_ids, mask)
-    out = token_loss(
-        rule,
-        logprobs,
-        factors.to(acc_dtype(logprobs)) / denominator,
-        advantages,
-        old_logprobs,
-        rollout_logprobs,
-        mask,
-    )
+    factors = factors.to(dtype) / denominator
+    given = TokenInputs(factors, advantages, old_logprobs, rollout_logprobs)
+    out = token_loss(rule, None, logprobs, given, mask)
     return PGOutput(_TokenLoss.apply(logprobs, out.loss, out.slope), out.stats)

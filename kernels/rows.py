@@ -1,8 +1,11 @@
 """Row mathematics of a softmax over logits: running statistics, log-probs, and their gradient.
 
 A block is logits [n, N] of n rows and N neighbouring vocabulary columns, with per-row vectors
-beside it. The functions here are where the kernels of triton_rows.py take over from torch: around
-them are GEMMs and bookkeeping."""
+beside it. Each function has a Triton twin in triton_rows.py; callers do the GEMMs.
+
+`active` [n] int64 holds the positions of the unmasked tokens among the T tokens of a call. `at` is
+a slice of those n.
+"""
 
 from typing import NamedTuple
 
@@ -23,26 +26,42 @@ def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def fold(z: Tensor, m: Tensor, l: Tensor, q: Tensor | None) -> None:
-    """Fold logits z [n, N] into m = max z, l = sum e^(z-m) and q = sum e^(z-m) (z-m), all [n], in
-    place."""
-    new_m = torch.maximum(m, z.amax(1))
-    shift = new_m.masked_fill(new_m == -torch.inf, 0)  # -inf - -inf is NaN
+def slices(n: int, size: int) -> list[slice]:
+    """[0, n) in pieces of `size`; the last one may reach beyond n."""
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def row_part(x: Tensor | None, at: slice) -> Tensor | None:
+    return None if x is None else x[at]
+
+
+def fold(z: Tensor, peak: Tensor, total: Tensor, moment: Tensor | None) -> None:
+    """Fold logits z [n, N] into the running statistics [n], in place.
+
+    With m the largest logit so far: peak = m, total = sum e^(z-m), moment = sum e^(z-m) (z-m).
+    """
+    new_peak = torch.maximum(peak, z.amax(1))
+    # -inf - -inf is NaN.
+    shift = new_peak.masked_fill(new_peak == -torch.inf, 0)
     x = z - shift[:, None]
-    old = m - shift
+    old = peak - shift
     decay = old.exp()
-    if q is None:
-        l.mul_(decay).add_(x.exp_().sum(1))
+    if moment is None:
+        total.mul_(decay).add_(x.exp_().sum(1))
     else:
         e = x.exp()
-        q.add_(l * old.clamp_min_(FLOOR)).mul_(decay).add_(x.clamp_min_(FLOOR).mul_(e).sum(1))
-        l.mul_(decay).add_(e.sum(1))
-    m.copy_(new_m)
+        # What was summed relative to the old peak, seen from the new one.
+        moment.add_(total * old.clamp_min_(FLOOR)).mul_(decay)
+        moment.add_(x.clamp_min_(FLOOR).mul_(e).sum(1))
+        total.mul_(decay).add_(e.sum(1))
+    peak.copy_(new_peak)
 
 
 class RowStats:
-    """Running softmax statistics of n rows, fed block by block; ids [n, K] are the target tokens,
-    if any."""
+    """Running softmax statistics of n rows, fed block by block.
+
+    ids [n, K] are the target tokens, if any; `target` [n, K] holds their logits.
+    """
 
     def __init__(
         self,
@@ -52,107 +71,104 @@ class RowStats:
         ids: Tensor | None = None,
         entropy: bool = False,
     ) -> None:
-        self.m = torch.full((n,), -torch.inf, dtype=dtype, device=device)
-        self.l = torch.zeros(n, dtype=dtype, device=device)
-        self.q = torch.zeros(n, dtype=dtype, device=device) if entropy else None
-        self.ids = ids
-        self.target = None if ids is None else torch.zeros(ids.shape, dtype=dtype, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
-    def fold(self, rows: slice, z: Tensor, v0: int) -> None:
-        """The rows' logits z [n, N] of the columns v0..v0+N; a target's logit is the number that
-        enters l."""
+        self.peak = torch.full((n,), -torch.inf, dtype=dtype, device=device)
+        self.total = zeros(n)
+        self.moment = zeros(n) if entropy else None
+        self.ids = ids
+        self.target = None if ids is None else zeros(*ids.shape)
+
+    def fold(self, at: slice, z: Tensor, v0: int) -> None:
+        """Logits z [n, N] of the rows `at` and the columns v0..v0+N.
+
+        A target's logit is the number that enters the total.
+        """
+        state = (self.peak, self.total, self.moment, self.ids, self.target)
+        peak, total, moment, ids, target = (row_part(x, at) for x in state)
         if use_triton(z):
             from kernels import triton_rows
 
-            triton_rows.fold(
-                z,
-                *(
-                    None if x is None else x[rows]
-                    for x in (self.m, self.l, self.q, self.ids, self.target)
-                ),
-                v0,
-            )
+            triton_rows.fold(z, peak, total, moment, ids, target, v0)
             return
-        fold(z, self.m[rows], self.l[rows], None if self.q is None else self.q[rows])
-        if self.ids is not None:
-            local = self.ids[rows] - v0
+        fold(z, peak, total, moment)
+        if ids is not None:
+            local = ids - v0
             inside = (local >= 0) & (local < z.shape[1])
             picked = z.gather(1, local.clamp_(0, z.shape[1] - 1))
-            self.target[rows] = torch.where(inside, picked, self.target[rows])
+            self.target[at] = torch.where(inside, picked, target)
 
-    def fold_logits(self, logits: Tensor, rows: Tensor, vocab: int, temperature: float) -> None:
-        """The first `vocab` columns of the given rows of logits [T, V], over the temperature."""
+    def fold_logits(self, logits: Tensor, active: Tensor, vocab: int, temperature: float) -> None:
+        """The first `vocab` columns of the active rows of logits [T, V], over the temperature."""
         if use_triton(logits):
             from kernels import triton_rows
 
             triton_rows.fold(
                 unit_stride(logits),
-                self.m,
-                self.l,
-                self.q,
+                self.peak,
+                self.total,
+                self.moment,
                 self.ids,
                 self.target,
                 0,
                 columns=vocab,
-                rows=rows,
+                rows=active,
                 scale=1 / temperature,
             )
             return
-        for at, some in row_blocks(rows, vocab):
-            self.fold(at, load_logits(logits, some, vocab, temperature, self.m.dtype), 0)
+        for at in row_blocks(len(active), vocab):
+            z = load_logits(logits, active[at], vocab, temperature, self.peak.dtype)
+            self.fold(at, z, 0)
 
     def final(self) -> "Softmax":
-        m, l = self.m, self.l
-        shift = m.masked_fill(m == -torch.inf, 0)
-        safe = l.masked_fill(l == 0, 1)  # a row of -inf only: log-probs -inf, entropy 0, no NaN
-        log_l = safe.log()
-        return Softmax(
-            shift,
-            safe,
-            log_l,
-            shift + l.log(),
-            # (z - m) - log l, not z - lse: a large common offset would cost the low
-            # digits
-            None if self.ids is None else (self.target - shift[:, None]) - log_l[:, None],
-            None if self.q is None else log_l - self.q / safe,
-        )
+        shift = self.peak.masked_fill(self.peak == -torch.inf, 0)
+        # A row of -inf only: log-probs -inf, entropy 0, no NaN.
+        total = self.total.masked_fill(self.total == 0, 1)
+        log_total = total.log()
+        logprobs = entropy = None
+        if self.target is not None:
+            # Not z - lse: a large common offset would cost the low digits.
+            logprobs = (self.target - shift[:, None]) - log_total[:, None]
+        if self.moment is not None:
+            entropy = log_total - self.moment / total
+        lse = shift + self.total.log()
+        return Softmax(shift, total, log_total, lse, logprobs, entropy)
 
 
-class Softmax:
-    """Finished statistics of n rows: shift, l, log_l, lse, entropy [n] and target log-probs [n,
-    K]."""
+class Softmax(NamedTuple):
+    """Finished statistics of n rows; the softmax is e^(z - shift) / total.
 
-    def __init__(
-        self,
-        shift: Tensor,
-        l: Tensor,
-        log_l: Tensor,
-        lse: Tensor,
-        logprobs: Tensor | None,
-        entropy: Tensor | None,
-    ) -> None:
-        self.shift, self.l, self.log_l, self.lse = shift, l, log_l, lse
-        self.logprobs, self.entropy = logprobs, entropy
+    shift, total, log_total, lse, entropy: [n]; logprobs: of the targets, [n, K].
+    """
+
+    shift: Tensor
+    total: Tensor
+    log_total: Tensor
+    lse: Tensor
+    logprobs: Tensor | None
+    entropy: Tensor | None
 
     @property
     def max_logprob(self) -> Tensor:
-        """The argmax token's log-prob: its logit is the shift itself."""
-        return -self.log_l
+        """The argmax token's log-prob [n]: its logit is the shift itself."""
+        return -self.log_total
 
     def log_probs(self, z: Tensor, at: slice = slice(None)) -> Tensor:
         """The logits z [n, N] of the rows `at` as log-probs."""
-        return z.sub(self.shift[at, None]).sub_(self.log_l[at, None])
+        return z.sub(self.shift[at, None]).sub_(self.log_total[at, None])
 
 
 class LogprobGrad(NamedTuple):
-    """A gradient by row outputs, and what turns it into one by logits; [n] tensors, None stands for
-    zero.
+    """A gradient by row outputs, and what turns it into one by logits.
 
-    The function differentiated is sum(g_target * logprobs + g_lse * lse + g_entropy * entropy),
-    where logprobs and g_target [n, K] belong to the target ids [n, K]."""
+    The function differentiated is sum(g_target * logprobs + g_lse * lse + g_entropy * entropy).
+    logprobs and g_target [n, K] belong to the target ids [n, K]; the other tensors are [n]. None
+    stands for zero.
+    """
 
     shift: Tensor
-    l: Tensor
+    total: Tensor
     ids: Tensor
     g_target: Tensor
     g_lse: Tensor | None = None
@@ -160,14 +176,14 @@ class LogprobGrad(NamedTuple):
     entropy: Tensor | None = None
 
     def part(self, at: slice) -> "LogprobGrad":
-        return LogprobGrad(*(None if x is None else x[at] for x in self))
+        return LogprobGrad(*(row_part(x, at) for x in self))
 
     def by_logits_(self, z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
-        """The gradient by the logits z [n, N] of the columns v0..v0+N, in `dtype`; z may be
-        overwritten.
+        """The gradient by the logits z [n, N] of the columns v0..v0+N, in `dtype`.
 
-        With p = softmax(z): d logprob_k = onehot_k - p, d lse = p, d entropy = -p (log p +
-        entropy)."""
+        z may be overwritten. With p = softmax(z): d logprob_k = onehot_k - p, d lse = p, and
+        d entropy = -p (log p + entropy).
+        """
         if use_triton(z):
             from kernels import triton_rows
 
@@ -177,10 +193,12 @@ class LogprobGrad(NamedTuple):
         return self._by_logits_(z, v0).to(dtype)
 
     def write_logits_grad(
-        self, logits: Tensor, grad: Tensor, rows: Tensor, vocab: int, temperature: float
+        self, logits: Tensor, grad: Tensor, active: Tensor, vocab: int, temperature: float
     ) -> None:
-        """The gradient by the given rows of logits [T, V] over the temperature, into those rows of
-        grad [T, V]."""
+        """Write the gradient by the active rows of logits [T, V] into those rows of grad [T, V].
+
+        The function differentiated takes the logits over the temperature.
+        """
         if use_triton(logits):
             from kernels import triton_rows
 
@@ -191,17 +209,17 @@ class LogprobGrad(NamedTuple):
                 *self,
                 0,
                 columns=vocab,
-                rows=rows,
+                rows=active,
                 scale=1 / temperature,
                 out_scale=1 / temperature,
             )
             if out.data_ptr() != grad.data_ptr():
                 grad.copy_(out)
             return
-        for at, some in row_blocks(rows, vocab):
-            z = load_logits(logits, some, vocab, temperature, self.l.dtype)
+        for at in row_blocks(len(active), vocab):
+            z = load_logits(logits, active[at], vocab, temperature, self.total.dtype)
             dz = self.part(at)._by_logits_(z, 0)
-            grad[:, :vocab].index_copy_(0, some, dz.div_(temperature).to(grad.dtype))
+            grad[:, :vocab].index_copy_(0, active[at], dz.div_(temperature).to(grad.dtype))
 
     def _by_logits_(self, z: Tensor, v0: int) -> Tensor:
         of_p = -self.g_target.sum(1)
@@ -209,31 +227,29 @@ class LogprobGrad(NamedTuple):
             of_p = of_p + self.g_lse
         z.sub_(self.shift[:, None])
         if self.g_entropy is None:
-            z.exp_().mul_((of_p / self.l)[:, None])
+            z.exp_().mul_((of_p / self.total)[:, None])
         else:
-            constant = of_p - self.g_entropy * (self.entropy - self.l.log())
+            # log p + entropy = (z - shift) + (entropy - log total)
+            constant = of_p - self.g_entropy * (self.entropy - self.total.log())
             e = z.exp()
-            z.clamp_min_(FLOOR).mul_((-self.g_entropy / self.l)[:, None])
-            z.add_((constant / self.l)[:, None]).mul_(e)
+            z.clamp_min_(FLOOR).mul_((-self.g_entropy / self.total)[:, None])
+            z.add_((constant / self.total)[:, None]).mul_(e)
         local = self.ids - v0
         inside = (local >= 0) & (local < z.shape[1])
-        return z.scatter_add_(
-            1, local.clamp_(0, z.shape[1] - 1), torch.where(inside, self.g_target, 0)
-        )
+        local.clamp_(0, z.shape[1] - 1)
+        return z.scatter_add_(1, local, torch.where(inside, self.g_target, 0))
 
 
-def row_blocks(rows: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
-    """Blocks of rows that hold about a cache's worth of logits: (positions among the rows,
-    indices)."""
-    size = max(1, _BLOCK_ELEMENTS // columns)
-    return [(slice(i, i + size), rows[i : i + size]) for i in range(0, len(rows), size)]
+def row_blocks(n: int, columns: int) -> list[slice]:
+    """Blocks of n rows that hold about a cache's worth of logits each."""
+    return slices(n, max(1, _BLOCK_ELEMENTS // columns))
 
 
 def load_logits(
-    logits: Tensor, some: Tensor, vocab: int, temperature: float, dtype: torch.dtype
+    logits: Tensor, active: Tensor, vocab: int, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """A fresh copy of some rows' valid logits, over the temperature."""
-    z = logits.detach()[:, :vocab].index_select(0, some).to(dtype)
+    """A fresh copy of the active rows' valid logits, over the temperature, [n, vocab]."""
+    z = logits.detach()[:, :vocab].index_select(0, active).to(dtype)
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -243,13 +259,12 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def gradient_buffer(logits: Tensor, rows: Tensor, vocab: int, inplace: bool) -> Tensor:
-    """Where the gradient of logits goes: zero outside the given rows and the valid columns."""
+def gradient_buffer(logits: Tensor, active: Tensor, vocab: int, inplace: bool) -> Tensor:
+    """Where the gradient of logits goes, [T, V]: zero outside the active rows and valid columns."""
     if not inplace:
         return torch.zeros_like(logits, memory_format=torch.contiguous_format)
     grad = logits.detach()
-    grad[
-        torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, rows, False)
-    ] = 0
+    masked = torch.ones(len(grad), dtype=torch.bool, device=grad.device)
+    grad[masked.index_fill_(0, active, False)] = 0
     grad[:, vocab:] = 0
     return grad

@@ -6,10 +6,10 @@ from torch import Tensor
 from kernels.checks import Shapes, check_choice, check_count, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss
 from kernels.linear_divergence import linear_divergence
-from kernels.logprobs import HEAD_NAMES, check_head, fused_linear_topk_logprobs
+from kernels.logprobs import fused_linear_topk_logprobs
 from kernels.policy_loss import loss_factors
 from kernels.rows import acc_dtype
-from kernels.stream import make_head
+from kernels.tiled_head import HeadInputs
 from kernels.topk_divergence import given_log_masses, model_log_masses, support_divergence
 
 
@@ -34,69 +34,62 @@ def fused_linear_self_distillation_kl(
     """KL or JSD of the student view from the teacher view of the same model at the same positions.
 
     SPSD is divergence="forward_kl", KL(teacher view || student view), on the teacher view's top 100
-    (top_k=100). top_k=None compares full vocabularies; otherwise the support is the teacher view's
-    top_k tokens, with one of two tails of `topk_distillation_divergence`: "renormalize" then costs one
-    LM-head GEMM (the teacher view's) and K logits per row. stop_grad="teacher": the teacher view is
-    constant (neither its hidden states nor its use of the head get a gradient); "none": both views
-    are differentiated, the support of a top_k being constant.
+    (top_k=100).
 
-    student_hidden, teacher_hidden [T, H], lm_head_weight [V, H], bias [V] floating; divergence:
-    reverse_kl, forward_kl or jsd; the other arguments and errors as in
-    `topk_distillation_divergence`. Returns DivergenceOutput(loss, divergence [T], None,
-    None)."""
+    Args:
+        student_hidden, teacher_hidden: [T, H] floating.
+        lm_head_weight, bias: [V, H], [V] floating.
+        divergence: reverse_kl, forward_kl or jsd.
+        stop_grad: "teacher": the teacher view is constant; neither its hidden states nor its use of
+            the head get a gradient. "none": both views are differentiated; the support of a top_k
+            is constant.
+        top_k: None compares full vocabularies. Otherwise the support is the teacher view's top_k
+            tokens.
+        tail: "renormalize" or "bucket", as in `topk_distillation_divergence`. "renormalize" costs
+            one LM-head GEMM (the teacher view's) and K logits per token.
+
+    The other arguments and the errors are as in `topk_distillation_divergence`.
+
+    Returns:
+        The loss and divergence [T]; no log-probs and no entropy.
+    """
+    given = (lm_head_weight, bias, temperature, logit_softcap)
+    student, teacher = HeadInputs(student_hidden, *given), HeadInputs(teacher_hidden, *given)
     shapes = Shapes()
-    check_head(
-        shapes,
-        student_hidden,
-        lm_head_weight,
-        bias,
-        temperature,
-        logit_softcap,
-        mask,
-        names=("student_hidden", *HEAD_NAMES[1:]),
-    )
+    student.check(shapes, mask, ("student_hidden", "lm_head_weight", "bias", "logit_softcap"))
     shapes.check("teacher_hidden", teacher_hidden, "TH")
     check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
     check_choice("stop_grad", stop_grad, ("teacher", "none"))
     check_choice("tail", tail, ("renormalize", "bucket"))
     rule = Divergence(divergence, beta=beta)
     vocab = check_vocab(valid_vocab_size, lm_head_weight.shape[0])
-    rows = check_loss(shapes, len(student_hidden), mask, weights, None, vocab, denominator)
+    T = len(student_hidden)
+    active = check_loss(shapes, T, mask, weights, None, vocab, denominator)
     dtype = acc_dtype(student_hidden, teacher_hidden, lm_head_weight)
-    factors = loss_factors(rows, weights, denominator, dtype)
+    factors = loss_factors(active, weights, denominator, dtype)
     both = stop_grad == "none"
     if top_k is None:
-        head = make_head(
-            dtype, student_hidden, lm_head_weight, bias, temperature, logit_softcap, vocab
-        )
+        head = student.tiled(vocab, dtype)
         return linear_divergence(
-            student_hidden,
-            lm_head_weight,
-            bias,
-            teacher_hidden,
-            head,
-            head,
-            rows,
-            None,
-            factors,
-            rule,
-            shared=both,
+            student, teacher_hidden, head, head, active, None, factors, rule, shared=both
         )
 
     check_count("top_k", top_k, vocab)
-    options = {
-        "bias": bias,
-        "temperature": temperature,
-        "logit_softcap": logit_softcap,
-        "valid_vocab_size": vocab,
-        "mask": mask,
-    }
-    top = fused_linear_topk_logprobs(teacher_hidden, lm_head_weight, top_k, **options)
-    ids = top.ids.index_select(0, rows)
-    ls = model_log_masses(student_hidden, lm_head_weight, ids, tail, dtype, rows, **options)
+    top = fused_linear_topk_logprobs(
+        teacher_hidden,
+        lm_head_weight,
+        top_k,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        valid_vocab_size=vocab,
+        mask=mask,
+    )
+    ids = top.ids.index_select(0, active)
+    log_s = model_log_masses(student, ids, tail, vocab, dtype, active, mask)
     if both:
-        lt = model_log_masses(teacher_hidden, lm_head_weight, ids, tail, dtype, rows, **options)
+        log_t = model_log_masses(teacher, ids, tail, vocab, dtype, active, mask)
     else:
         with torch.no_grad():
-            lt = given_log_masses(top.logprobs.index_select(0, rows).to(dtype), tail)
-    return support_divergence(ls, lt, rule, factors, rows, len(student_hidden))
+            log_t = given_log_masses(top.logprobs.index_select(0, active).to(dtype), tail)
+    return support_divergence(log_s, log_t, rule, factors, active, T)

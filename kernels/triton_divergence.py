@@ -1,27 +1,27 @@
 """Triton kernels for full-vocabulary divergences: the sums of a block of columns, and the gradient
 by its logits.
 
-One program per row; the specification is kernels/divergence.py. No term is kept between the two:
-the gradient makes them again from the logits, which costs less than writing and reading [n, N] of
-them."""
+There is one program per row; the specification is kernels/divergence.py. No term is kept between
+the two kernels. The gradient makes them again from the logits, which costs less than writing and
+reading [n, N] of them.
+"""
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_math import DIVERGENCES, divergence_terms
-from kernels.triton_rows import accumulator, block_of, logit_row
+from kernels.triton_rows import accumulator, block_of, logit_row, scalar
 
 
 class Side(NamedTuple):
-    """One model's logits [n, N] (or [T, N] with row indices) and its rows' shift and log_l [n]."""
+    """One model's logits [n, N] (or [T, N] with row indices) and its rows' shift and log_total [n]."""
 
     z: Tensor
     shift: Tensor
-    log_l: Tensor
+    log_total: Tensor
 
 
 class Rule(NamedTuple):
@@ -42,9 +42,17 @@ def make_rule(name: str, alpha: float, normalization: str, beta: float) -> Rule:
 
 
 @triton.jit
-def _log_probs(z_ptr, columns, inside, shift, log_l, temper):
+def _log_probs(z_ptr, columns, inside, shift, log_total, temper):
     z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(shift.dtype) * temper
-    return tl.where(inside, z - shift - log_l, float("-inf"))  # the tail's terms are 0
+    # The tail's terms are 0.
+    return tl.where(inside, z - shift - log_total, float("-inf"))
+
+
+@triton.jit
+def _row(z_ptr, stride, rows_ptr, shift_ptr, log_total_ptr, i, HAS_ROWS: tl.constexpr):
+    """(pointer to its logits, shift, log_total) of one model's row i."""
+    z_ptr = logit_row(z_ptr, stride, rows_ptr, i, HAS_ROWS)
+    return z_ptr, tl.load(shift_ptr + i), tl.load(log_total_ptr + i)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -57,9 +65,9 @@ def _sums_kernel(
     N,
     temper: tl.float64,
     s_shift_ptr,
-    s_log_l_ptr,
+    s_log_total_ptr,
     t_shift_ptr,
-    t_log_l_ptr,
+    t_log_total_ptr,
     alpha: tl.float64,
     scale: tl.float64,
     beta: tl.float64,
@@ -73,16 +81,16 @@ def _sums_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
-    s_ptr = logit_row(s_ptr, s_stride, rows_ptr, i, HAS_ROWS)
-    t_ptr = logit_row(t_ptr, t_stride, rows_ptr, i, HAS_ROWS)
-    temper = tl.full((), temper, ACC)
-    alpha = tl.full((), alpha, ACC)
-    scale = tl.full((), scale, ACC)
-    beta = tl.full((), beta, ACC)
-    s_shift = tl.load(s_shift_ptr + i)
-    s_log_l = tl.load(s_log_l_ptr + i)
-    t_shift = tl.load(t_shift_ptr + i)
-    t_log_l = tl.load(t_log_l_ptr + i)
+    s_ptr, s_shift, s_log_total = _row(
+        s_ptr, s_stride, rows_ptr, s_shift_ptr, s_log_total_ptr, i, HAS_ROWS
+    )
+    t_ptr, t_shift, t_log_total = _row(
+        t_ptr, t_stride, rows_ptr, t_shift_ptr, t_log_total_ptr, i, HAS_ROWS
+    )
+    temper = scalar(temper, ACC)
+    alpha = scalar(alpha, ACC)
+    scale = scalar(scale, ACC)
+    beta = scalar(beta, ACC)
     value = tl.load(values_ptr + i)
     of_s = tl.load(by_s_ptr + i)
     of_t = value * 0.0
@@ -91,8 +99,8 @@ def _sums_kernel(
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < N
-        ls = _log_probs(s_ptr, columns, inside, s_shift, s_log_l, temper)
-        lt = _log_probs(t_ptr, columns, inside, t_shift, t_log_l, temper)
+        ls = _log_probs(s_ptr, columns, inside, s_shift, s_log_total, temper)
+        lt = _log_probs(t_ptr, columns, inside, t_shift, t_log_total, temper)
         terms, by_s, by_t = divergence_terms(ls, lt, alpha, scale, beta, KIND)
         value += tl.sum(terms, 0)
         of_s += tl.sum(by_s, 0)
@@ -118,7 +126,7 @@ def add_sums(
 ) -> None:
     """Add a block's terms and their derivatives by the log-probs to the row sums [n], in place.
 
-    `columns`, `rows` as in triton_rows.fold; temper multiplies both models' logits.
+    columns and rows are as in triton_rows.fold. temper multiplies both models' logits.
     """
     n, N = len(values), student.z.shape[1] if columns is None else columns
     if n == 0:
@@ -132,9 +140,9 @@ def add_sums(
         N,
         temper,
         student.shift,
-        student.log_l,
+        student.log_total,
         teacher.shift,
-        teacher.log_l,
+        teacher.log_total,
         rule.alpha,
         rule.scale,
         rule.beta,
@@ -161,9 +169,9 @@ def _grad_kernel(
     N,
     temper: tl.float64,
     s_shift_ptr,
-    s_log_l_ptr,
+    s_log_total_ptr,
     t_shift_ptr,
-    t_log_l_ptr,
+    t_log_total_ptr,
     alpha: tl.float64,
     scale: tl.float64,
     beta: tl.float64,
@@ -176,26 +184,27 @@ def _grad_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
-    s_ptr = logit_row(s_ptr, s_stride, rows_ptr, i, HAS_ROWS)
-    t_ptr = logit_row(t_ptr, t_stride, rows_ptr, i, HAS_ROWS)
+    s_ptr, s_shift, s_log_total = _row(
+        s_ptr, s_stride, rows_ptr, s_shift_ptr, s_log_total_ptr, i, HAS_ROWS
+    )
+    t_ptr, t_shift, t_log_total = _row(
+        t_ptr, t_stride, rows_ptr, t_shift_ptr, t_log_total_ptr, i, HAS_ROWS
+    )
     out_ptr = logit_row(out_ptr, out_stride, rows_ptr, i, HAS_ROWS)
-    temper = tl.full((), temper, ACC)
-    alpha = tl.full((), alpha, ACC)
-    scale = tl.full((), scale, ACC)
-    beta = tl.full((), beta, ACC)
-    s_shift = tl.load(s_shift_ptr + i)
-    s_log_l = tl.load(s_log_l_ptr + i)
-    t_shift = tl.load(t_shift_ptr + i)
-    t_log_l = tl.load(t_log_l_ptr + i)
+    temper = scalar(temper, ACC)
+    alpha = scalar(alpha, ACC)
+    scale = scalar(scale, ACC)
+    beta = scalar(beta, ACC)
     total = tl.load(sums_ptr + i)
     factor = tl.load(factors_ptr + i)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < N
-        ls = _log_probs(s_ptr, columns, inside, s_shift, s_log_l, temper)
-        lt = _log_probs(t_ptr, columns, inside, t_shift, t_log_l, temper)
+        ls = _log_probs(s_ptr, columns, inside, s_shift, s_log_total, temper)
+        lt = _log_probs(t_ptr, columns, inside, t_shift, t_log_total, temper)
         _, by_s, by_t = divergence_terms(ls, lt, alpha, scale, beta, KIND)
-        if OF_TEACHER:
+        # Through the softmax: dz = g - p sum(g).
+        if OF_TEACHER:  # noqa: SIM108
             dz = by_t - tl.exp(lt) * total
         else:
             dz = by_s - tl.exp(ls) * total
@@ -218,8 +227,9 @@ def grad(
     """Write factors [n] * the gradient by the student's (or the teacher's) tempered logits to
     `out`.
 
-    sums [n]: of the derivatives by that side's log-probs, over the whole vocabulary; out may be
-    that side's z."""
+    sums [n] are those of the derivatives by that side's log-probs, over the whole vocabulary. out
+    may be that side's z.
+    """
     n, N = len(factors), student.z.shape[1] if columns is None else columns
     if n == 0:
         return
@@ -234,9 +244,9 @@ def grad(
         N,
         temper,
         student.shift,
-        student.log_l,
+        student.log_total,
         teacher.shift,
-        teacher.log_l,
+        teacher.log_total,
         rule.alpha,
         rule.scale,
         rule.beta,

@@ -12,24 +12,45 @@ _FLOOR = tl.constexpr(-1e4)  # kernels.rows.FLOOR
 
 
 def block_of(columns: int, widest: int = 4096) -> dict:
-    """The launch parameters of a kernel that walks rows of that many columns; `widest` so that
-    registers suffice."""
+    """The launch parameters of a kernel that walks rows of that many columns.
+
+    A block is at most `widest` columns, so that registers suffice.
+    """
     block = min(widest, triton.next_power_of_2(max(columns, 16)))
     return {"BLOCK": block, "num_warps": max(1, min(8, block * 8 // widest))}
 
 
-def accumulator(tensor: Tensor):
+def accumulator(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 @triton.jit
 def logit_row(z_ptr, stride, rows_ptr, i, HAS_ROWS: tl.constexpr):
-    """Pointer to row i, or rows[i], of logits; in 64 bits, because [T, V] has more than 2^31
-    elements."""
+    """Pointer to row i, or rows[i], of logits.
+
+    It is made in 64 bits, because [T, V] has more than 2^31 elements.
+    """
     row = i.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + i)
     return z_ptr + row * stride
+
+
+@triton.jit
+def scalar(value, ACC: tl.constexpr):
+    """A float64 argument in the dtype of the computation."""
+    return tl.full((), value, ACC)
+
+
+@triton.jit
+def _store_targets(z_ptr, ids_ptr, target_ptr, i, N, K, v0, scale, ACC: tl.constexpr):
+    """Row i's logits at those of its K target ids that lie in the columns v0..v0+N."""
+    base = i.to(tl.int64) * K
+    for k in range(K):
+        local = tl.load(ids_ptr + base + k) - v0
+        inside = (local >= 0) & (local < N)
+        target = tl.load(z_ptr + local, mask=inside, other=0.0).to(ACC) * scale
+        tl.store(target_ptr + base + k, target, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "K", "v0"])
@@ -39,60 +60,58 @@ def _fold_kernel(
     rows_ptr,
     N,
     scale: tl.float64,
-    m_ptr,
-    l_ptr,
-    q_ptr,
+    peak_ptr,
+    total_ptr,
+    moment_ptr,
     ids_ptr,
     target_ptr,
     K,
     v0,
     HAS_ROWS: tl.constexpr,
-    HAS_Q: tl.constexpr,
+    HAS_MOMENT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
     z_ptr = logit_row(z_ptr, stride, rows_ptr, i, HAS_ROWS)
-    scale = tl.full((), scale, ACC)
-    m = tl.load(m_ptr + i)
-    l = tl.load(l_ptr + i)
-    q = l * 0.0
-    if HAS_Q:
-        q = tl.load(q_ptr + i)
+    scale = scalar(scale, ACC)
+    peak = tl.load(peak_ptr + i)
+    total = tl.load(total_ptr + i)
+    moment = total * 0.0
+    if HAS_MOMENT:
+        moment = tl.load(moment_ptr + i)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < N
         z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(ACC) * scale
-        z = tl.where(inside, z, float("-inf"))  # the tail takes no part in the softmax
-        new_m = tl.maximum(m, tl.max(z, 0))
-        shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
+        # The tail takes no part in the softmax.
+        z = tl.where(inside, z, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(z, 0))
+        # -inf - -inf is NaN.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         x = z - shift
-        old = m - shift
+        old = peak - shift
         e = tl.exp(x)
         decay = tl.exp(old)
-        if HAS_Q:
-            q = (q + l * tl.maximum(old, _FLOOR)) * decay + tl.sum(tl.maximum(x, _FLOOR) * e, 0)
-        l = l * decay + tl.sum(e, 0)
-        m = new_m
-    tl.store(m_ptr + i, m)
-    tl.store(l_ptr + i, l)
-    if HAS_Q:
-        tl.store(q_ptr + i, q)
+        if HAS_MOMENT:
+            carried = (moment + total * tl.maximum(old, _FLOOR)) * decay
+            moment = carried + tl.sum(tl.maximum(x, _FLOOR) * e, 0)
+        total = total * decay + tl.sum(e, 0)
+        peak = new_peak
+    tl.store(peak_ptr + i, peak)
+    tl.store(total_ptr + i, total)
+    if HAS_MOMENT:
+        tl.store(moment_ptr + i, moment)
     if HAS_IDS:
-        base = i.to(tl.int64) * K
-        for k in range(K):
-            local = tl.load(ids_ptr + base + k) - v0
-            inside = (local >= 0) & (local < N)
-            target = tl.load(z_ptr + local, mask=inside, other=0.0).to(ACC) * scale
-            tl.store(target_ptr + base + k, target, mask=inside)
+        _store_targets(z_ptr, ids_ptr, target_ptr, i, N, K, v0, scale, ACC)
 
 
 def fold(
     z: Tensor,
-    m: Tensor,
-    l: Tensor,
-    q: Tensor | None,
+    peak: Tensor,
+    total: Tensor,
+    moment: Tensor | None,
     ids: Tensor | None,
     target: Tensor | None,
     v0: int,
@@ -103,10 +122,15 @@ def fold(
 ) -> None:
     """`kernels.rows.fold` and the lookup of targets in one pass, in place.
 
-    z: logits of the columns v0.. , any float dtype, [n, N] or, with `rows` [n] int64, [T, N] of
-    which those rows count; `columns`: only the first ones count; scale multiplies the logits; m, l,
-    q [n] float32 or float64; ids, target [n, K]."""
-    n, N = len(m), z.shape[1] if columns is None else columns
+    Args:
+        z: logits of the columns from v0 on, any float dtype: [n, N] or, with `rows`, [T, N].
+        peak, total, moment: [n] float32 or float64.
+        ids, target: [n, K].
+        columns: only the first ones count.
+        rows: [n] int64, the rows of z that count.
+        scale: multiplies the logits.
+    """
+    n, N = len(peak), z.shape[1] if columns is None else columns
     if n == 0:
         return
     _fold_kernel[(n,)](
@@ -115,19 +139,27 @@ def fold(
         rows,
         N,
         scale,
-        m,
-        l,
-        q,
+        peak,
+        total,
+        moment,
         ids,
         target,
         0 if ids is None else ids.shape[1],
         v0,
         HAS_ROWS=rows is not None,
-        HAS_Q=q is not None,
+        HAS_MOMENT=moment is not None,
         HAS_IDS=ids is not None,
-        ACC=accumulator(m),
+        ACC=accumulator(peak),
         **block_of(N),
     )
+
+
+@triton.jit
+def _target_sum(g_target_ptr, base, K, zero):
+    """0 - the sum of a row's K gradients by its target log-probs."""
+    for k in range(K):
+        zero -= tl.load(g_target_ptr + base + k)
+    return zero
 
 
 @triton.jit(do_not_specialize=["N", "K", "v0"])
@@ -141,7 +173,7 @@ def _logprob_grad_kernel(
     scale: tl.float64,
     out_scale: tl.float64,
     shift_ptr,
-    l_ptr,
+    total_ptr,
     ids_ptr,
     g_target_ptr,
     K,
@@ -158,27 +190,25 @@ def _logprob_grad_kernel(
     i = tl.program_id(0)
     z_ptr = logit_row(z_ptr, z_stride, rows_ptr, i, HAS_ROWS)
     out_ptr = logit_row(out_ptr, out_stride, rows_ptr, i, HAS_ROWS)
-    scale = tl.full((), scale, ACC)
-    out_scale = tl.full((), out_scale, ACC)
+    scale = scalar(scale, ACC)
+    out_scale = scalar(out_scale, ACC)
     shift = tl.load(shift_ptr + i)
-    l = tl.load(l_ptr + i)
+    total = tl.load(total_ptr + i)
     base = i.to(tl.int64) * K
-    of_p = l * 0.0
-    for k in range(K):
-        of_p -= tl.load(g_target_ptr + base + k)
+    of_p = _target_sum(g_target_ptr, base, K, total * 0.0)
     if HAS_LSE:
         of_p += tl.load(g_lse_ptr + i)
-    g_entropy = l * 0.0
+    g_entropy = total * 0.0
     if HAS_ENTROPY:
         g_entropy = tl.load(g_entropy_ptr + i)
-        of_p -= g_entropy * (tl.load(entropy_ptr + i) - tl.log(l))
+        of_p -= g_entropy * (tl.load(entropy_ptr + i) - tl.log(total))
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < N
         x = tl.load(z_ptr + columns, mask=inside, other=0.0).to(ACC) * scale - shift
-        dz = tl.exp(x) * (of_p / l)
+        dz = tl.exp(x) * (of_p / total)
         if HAS_ENTROPY:
-            dz -= tl.exp(x) * tl.maximum(x, _FLOOR) * (g_entropy / l)
+            dz -= tl.exp(x) * tl.maximum(x, _FLOOR) * (g_entropy / total)
         for k in range(K):
             local = tl.load(ids_ptr + base + k) - v0
             if (local >= start) & (local < start + BLOCK):
@@ -190,7 +220,7 @@ def logprob_grad(
     z: Tensor,
     out: Tensor,
     shift: Tensor,
-    l: Tensor,
+    total: Tensor,
     ids: Tensor,
     g_target: Tensor,
     g_lse: Tensor | None,
@@ -203,12 +233,12 @@ def logprob_grad(
     scale: float = 1.0,
     out_scale: float = 1.0,
 ) -> None:
-    """`kernels.rows.LogprobGrad.by_logits_` times out_scale, from z to `out` (any float dtype, may
-    be z).
+    """`kernels.rows.LogprobGrad.by_logits_` times out_scale, from z to `out`.
 
-    The row vectors [n] and ids, g_target [n, K] are those of LogprobGrad; z, columns, rows, scale
-    as in `fold`."""
-    n, N = len(l), z.shape[1] if columns is None else columns
+    out has any float dtype and may be z. The row vectors [n] and ids, g_target [n, K] are those of
+    LogprobGrad; z, columns, rows and scale are as in `fold`.
+    """
+    n, N = len(total), z.shape[1] if columns is None else columns
     if n == 0:
         return
     _logprob_grad_kernel[(n,)](
@@ -221,7 +251,7 @@ def logprob_grad(
         scale,
         out_scale,
         shift,
-        l,
+        total,
         ids,
         g_target,
         ids.shape[1],
@@ -232,6 +262,6 @@ def logprob_grad(
         HAS_ROWS=rows is not None,
         HAS_LSE=g_lse is not None,
         HAS_ENTROPY=g_entropy is not None,
-        ACC=accumulator(l),
+        ACC=accumulator(total),
         **block_of(N),
     )

@@ -2,8 +2,9 @@
 elementwise, with sums.
 
 The specification is kernels/rewards.py and kernels/policy_loss.py. Sums are made per program and
-then over the programs, in float64 and in a fixed order: the same tokens give the same loss, run
-after run."""
+then over the programs, in float64 and in a fixed order. So the same tokens give the same loss, run
+after run.
+"""
 
 from typing import NamedTuple
 
@@ -13,19 +14,50 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_math import OBJECTIVES, REWARDS, policy_terms, token_reward
-from kernels.triton_rows import accumulator
+from kernels.triton_rows import scalar
 
 _BLOCK = 512
 _SUMS = 7
 
 
 class TokenOutput(NamedTuple):
-    """rewards, slope (factors included) [n], 0 where masked; sums [7] float64: see
+    """rewards, slope (factors included) [n], 0 where masked; sums [7] float64 as in
     `_tokens_kernel`."""
 
     rewards: Tensor | None
     slope: Tensor | None
     sums: Tensor | None
+
+
+@triton.jit
+def _load(ptr, t, live, ACC: tl.constexpr):
+    """The live tokens' values; 0 elsewhere, whatever memory holds."""
+    return tl.load(ptr + t, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def _sum(values, live):
+    """Over the live tokens, in float64."""
+    return tl.sum(tl.where(live, values, 0.0).to(tl.float64), 0)
+
+
+@triton.jit
+def _count(flags, live):
+    return tl.sum((flags & live).to(tl.float64), 0)
+
+
+@triton.jit
+def _store_sums(sums_ptr, loss, factor, log_ratio, low, high, capped, live):
+    """The seven sums of `_tokens_kernel`."""
+    weighted = tl.where(live, loss.to(tl.float64) * factor.to(tl.float64), 0.0)
+    tl.store(sums_ptr, tl.sum(weighted, 0))
+    tl.store(sums_ptr + 1, _sum(tl.exp(log_ratio), live))
+    k3 = tl.exp(log_ratio) - 1.0 - log_ratio
+    tl.store(sums_ptr + 2, _sum(k3, live))
+    tl.store(sums_ptr + 3, _count(low, live))
+    tl.store(sums_ptr + 4, _count(high, live))
+    tl.store(sums_ptr + 5, _count(capped, live))
+    tl.store(sums_ptr + 6, tl.sum(live.to(tl.float64), 0))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -59,45 +91,43 @@ def _tokens_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Rewards, slopes, and per program: weighted loss, ratio, k3, clips low and high, caps, tokens.
+
+    k3 is e^r - 1 - r of the log-ratio r.
+    """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = t < n
     if HAS_MASK:
         live = live & (tl.load(mask_ptr + t, mask=live, other=0) != 0)
-    logprob = tl.load(logprobs_ptr + t, mask=live, other=0.0).to(ACC)
+    logprob = _load(logprobs_ptr, t, live, ACC)
     advantage = logprob * 0.0
     if REWARD != 0:
-        teacher = tl.load(teacher_ptr + t, mask=live, other=0.0).to(ACC)
-        reward = token_reward(
-            teacher,
-            logprob,
-            tl.full((), alpha, ACC),
-            tl.full((), scale, ACC),
-            tl.full((), bound, ACC),
-            REWARD,
+        teacher = _load(teacher_ptr, t, live, ACC)
+        advantage = token_reward(
+            teacher, logprob, scalar(alpha, ACC), scalar(scale, ACC), scalar(bound, ACC), REWARD
         )
-        tl.store(rewards_ptr + t, tl.where(live, reward, 0.0), mask=t < n)
-        advantage = reward
+        tl.store(rewards_ptr + t, tl.where(live, advantage, 0.0), mask=t < n)
     if OBJECTIVE != 0:
         if HAS_ADVANTAGES:
-            advantage += tl.load(advantages_ptr + t, mask=live, other=0.0).to(ACC)
+            advantage += _load(advantages_ptr, t, live, ACC)
         factor = advantage * 0.0 + 1.0
         if HAS_FACTORS:
-            factor = tl.load(factors_ptr + t, mask=live, other=0.0).to(ACC)
+            factor = _load(factors_ptr, t, live, ACC)
         old = logprob
         if HAS_OLD:
-            old = tl.load(old_ptr + t, mask=live, other=0.0).to(ACC)
+            old = _load(old_ptr, t, live, ACC)
         rollout = logprob
         if HAS_ROLLOUT:
-            rollout = tl.load(rollout_ptr + t, mask=live, other=0.0).to(ACC)
+            rollout = _load(rollout_ptr, t, live, ACC)
         loss, slope, log_ratio, low, high, capped = policy_terms(
             logprob,
             advantage,
             old,
             rollout,
-            tl.full((), clip_low, ACC),
-            tl.full((), clip_high, ACC),
-            tl.full((), dual_clip, ACC),
-            tl.full((), is_cap, ACC),
+            scalar(clip_low, ACC),
+            scalar(clip_high, ACC),
+            scalar(dual_clip, ACC),
+            scalar(is_cap, ACC),
             OBJECTIVE,
             HAS_OLD,
             HAS_ROLLOUT,
@@ -105,16 +135,7 @@ def _tokens_kernel(
         )
         tl.store(slope_ptr + t, tl.where(live, slope * factor, 0.0), mask=t < n)
         sums_ptr += tl.program_id(0) * 7
-        tl.store(
-            sums_ptr, tl.sum(tl.where(live, loss.to(tl.float64) * factor.to(tl.float64), 0.0), 0)
-        )
-        tl.store(sums_ptr + 1, tl.sum(tl.where(live, tl.exp(log_ratio), 0.0).to(tl.float64), 0))
-        k3 = tl.where(live, tl.exp(log_ratio) - 1.0 - log_ratio, 0.0)
-        tl.store(sums_ptr + 2, tl.sum(k3.to(tl.float64), 0))
-        tl.store(sums_ptr + 3, tl.sum((low & live).to(tl.float64), 0))
-        tl.store(sums_ptr + 4, tl.sum((high & live).to(tl.float64), 0))
-        tl.store(sums_ptr + 5, tl.sum((capped & live).to(tl.float64), 0))
-        tl.store(sums_ptr + 6, tl.sum(live.to(tl.float64), 0))
+        _store_sums(sums_ptr, loss, factor, log_ratio, low, high, capped, live)
 
 
 def tokens(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import stream
+from kernels import tiled_head
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -71,7 +71,7 @@ def record(monkeypatch):
         seen = {}
         # lets Triton take CPU tensors
         monkeypatch.setattr("kernels.backend.interpreted", lambda: True)
-        monkeypatch.setitem(stream.TILINGS, "cpu", stream.TILINGS["cuda"]._replace(rows=2))
+        monkeypatch.setitem(tiled_head.TILINGS, "cpu", tiled_head.TILINGS["cuda"]._replace(rows=2))
 
         def launch(self, *args, grid, warmup, **options):
             one = Launch(self, args, options)

@@ -51,8 +51,8 @@ MUTATIONS = {
     ),
     "target_off_by_one_split": (
         "triton_rows.py",
-        "local = tl.load(ids_ptr + base + k) - v0\n            inside",
-        "local = tl.load(ids_ptr + base + k) - v0 + N\n            inside",
+        "local = tl.load(ids_ptr + base + k) - v0\n        inside",
+        "local = tl.load(ids_ptr + base + k) - v0 + N\n        inside",
         "test_head",
     ),
     "32_bit_offsets": (

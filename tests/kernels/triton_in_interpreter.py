@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import stream
+from kernels import tiled_head
 from kernels.backend import interpreted
 
 assert interpreted(), "TRITON_INTERPRET=1 must be set: otherwise nothing here is tested"
@@ -24,7 +24,7 @@ def poison(monkeypatch):
     """Uninitialised memory is NaN, and tiles are so narrow that small vocabularies have several."""
     torch.use_deterministic_algorithms(True)  # with this, torch.empty is filled with NaN
     monkeypatch.setitem(
-        stream.TILINGS, "cpu", stream.Tiling(rows=4, columns=256, workspace=8 * 4 * 1100)
+        tiled_head.TILINGS, "cpu", tiled_head.Tiling(rows=4, columns=256, workspace=8 * 4 * 1100)
     )
     yield
     torch.use_deterministic_algorithms(False)
