@@ -293,7 +293,7 @@ class Live:
         self.sampling, self.offset = sampling, offset
         self.generator = torch.Generator().manual_seed(seed)
         # Tokens of the source, and of the target, whose keys are cached.
-        self.read = self.written = 0
+        self.read = self.wrote = 0
         # The last target token waits here until the next segment is there, which its row sees.
         self.pending: list[int] = []
 
@@ -305,8 +305,8 @@ class Live:
     def force(self, ids: Sequence[int]) -> None:
         """Write a given target segment."""
         if known := [*self.pending, *ids[:-1]]:
-            self._run(known, 0, self.written, self.read)
-            self.written += len(known)
+            self._run(known, 0, self.wrote, self.read)
+            self.wrote += len(known)
         self.pending = list(ids[-1:])
 
     def write(self, deep: bool = False) -> Iterator[tuple[int, float, bool]]:
@@ -333,8 +333,8 @@ class Live:
 
     def _propose(self) -> tuple[int, float]:
         """Run the pending token and draw the next one."""
-        logits = self._run(self.pending, 0, self.written, self.read)
-        self.written += 1
+        logits = self._run(self.pending, 0, self.wrote, self.read)
+        self.wrote += 1
         uniform = torch.rand(1, generator=self.generator, dtype=torch.float64)
         token, logprob = sample(logits, uniform.to(logits.device), self.sampling)
         return int(token), float(logprob)
