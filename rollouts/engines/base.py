@@ -1,9 +1,9 @@
 """What a rollout engine offers: it draws completions, and takes the trainer's weights in place.
 
-`rollout.engine` selects one of `recipes.components.ENGINES`, or a class by its dotted path. It is
-made as `Engine(path, config, device, dtype, max_length=…)`: a model folder or hub name, the run's
-config, the rank's device, the dtype of the weights, and the longest sequence in tokens.
-tests/rollouts/test_conformance.py holds every engine to this interface.
+`rollout.engine` selects one of `recipes.components.ENGINES`, or a class by its dotted path. A run
+constructs it as `Engine(path, config, device, dtype, max_length=…)`. The arguments are a model
+folder or hub name, the run's config, the rank's device, the dtype of the weights, and the longest
+sequence in tokens. tests/rollouts/test_conformance.py holds every engine to this interface.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Engine(Protocol):
             requests: the prompts, with a seed each.
             sampling: limits, temperature and truncation, the same for all.
             continues: the prompts go on from those of the call before; cached prefixes may stay.
-            on_finished: told, again and again, how many more completions are finished.
+            on_finished: called again and again, with the number of completions just finished.
 
         Returns:
             trajectories whose `logprobs` [T] (float32, nats) are those of the sampled tokens at
