@@ -3,11 +3,12 @@ losses.
 
     python -m benchmarks.vocabulary [--vocab 151936] [--steps 3] [overrides of recipe=poweropd …]
 
-Two models with random weights and V tokens, all of them valid, are made in a temporary folder
-(alpha is 0.1, so that their small probabilities give rewards that are not all 0). Each run is a
-process of its own; its peak is the kernel's count (VmHWM) of resident memory. "none" trains
-nothing: it is what the run needs anyway, the sampler included. Naive: [T, V] float32 logits, their
-log-softmax, autograd."""
+Two models with random weights and V tokens, all of them valid, are made in a temporary folder.
+alpha is 0.1, so that their small probabilities give rewards that are not all 0. Each run is a
+process of its own; its peak is the operating system's count (VmHWM) of resident memory. "none"
+trains nothing: it is what the run needs anyway, the sampler included. Naive is [T, V] float32
+logits, their log-softmax, and autograd.
+"""
 
 import argparse
 import json
@@ -113,45 +114,59 @@ def main() -> int:
     if args.way:
         child(args.way, overrides)
         return 0
-    peaks, rows = {}, {}
+    peaks, losses = {}, {}
     with tempfile.TemporaryDirectory() as work:
         make_models(Path(work), args.vocab)
         for way in WAYS:
             steps = 0 if way == "none" else args.steps
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.vocabulary",
-                "--way",
-                way,
-                f"model.path={work}/student",
-                f"teacher.path={work}/teacher",
-                f"run.dir={work}/{way}",
-                f"train.steps={steps}",
-                "eval.every=-1",
-                "log.wandb=disabled",
-                "reward.alpha=0.1",
-                *overrides,
-            ]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
+            try:
+                peaks[way] = run(way, Path(work), steps, overrides)
+            except subprocess.CalledProcessError as failed:
+                print(failed.stdout[-2000:] + failed.stderr[-2000:], file=sys.stderr)
                 return 1
-            peaks[way] = int(done.stdout.rsplit("PEAK_KIB", 1)[1]) / 2**20
             if steps:
-                lines = (Path(work) / way / "metrics.jsonl").read_text().splitlines()
-                rows[way] = [
-                    row for row in map(json.loads, lines) if "train/loss" in row or "loss" in row
-                ]
+                losses[way] = step_losses(Path(work) / way)
             print(f"{way:6} peak {peaks[way]:.2f} GiB", flush=True)
-    key = next(k for k in ("train/loss", "loss") if k in rows["ours"][0])
-    difference = max(abs(a[key] - b[key]) for a, b in zip(rows["ours"], rows["naive"], strict=True))
+    ours, naive = (peaks[way] - peaks["none"] for way in ("ours", "naive"))
+    pairs = zip(losses["ours"], losses["naive"], strict=True)
+    difference = max(abs(a - b) for a, b in pairs)
     print(
         f"V={args.vocab}: ours {peaks['ours']:.2f} GiB, naive {peaks['naive']:.2f} GiB, ratio "
-        f"{peaks['ours'] / peaks['naive']:.2f}; above the run without a step: {peaks['ours'] - peaks['none']:.2f} and "
-        f"{peaks['naive'] - peaks['none']:.2f} GiB; largest difference of a step's loss {difference:.1e}"
+        f"{peaks['ours'] / peaks['naive']:.2f}; above the run without a step: {ours:.2f} and "
+        f"{naive:.2f} GiB; largest difference of a step's loss {difference:.1e}"
     )
     return 0
+
+
+def run(way: str, work: Path, steps: int, overrides: list[str]) -> float:
+    """One run in a process of its own; its peak in GiB.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.vocabulary",
+        "--way",
+        way,
+        f"model.path={work}/student",
+        f"teacher.path={work}/teacher",
+        f"run.dir={work}/{way}",
+        f"train.steps={steps}",
+        "eval.every=-1",
+        "log.wandb=disabled",
+        "reward.alpha=0.1",
+        *overrides,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.rsplit("PEAK_KIB", 1)[1]) / 2**20
+
+
+def step_losses(folder: Path) -> list[float]:
+    """`train/loss` of every step of a run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
 
 
 if __name__ == "__main__":

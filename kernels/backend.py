@@ -1,5 +1,7 @@
-"""Which implementation answers on which device. The torch one is the specification and the CPU
-path."""
+"""Which implementation answers on which device.
+
+The torch one is the specification and the CPU path.
+"""
 
 import functools
 import importlib.util
@@ -42,7 +44,7 @@ def active_backend(device: torch.device | str) -> str:
     device = torch.device(device)
     if _selected == "torch":
         return "torch"
-    runs = device.type == "cuda" or interpreted() and device.type == "cpu"
+    runs = device.type == "cuda" or (interpreted() and device.type == "cpu")
     if _selected == "auto":
         return "triton" if device.type == "cuda" and _installed() else "torch"
     if not runs:

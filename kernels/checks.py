@@ -14,8 +14,10 @@ _KINDS = {
 
 
 class Shapes:
-    """Checks one call's tensors against each other: a letter has one size, and all share a
-    device."""
+    """Checks one call's tensors against each other.
+
+    A letter has one size, and all tensors share a device.
+    """
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
@@ -30,7 +32,11 @@ class Shapes:
         kind: str = "float",
         optional: bool = False,
     ) -> None:
-        """`dims`: one letter per dimension, e.g. "TH"; a letter's first use fixes its size."""
+        """One tensor's type, dtype, shape and device.
+
+        dims: one letter per dimension, e.g. "TH"; a letter's first use fixes its size. kind: a key
+        of _KINDS.
+        """
         if value is None and optional:
             return
         wanted = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} tensor [{', '.join(dims)}]"
@@ -40,13 +46,7 @@ class Shapes:
             raise TypeError(f"{name} must be {wanted}, got dtype {value.dtype}")
         if value.ndim != len(dims):
             raise ValueError(f"{name} must be {wanted}, got shape {list(value.shape)}")
-        for letter, size in zip(dims, value.shape):
-            if self.sizes.setdefault(letter, size) != size:
-                raise ValueError(
-                    f"{name} must be {wanted} with {letter}={self.sizes[letter]} as in "
-                    f"{self.owner[letter]}, got shape {list(value.shape)}"
-                )
-            self.owner.setdefault(letter, name)
+        self._check_sizes(name, value, dims, wanted)
         if self.device is None:
             self.device = value.device
         elif value.device != self.device:
@@ -54,14 +54,23 @@ class Shapes:
                 f"{name} must be on {self.device} like the first tensor, got {value.device}"
             )
 
-    def ids(self, name: str, value: Tensor, dims: str, rows: Tensor, vocab: int) -> None:
-        """int64 ids, each within [0, vocab) at the given rows; other rows may hold anything."""
+    def _check_sizes(self, name: str, value: Tensor, dims: str, wanted: str) -> None:
+        for letter, size in zip(dims, value.shape):
+            if self.sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"{name} must be {wanted} with {letter}={self.sizes[letter]} as in "
+                    f"{self.owner[letter]}, got shape {list(value.shape)}"
+                )
+            self.owner.setdefault(letter, name)
+
+    def ids(self, name: str, value: Tensor, dims: str, active: Tensor, vocab: int) -> None:
+        """int64 ids, each within [0, vocab) at the active tokens; others may be anything."""
         self.check(name, value, dims, "int64")
         # On a GPU this waits for the device, some tens of microseconds; a graph being captured
         # cannot wait.
         if value.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
-            live = value.index_select(0, rows)
-            if live.numel() and not (0 <= live.min() and live.max() < vocab):
+            live = value.index_select(0, active)
+            if live.numel() and not (live.min() >= 0 and live.max() < vocab):
                 raise IndexError(
                     f"{name} must lie in [0, {vocab}) (the valid vocabulary) at every unmasked "
                     f"row, got {live.min().item()}..{live.max().item()}"
@@ -94,8 +103,10 @@ def check_number(
 
 
 def check_denominator(value: object) -> None:
-    """A positive number or 0-dim tensor (the tensor's value is read on the CPU only, to avoid a
-    stall)."""
+    """A positive number or 0-dim tensor.
+
+    A tensor's value is read on the CPU only: on a GPU that would stall.
+    """
     check_scale("denominator", value)
     if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value > 0:
         raise ValueError(

@@ -48,9 +48,9 @@ def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, T
     The inputs are log-masses of one shape. alpha = 0 is the limit sum q log(q/p) - q + p, the KL
     divergence.
 
-    Every term is >= 0, also in rounding. With r = (p^a - q^a)/a a term is [p^a (p - q) - q r]/(a+1),
-    which loses its digits where p is near q. There the common factor q max(p,q)^a is taken out, and
-    both differences are made by expm1.
+    Every term is >= 0, also in rounding. With r = (p^a - q^a)/a a term is
+    [p^a (p - q) - q r]/(a+1), which loses its digits where p is near q. There the common factor
+    q max(p,q)^a is taken out, and both differences are made by expm1.
     """
     q, p = log_q.exp(), log_p.exp()
     gap = log_p - log_q
@@ -275,8 +275,8 @@ def distillation_divergence(
     teacher's distribution at softmax(logits / temperature), D is
       reverse_kl  KL(q || p)
       forward_kl  KL(p || q)
-      jsd         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. As in TRL's
-                  GKD (arXiv 2306.13649), beta 0 is the forward and beta 1 the reverse KL.
+      jsd         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. beta 0 is
+                  the forward and beta 1 the reverse KL, as in TRL's GKD (arXiv 2306.13649).
       power       B = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1) with normalization="box_cox",
                   alpha B with "none". alpha 0 is the reverse KL. It is the exact full-vocabulary
                   PowerOPD loss (arXiv 2606.17199): grad B = -E_{y~q}[(p^a - q^a)/a grad log q(y)].

@@ -72,10 +72,8 @@ def _upstream(
 ) -> LogprobGrad:
     """Upstream gradients [T] at the active tokens; saved: their ids [n, K] and statistics [n]."""
     ids, shift, total, entropy = saved
-    if g_logprobs is None:
-        g_target = shift.new_zeros(ids.shape)
-    else:
-        g_target = _as_columns(g_logprobs, active)
+    no_target = g_logprobs is None
+    g_target = shift.new_zeros(ids.shape) if no_target else _as_columns(g_logprobs, active)
     return LogprobGrad(
         shift,
         total,

@@ -215,24 +215,32 @@ def fused_linear_opd_loss(
     check_denominator(denominator)
     check_scale("loss_scale", loss_scale)
 
-    dtype = acc_dtype(hidden, lm_head_weight)
+    head = inputs.tiled(vocab, acc_dtype(hidden, lm_head_weight))
+    factors = loss_factors(active, weights, denominator, head.dtype, loss_scale)
     constants = (advantages, old_logprobs, rollout_logprobs, teacher_logprobs)
-    loss, logprobs, rewards, entropy, stats = _FusedLinearOPD.apply(
-        hidden,
-        lm_head_weight,
-        bias,
-        inputs.tiled(vocab, dtype),
-        active,
-        token_ids.index_select(0, active),
-        TokenInputs(
-            loss_factors(active, weights, denominator, dtype, loss_scale),
-            *(_taken(x, active, dtype) for x in constants),
-        ),
-        _Loss(token_reward, rule, entropy_coef),
-        return_entropy or entropy_coef != 0,
-        needs_grad(hidden, lm_head_weight, bias),
+    given = TokenInputs(factors, *(_taken(x, active, head.dtype) for x in constants))
+    ids = token_ids.index_select(0, active)
+    loss = _Loss(token_reward, rule, entropy_coef)
+    return _one_shot(inputs, head, active, ids, given, loss, return_entropy)
+
+
+def _one_shot(
+    inputs: HeadInputs,
+    head: TiledHead,
+    active: Tensor,
+    ids: Tensor,
+    given: TokenInputs,
+    loss: _Loss,
+    return_entropy: bool,
+) -> OPDOutput:
+    """Checked arguments to the autograd function; ids and `given` are of the active tokens [n]."""
+    hidden, weight, bias, *_ = inputs
+    with_entropy = return_entropy or loss.entropy_coef != 0
+    needs = needs_grad(hidden, weight, bias)
+    value, logprobs, rewards, entropy, stats = _FusedLinearOPD.apply(
+        hidden, weight, bias, head, active, ids, given, loss, with_entropy, needs
     )
-    return OPDOutput(loss, logprobs, rewards, entropy if return_entropy else None, stats)
+    return OPDOutput(value, logprobs, rewards, entropy if return_entropy else None, stats)
 
 
 def _token_reward(

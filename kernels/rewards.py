@@ -19,11 +19,13 @@ def box_cox_gap(distance: Tensor, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenReward:
-    """A reward of (teacher_logprobs, student_logprobs) and its parameters; `terms` is the
-    mathematics.
+    """A reward of (teacher_logprobs, student_logprobs) and its parameters.
 
-    Raises TypeError or ValueError: a parameter out of its range, or one that belongs to another
-    reward."""
+    `terms` is the mathematics.
+
+    Raises:
+        TypeError, ValueError: a parameter out of its range, or one that belongs to another reward.
+    """
 
     name: str
     alpha: float = 1.0
@@ -42,21 +44,21 @@ class TokenReward:
                 f"clip and tanh_scale exclude each other, got {self.clip} and {self.tanh_scale}"
             )
 
-    def terms(self, lp: Tensor, lq: Tensor) -> Tensor:
-        """lp, lq [n] in one dtype."""
-        lp, lq = lp.clamp_max(0), lq.clamp_max(0)  # a rounded log-prob may be slightly above 0
-        # two models that agree on an impossible token: 0
-        d = (lp - lq).masked_fill((lp == -torch.inf) & (lq == -torch.inf), 0)
+    def terms(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Rewards [n] of log-probs [n] in one dtype."""
+        # A rounded log-prob may be slightly above 0.
+        teacher, student = teacher.clamp_max(0), student.clamp_max(0)
+        # Two models that agree on an impossible token: 0, where -inf - -inf is NaN.
+        both_gone = (teacher == -torch.inf) & (student == -torch.inf)
+        gap = (teacher - student).masked_fill(both_gone, 0)
         if self.name == "power" and self.alpha != 0:
-            reward = (
-                d.sign()
-                * torch.exp(self.alpha * torch.maximum(lp, lq))
-                * box_cox_gap(d.abs(), self.alpha)
-            )
+            # Anchored at the larger probability, so that neither sign nor digits are lost.
+            anchor = torch.exp(self.alpha * torch.maximum(teacher, student))
+            reward = gap.sign() * anchor * box_cox_gap(gap.abs(), self.alpha)
             return reward * self.alpha if self.normalization == "none" else reward
         if self.clip is not None:
-            return d.clamp(-self.clip, self.clip)
-        return d if self.tanh_scale is None else torch.tanh(d / self.tanh_scale)
+            return gap.clamp(-self.clip, self.clip)
+        return gap if self.tanh_scale is None else torch.tanh(gap / self.tanh_scale)
 
     def for_triton(self) -> dict:
         """The same as keyword arguments of `triton_tokens.tokens`."""
@@ -65,11 +67,9 @@ class TokenReward:
             return {"reward": "power", "alpha": self.alpha, "scale": scale}
         if self.clip is not None:
             return {"reward": "clip", "bound": self.clip}
-        return (
-            {"reward": "log_ratio"}
-            if self.tanh_scale is None
-            else {"reward": "tanh", "bound": self.tanh_scale}
-        )
+        if self.tanh_scale is not None:
+            return {"reward": "tanh", "bound": self.tanh_scale}
+        return {"reward": "log_ratio"}
 
 
 def check_power(alpha: float, normalization: str) -> None:
@@ -111,18 +111,25 @@ def power_reward(
     """The PowerOPD reward p^alpha - q^alpha of the sampled tokens (arXiv 2606.17199 eq. 4), without
     gradient.
 
-    normalization="none" is the paper's form, within [-1, 1]. "box_cox" keeps the Box-Cox factor
-    1/alpha that the paper absorbs into the learning rate: within [-1/alpha, 1/alpha], and alpha ->
-    0 is the log-ratio (alpha == 0 is accepted and is that limit, which is unbounded).
+    The computation is anchored at the larger probability: it never flips the sign, and it
+    underflows to 0.
 
-    teacher_logprobs, student_logprobs: [T] floating, nats, clamped to at most 0; -inf allowed
-        (both: 0).
-    mask: [T] bool or uint8; masked tokens get 0 and may hold anything. Returns [T] float32 (float64
-    where an input is), positive iff the teacher likes the token more. The computation is anchored
-    at the larger probability: it never flips the sign and underflows to 0.
+    Args:
+        teacher_logprobs, student_logprobs: [T] floating, nats, clamped to at most 0. -inf is
+            allowed; where both are, the reward is 0.
+        alpha: at least 0. 0 is the limit of "box_cox": the log-ratio, which is unbounded.
+        normalization: "none" is the paper's form, within [-1, 1]. "box_cox" keeps the Box-Cox
+            factor 1/alpha that the paper absorbs into the learning rate: within [-1/alpha,
+            1/alpha].
+        mask: [T] bool or uint8. Masked tokens get 0 and may hold anything.
 
-    Raises TypeError or ValueError: shapes, dtypes, negative or non-finite alpha, alpha == 0 with
-    "none"."""
+    Returns:
+        [T] float32 (float64 where an input is), positive iff the teacher likes the token more.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, a negative or non-finite alpha, alpha == 0 with
+            "none".
+    """
     return _rewards(
         TokenReward("power", alpha, normalization), teacher_logprobs, student_logprobs, mask
     )
@@ -140,10 +147,15 @@ def log_ratio_reward(
     """The plain on-policy distillation reward log p - log q of the sampled tokens, without
     gradient.
 
-    clip=c bounds it to [-c, c]; tanh_scale=s gives tanh((log p - log q) / s), within [-1, 1] (both
-    as in the baselines of arXiv 2606.17199). Arguments, result and errors as in `power_reward`;
-    clip and tanh_scale exclude each other. Without a bound the reward of a token that the teacher
-    excludes is -inf."""
+    Without a bound the reward of a token that the teacher excludes is -inf. The bounds exclude each
+    other; both are as in the baselines of arXiv 2606.17199.
+
+    Args:
+        clip: c bounds the reward to [-c, c].
+        tanh_scale: s gives tanh((log p - log q) / s), within [-1, 1].
+
+    The other arguments, the result and the errors are those of `power_reward`.
+    """
     return _rewards(
         TokenReward("log_ratio", clip=clip, tanh_scale=tanh_scale),
         teacher_logprobs,

@@ -75,21 +75,40 @@ def fused_linear_self_distillation_kl(
         )
 
     check_count("top_k", top_k, vocab)
+    log_s, log_t = _top_log_masses(
+        student, teacher, top_k, tail, vocab, dtype, active, mask, both=both
+    )
+    return support_divergence(log_s, log_t, rule, factors, active, T)
+
+
+def _top_log_masses(
+    student: HeadInputs,
+    teacher: HeadInputs,
+    top_k: int,
+    tail: str,
+    vocab: int,
+    dtype: torch.dtype,
+    active: Tensor,
+    mask: Tensor | None,
+    *,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both views' log-masses on the teacher view's top k; `both`: the teacher's differentiable."""
+    hidden, weight, bias, temperature, softcap = teacher
     top = fused_linear_topk_logprobs(
-        teacher_hidden,
-        lm_head_weight,
+        hidden,
+        weight,
         top_k,
         bias=bias,
         temperature=temperature,
-        logit_softcap=logit_softcap,
+        logit_softcap=softcap,
         valid_vocab_size=vocab,
         mask=mask,
     )
     ids = top.ids.index_select(0, active)
     log_s = model_log_masses(student, ids, tail, vocab, dtype, active, mask)
     if both:
-        log_t = model_log_masses(teacher, ids, tail, vocab, dtype, active, mask)
-    else:
-        with torch.no_grad():
-            log_t = given_log_masses(top.logprobs.index_select(0, active).to(dtype), tail)
-    return support_divergence(log_s, log_t, rule, factors, active, T)
+        return log_s, model_log_masses(teacher, ids, tail, vocab, dtype, active, mask)
+    with torch.no_grad():
+        log_t = given_log_masses(top.logprobs.index_select(0, active).to(dtype), tail)
+    return log_s, log_t

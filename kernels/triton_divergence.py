@@ -17,7 +17,7 @@ from kernels.triton_rows import accumulator, block_of, logit_row, scalar
 
 
 class Side(NamedTuple):
-    """One model's logits [n, N] (or [T, N] with row indices) and its rows' shift and log_total [n]."""
+    """One model's logits [n, N], or [T, N] with row indices, and its rows' statistics [n]."""
 
     z: Tensor
     shift: Tensor

@@ -1,8 +1,8 @@
 """Device functions shared by the Triton kernels: accurate elementary functions, token rewards,
-policy-gradient and divergence terms. Each mirrors the torch function that its comment names, which
-is its specification.
+policy-gradient and divergence terms.
 
-Everything is computed in the dtype of the arguments, float32 or (for tests) float64.
+Each mirrors the torch function that its docstring names, which is its specification. Everything is
+computed in the dtype of the arguments, float32 or (for tests) float64.
 """
 
 import triton
@@ -46,9 +46,12 @@ def box_cox_gap(distance, alpha):
 
 @triton.jit
 def token_reward(lp, lq, alpha, scale, bound, KIND: tl.constexpr):
-    """kernels.rewards: `power_reward` * scale, or `log_ratio_reward` (alpha = 0, or KIND from
-    log_ratio on)."""
-    lp = tl.minimum(lp, 0.0)  # a rounded log-prob may be slightly above 0
+    """kernels.rewards.TokenReward.terms; `scale` multiplies the power reward.
+
+    KIND is of REWARDS; power with alpha = 0 arrives as log_ratio.
+    """
+    # A rounded log-prob may be slightly above 0.
+    lp = tl.minimum(lp, 0.0)
     lq = tl.minimum(lq, 0.0)
     both_gone = (lp == float("-inf")) & (lq == float("-inf"))
     d = tl.where(both_gone, 0.0, lp - lq)
@@ -107,7 +110,8 @@ def policy_terms(
             low = ratio < bounded
             high = ratio > bounded
             slope = slope * bounded
-        loss = tl.where(slope == 0, 0.0, slope * logprob)  # 0 * log 0
+        # 0 * log 0 is 0.
+        loss = tl.where(slope == 0, 0.0, slope * logprob)
     if HAS_ROLLOUT:
         trainer = logprob
         if HAS_OLD:
@@ -141,7 +145,8 @@ def bregman_terms(lq, lp, alpha, POWER: tl.constexpr):
         by_p = p - q
     by_q = -q * r
     value = tl.where(tl.abs(d) < 1.0, near, by_p + by_q)
-    value = tl.where(value < 0, 0.0, value)  # keeps NaN and inf
+    # Unlike a maximum this keeps NaN and inf.
+    value = tl.where(value < 0, 0.0, value)
     if POWER:
         value = value / (alpha + 1.0)
     return value, by_q, by_p
@@ -149,18 +154,20 @@ def bregman_terms(lq, lp, alpha, POWER: tl.constexpr):
 
 @triton.jit
 def divergence_terms(ls, lt, alpha, scale, beta, KIND: tl.constexpr):
-    """kernels.divergence.Divergence.terms: (terms, derivatives by ls, by lt); scale is for KIND
-    power."""
+    """kernels.divergence.Divergence.terms: (terms, derivatives by ls, by lt).
+
+    KIND is of DIVERGENCES; `scale` multiplies the power divergence.
+    """
     if KIND == 1:
         value, by_t, by_s = bregman_terms(lt, ls, alpha, False)
     elif KIND == 2:
         both_gone = (ls == float("-inf")) & (lt == float("-inf"))
         d = tl.where(both_gone, 0.0, lt - ls)
-        share = tl.where(d > 0, 1.0 - beta, beta)  # of the smaller mass
-        mixed = tl.maximum(ls, lt) + log1p(share * expm1(-tl.abs(d)))
+        share_of_smaller = tl.where(d > 0, 1.0 - beta, beta)
+        mixed = tl.maximum(ls, lt) + log1p(share_of_smaller * expm1(-tl.abs(d)))
         of_s, by_s, _ = bregman_terms(ls, mixed, alpha, False)
         of_t, by_t, _ = bregman_terms(lt, mixed, alpha, False)
-        # the mixture's own derivative cancels between the two halves
+        # The mixture's own derivative cancels between the two halves
         value = beta * of_t + (1.0 - beta) * of_s
         by_s = (1.0 - beta) * by_s
         by_t = beta * by_t

@@ -158,29 +158,25 @@ def tokens(
     dual_clip: float | None = None,
     is_cap: float | None = None,
 ) -> TokenOutput:
-    """The reward, the policy-gradient terms, or both, of n tokens; all tensors [n], results in
-    `dtype`.
+    """The reward, the policy-gradient terms, or both, of n tokens.
 
-    reward: a key of triton_math.REWARDS with its alpha, factor and bound; objective: one of
-        OBJECTIVES;
-    mask: bool or uint8, masked tokens give 0 and may hold anything.
+    All tensors are [n]; results are in `dtype`.
+
+    Args:
+        reward: a key of triton_math.REWARDS, with its alpha, factor (scale) and bound.
+        mask: bool or uint8. Masked tokens give 0 and may hold anything.
+        objective: a key of triton_math.OBJECTIVES, with its bounds.
     """
-    n = len(logprobs)
+    n, device = len(logprobs), logprobs.device
     programs = triton.cdiv(n, _BLOCK)
-
-    def new(wanted: object) -> Tensor | None:
-        return None if wanted is None else torch.empty(n, dtype=dtype, device=logprobs.device)
-
-    rewards, slope = new(reward), new(objective)
-    sums = (
-        None
-        if objective is None
-        else torch.empty(programs, _SUMS, dtype=torch.float64, device=logprobs.device)
-    )
-    given = [
-        None if x is None else x.detach().contiguous()
-        for x in (logprobs, teacher, advantages, factors, old, rollout, mask)
-    ]
+    rewards = slope = sums = None
+    if reward is not None:
+        rewards = torch.empty(n, dtype=dtype, device=device)
+    if objective is not None:
+        slope = torch.empty(n, dtype=dtype, device=device)
+        sums = torch.empty(programs, _SUMS, dtype=torch.float64, device=device)
+    given = (logprobs, teacher, advantages, factors, old, rollout, mask)
+    given = [None if x is None else x.detach().contiguous() for x in given]
     if n:
         _tokens_kernel[(programs,)](
             n,

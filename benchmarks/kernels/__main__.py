@@ -1,9 +1,12 @@
-"""python -m kernels.bench: this package's kernels beside naive torch, torch.compile and other
+"""python -m kernels.bench: this project's kernels beside naive torch, torch.compile and other
 projects' kernels.
 
-First what the device reaches (copy, GEMM), then row by row: every provider is compared with a
-float64 oracle, those within tolerance are timed in turn on the same inputs, and their memory is
-measured in fresh processes. One line per provider as it goes, a markdown table last."""
+First comes what the device reaches (copy, GEMM), then row by row:
+  1. every provider is compared with a float64 oracle;
+  2. those within tolerance are timed in turn on the same inputs;
+  3. their memory is measured in fresh processes.
+One line per provider is printed as it goes, and a markdown table last.
+"""
 
 import argparse
 import sys
@@ -25,8 +28,10 @@ DEFAULTS = {
     "cuda": ([8192, 16384], [2048, 4096], [151936], ["bf16"], 2.0),
     "cpu": ([2048], [512], [32768, 151936], ["fp32", "bf16"], 5.0),
 }
-MOST_TOKENS = 65536  # of the token-wise rows
-MEMORY_SHARE = 0.3  # of the time; what does not fit in is measured at the end
+# Of the token-wise rows.
+MOST_TOKENS = 65536
+# Of the time; what does not fit in is measured at the end.
+MEMORY_SHARE = 0.3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_peers,
         default=list(DEFAULT),
         metavar="A,B,…",
-        help=f"of {', '.join(PEERS)}; default {','.join(DEFAULT)}. Of the others missing wheels are installed",
+        help=f"of {', '.join(PEERS)}; default {','.join(DEFAULT)}. Of the others missing wheels "
+        "are installed",
     )
     add(
         "--peers-dir",
@@ -74,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-s",
         type=float,
         default=540.0,
-        help="seconds for everything; rows that do not fit are skipped (the CPU's default shapes want more)",
+        help="seconds for everything; rows that do not fit are skipped (the CPU's default shapes "
+        "want more)",
     )
     add("--out", type=Path, help="JSON lines")
     return parser
@@ -105,22 +112,22 @@ def _peers(text: str) -> list[str]:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    device = (
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, hidden, vocab, dtypes, row_seconds = DEFAULTS[device]
     return Plan(
-        device,
-        SUITES if args.suite == "all" else (args.suite,),
-        args.tokens or tokens,
-        args.tokens or [tokens[0], MOST_TOKENS],
-        args.hidden or hidden,
-        args.vocab or vocab,
-        args.dtype or dtypes,
-        args.mask,
-        args.rounds or (3 if args.quick else None),
-        row_seconds,
-        args.quick,
+        device=device,
+        suites=SUITES if args.suite == "all" else (args.suite,),
+        tokens=args.tokens or tokens,
+        reward_tokens=args.tokens or [tokens[0], MOST_TOKENS],
+        hidden=args.hidden or hidden,
+        vocab=args.vocab or vocab,
+        dtypes=args.dtype or dtypes,
+        mask=args.mask,
+        rounds=args.rounds or (3 if args.quick else None),
+        row_seconds=row_seconds,
+        small=args.quick,
     )
 
 
@@ -144,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     memory = None if args.no_memory else MemoryProbe(args.peers_dir, MEMORY_SHARE)
     try:
         Runner(plan, peers, report, started + args.budget_s, memory).run()
-    finally:  # what was measured is not lost to an interrupt
+    finally:
+        # What was measured is not lost to an interrupt.
         report.write("end", gpu=gpu_state() if plan.device == "cuda" else None)
         report.close()
         print("\n" + report.table(), flush=True)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ TOLERANCE = {"fp32": (1e-3, 1e-3), "bf16": (0.15, 5e-2), "fp16": (0.15, 5e-2)}
 
 
 class Accuracy(NamedTuple):
-    """Errors against the oracle: nats (max and p99 over tokens) and the worst gradient's relative
-    L2, if any."""
+    """Errors against the oracle.
+
+    worst and p99 are over tokens, in nats; grad is the worst gradient's relative L2, if any.
+    """
 
     worst: float
     p99: float
@@ -27,13 +30,15 @@ class Accuracy(NamedTuple):
     def within(self, dtype: str, models: int) -> bool:
         """`models`: how many models' log-probs the values are made of."""
         nats, grad = TOLERANCE[dtype]
-        # False for NaN
+        # Both comparisons are false for NaN.
         return self.worst <= models * nats and (self.grad is None or self.grad <= grad)
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches here: GB/s of a large copy, TF/s of a large GEMM in the run's
-    dtype."""
+    """What the device reaches here.
+
+    copy: GB/s of a large copy. gemm: TF/s of a large GEMM in the run's dtype.
+    """
 
     copy: float
     gemm: float
@@ -47,11 +52,11 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
-        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 0
-        # Large enough that the host has queued the call's launches before the flush is over.
-        self.flush = (
-            torch.empty(max(size, 2**29), dtype=torch.uint8, device=device) if self.cuda else None
-        )
+        if self.cuda:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            # Large enough that the host has queued the call's launches before the flush is over.
+            size = max(4 * cache, 2**29)
+            self.flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def time(self, call: Callable[[], object]) -> float:
         if not self.cuda:
@@ -76,30 +81,33 @@ def quantile(samples: list[float], q: float) -> float:
     return torch.tensor(samples, dtype=torch.float64).quantile(q).item()
 
 
+# Bytes of the copy, and (m, k, n) of the GEMM.
+_CEILING_SIZES = {
+    "small": (2**26, (512, 512, 1024)),
+    "cpu": (2**28, (1024, 512, 4096)),
+    "cuda": (2**31, (8192, 4096, 16384)),
+}
+
+
 def ceilings(clock: Clock, dtype: str, small: bool) -> Ceilings:
     device = "cuda" if clock.cuda else "cpu"
-    size = 2**26 if small else 2**31 if clock.cuda else 2**28
+    size, (m, k, n) = _CEILING_SIZES["small" if small else device]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / clock.best(lambda: target.copy_(source), 7) * 1e-6
-    m, k, n = (
-        (512, 512, 1024) if small else (8192, 4096, 16384) if clock.cuda else (1024, 512, 4096)
-    )
     a = torch.randn(m, k, device=device).to(DTYPES[dtype])
     b = torch.randn(n, k, device=device).to(DTYPES[dtype])
     return Ceilings(copy, 2.0 * m * k * n / clock.best(lambda: a @ b.t(), 7) * 1e-9)
 
 
 def accuracy(p: Problem, outcome: Outcome, truth: Truth) -> Accuracy:
-    if outcome.values is None:
-        errors = (
-            torch.zeros(1)
-            if outcome.loss is None
-            else (outcome.loss.double() - truth.loss).abs().reshape(1)
-        )
-    else:
+    if outcome.values is not None:
         errors = (outcome.values.detach().double() - truth.values).abs()
         errors = errors if p.mask is None else errors[p.mask]
+    elif outcome.loss is not None:
+        errors = (outcome.loss.double() - truth.loss).abs().reshape(1)
+    else:
+        errors = torch.zeros(1)
     worst = p99 = float("nan")
     if not errors.isnan().any():
         worst, p99 = errors.max().item(), errors.quantile(0.99).item()
@@ -119,22 +127,25 @@ def interleave(
     rounds: Callable[[float], int],
     more: Callable[[], bool],
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Milliseconds per provider and round, one call each in turn, and the errors of those that
-    dropped out.
+    """Milliseconds per provider and round, and the errors of those that dropped out.
 
-    `rounds` says how many from the milliseconds of the first; none begins where `more` is false.
+    Each provider is called once a round, in turn. `rounds` says how many rounds there are from the
+    milliseconds of the first; none begins where `more` is false.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, Exception] = {}
     alive, i, count = list(providers), 0, 1
     while alive and i < count and more():
-        # nobody always follows the same one
-        for provider in alive[i % len(alive) :] + alive[: i % len(alive)]:
+        # Nobody always follows the same one.
+        first = i % len(alive)
+        for provider in alive[first:] + alive[:first]:
             try:
                 if provider.prepare is not None:
                     provider.prepare(p)
-                times.setdefault(provider.name, []).append(clock.time(lambda: provider.call(p)))
-            except Exception as error:  # as in the gate; memory may run out only now
+                elapsed = clock.time(partial(provider.call, p))
+                times.setdefault(provider.name, []).append(elapsed)
+            except Exception as error:
+                # As in the gate; memory may run out only now.
                 failed[provider.name] = error
                 times.pop(provider.name, None)
         alive = [provider for provider in alive if provider.name not in failed]

@@ -1,15 +1,19 @@
 """Naive code and other projects' kernels, as functions of one signature per ability.
 
   selective       (logits [T, V], ids [T]) -> log-probs [T], or (log-probs, entropy) where it makes
-  both selective_grad  the same, differentiable logprobs        (hidden [T, H], weight [V, H], ids
-  [T], mask [T] or None) -> log-probs [T], differentiable kl              (student logits, teacher
-  logits [T, V], reverse) -> KL [T], or its mean fused_kl        (hidden, weight, teacher hidden,
-  teacher weight, reverse) -> the same power, log_ratio, ppo  token-wise, as `naive_power` and so on
-  below
+                  both
+  selective_grad  the same, differentiable
+  logprobs        (hidden [T, H], weight [V, H], ids [T], mask [T] or None) -> log-probs [T],
+                  differentiable
+  kl              (student logits, teacher logits [T, V], reverse) -> KL [T], or its mean
+  fused_kl        (hidden, weight, teacher hidden, teacher weight, reverse) -> the same
+  power, log_ratio, ppo
+                  token-wise, as `naive_power` and so on below
 
-`reverse`: KL(student || teacher), else KL(teacher || student). An ability that cannot be had is a
-string that says why. Only kernel modules of other projects are imported, from their folder and
-without the package's own __init__, which may need what is not there."""
+`reverse` is KL(student || teacher), else KL(teacher || student). An ability that cannot be had is a
+string that says why. Only kernel modules of other projects are imported. They come from their
+folder and without the package's own __init__, which may need what is not there.
+"""
 
 import contextlib
 import importlib

@@ -49,8 +49,10 @@ class Report:
             print(json.dumps({"type": kind, **finite}), file=self.file, flush=True)
 
     def result(self, record: dict) -> None:
-        """status: ok, n/a, failed (the error is above tolerance) or skipped; the rest as in
-        `cells`."""
+        """Report one record; the fields are those of `cells`.
+
+        status: ok, n/a, failed (the error is above tolerance) or skipped.
+        """
         self.results.append(record)
         self.write("result", **record)
         kernel, mode, shape, provider, p50, p20, p80, tflops, gbs, floor, *_, err, grad, ratio = (
@@ -58,7 +60,8 @@ class Report:
         )
         line = f"{kernel} {mode} {shape} | {provider} {p50}"
         if record["status"] == "ok":
-            line += f" ms [{p20} {p80}] | {tflops} TF/s | {gbs} GB/s | {floor} % of floor | {_memory(record)}"
+            line += f" ms [{p20} {p80}] | {tflops} TF/s | {gbs} GB/s | {floor} % of floor"
+            line += f" | {_memory(record)}"
         if "error_max" in record:
             line += f" | err {err} | grad {grad}"
         print(line + (f" | {ratio}" if "ratio" in record else ""), flush=True)
@@ -90,13 +93,12 @@ def cells(record: dict) -> list[str]:
         return format(record[name], spec) if record.get(name) is not None else "-"
 
     status = record["status"]
-    time = (
-        number("ms_p50", ".4g")
-        if status == "ok"
-        else "error above tolerance"
-        if status == "failed"
-        else f"{status} ({record['reason']})"
-    )
+    if status == "ok":
+        time = number("ms_p50", ".4g")
+    elif status == "failed":
+        time = "error above tolerance"
+    else:
+        time = f"{status} ({record['reason']})"
     return [
         record["kernel"],
         record["mode"],
@@ -155,12 +157,10 @@ def gpu_state() -> dict[str, str] | None:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def _version(package: str) -> str | None:

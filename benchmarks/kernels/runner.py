@@ -1,5 +1,7 @@
-"""The run: shapes, then rows; of a row the correctness gate, the timings, the memory and the
-lines."""
+"""The run: shapes, then rows.
+
+A row is the correctness gate, the timings, the memory and the lines.
+"""
 
 import itertools
 import time
@@ -36,8 +38,10 @@ class Plan:
 
 
 class Runner:
-    """Runs a plan until a deadline (of time.perf_counter); what comes too late is reported as
-    skipped."""
+    """Runs a plan until a deadline of time.perf_counter.
+
+    What comes too late is reported as skipped.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class Runner:
         self.deadline = deadline
         self.clock = Clock(plan.device)
         self.truths: dict[tuple[Point, str], Truth] = {}
-        # memory for which there was no time in its turn
+        # Memory for which there was no time in its turn.
         self.late: list[tuple[dict, tuple[int, str, Point]]] = []
 
     def in_time(self) -> bool:
@@ -66,28 +70,24 @@ class Runner:
         for dtype in plan.dtypes if plan.suites != ("reward",) else ():
             self.measure_ceilings(dtype)
             for V, T, H in itertools.product(plan.vocab, plan.tokens, plan.hidden):
-                letters = ("THV", "TV") if H == plan.hidden[0] else ("THV",)
+                # Rows from logits do not depend on H.
+                with_logits = plan.hidden.index(H) == 0
+                letters = ("THV", "TV") if with_logits else ("THV",)
                 self.shape(Point(plan.device, dtype, T, H, V), letters)
         for record, args in self.late:
             self.report.add(record, self.peak_memory(*args))
 
     def peak_memory(self, row: int, provider: str, point: Point) -> dict[str, float | str]:
         left = min(120, self.deadline - time.perf_counter())
-        return (
-            self.memory.measure(row, provider, point, left)
-            if left > 0
-            else {"memory_reason": "skipped (time)"}
-        )
+        if left <= 0:
+            return {"memory_reason": "skipped (time)"}
+        return self.memory.measure(row, provider, point, left)
 
     def measure_ceilings(self, dtype: str) -> None:
         self.ceilings = ceilings(self.clock, dtype, self.plan.small)
-        self.report.write(
-            "ceilings", dtype=dtype, copy_gbs=self.ceilings.copy, gemm_tflops=self.ceilings.gemm
-        )
-        print(
-            f"ceilings {dtype}: copy {self.ceilings.copy:.4g} GB/s, GEMM {self.ceilings.gemm:.4g} TF/s",
-            flush=True,
-        )
+        copy, gemm = self.ceilings
+        self.report.write("ceilings", dtype=dtype, copy_gbs=copy, gemm_tflops=gemm)
+        print(f"ceilings {dtype}: copy {copy:.4g} GB/s, GEMM {gemm:.4g} TF/s", flush=True)
 
     def shape(self, point: Point, letters: tuple[str, ...]) -> None:
         """The rows of those letters at one shape, on the same inputs."""
@@ -100,52 +100,42 @@ class Runner:
                     self.row(i, row, problem.masked(self.plan.mask))
 
     def row(self, index: int, row: Row, p: Problem) -> None:
-        # else shapes run into the recompilation limit and fall back to eager unseen
+        # Else shapes run into the recompilation limit and fall back to eager unseen.
         torch.compiler.reset()
-        named = {
-            "kernel": row.kernel,
-            "mode": row.mode,
-            "shape": p.point.label(row.letters),
-            "T": p.T,
-            "H": p.H if "H" in row.letters else None,
-            "V": p.V if "V" in row.letters else None,
-            "dtype": p.point.dtype,
-            "mask": p.point.mask,
-        }
         ready: list[tuple[Provider, Accuracy]] = []
-        others = []
+        absent: list[dict] = []
         for provider in row.providers(self.peers):
             passed = self.gate(row, p, provider)
             if isinstance(passed, Accuracy):
                 ready.append((provider, passed))
             else:
-                others.append({"provider": provider.name, **passed})
-        times, broken = interleave(self.clock, p, [x for x, _ in ready], self.rounds, self.in_time)
+                absent.append({"provider": provider.name, **passed})
+        providers = [provider for provider, _ in ready]
+        times, broken = interleave(self.clock, p, providers, self.rounds, self.in_time)
+        about = _about(row, p)
         for provider, error in ready:
-            if provider.name not in times:
-                why = broken.get(provider.name)
-                others.append(
-                    {
-                        "provider": provider.name,
-                        **(SKIPPED if why is None else _absent(one_line(why))),
-                    }
-                )
-                continue
-            record = self.figures(row, p, times[provider.name]) | _errors(error)
-            if "ours" in times:
-                record["ratio"] = quantile(
-                    [x / y for x, y in zip(times[provider.name], times["ours"])], 0.5
-                )
-            record = {**named, "provider": provider.name, "status": "ok", **record}
-            if self.memory is not None and row.copies:
-                late = (index, provider.name, p.point)
-                if self.memory.affordable():
-                    record |= self.peak_memory(*late)
-                else:
-                    self.late.append((record, late))
-            self.report.result(record)
-        for record in others:
-            self.report.result(named | record)
+            name = provider.name
+            if name in times:
+                record = {**about, "provider": name, "status": "ok"}
+                record |= self.figures(row, p, times[name]) | _errors(error)
+                record |= _ratio(times[name], times.get("ours"))
+                self.add_memory(record, index, row, p)
+                self.report.result(record)
+            else:
+                why = _absent(one_line(broken[name])) if name in broken else SKIPPED
+                absent.append({"provider": name, **why})
+        for record in absent:
+            self.report.result(about | record)
+
+    def add_memory(self, record: dict, index: int, row: Row, p: Problem) -> None:
+        """Into the record, now or after everything else."""
+        if self.memory is None or not row.copies:
+            return
+        args = index, record["provider"], p.point
+        if self.memory.affordable():
+            record |= self.peak_memory(*args)
+        else:
+            self.late.append((record, args))
 
     def rounds(self, first_ms: float) -> int:
         return self.plan.rounds or min(50, max(3, round(self.plan.row_seconds * 1e3 / first_ms)))
@@ -166,7 +156,7 @@ class Runner:
             if provider.prepare is not None:
                 provider.prepare(p)
             error = accuracy(p, provider.call(p), self.truths[key])
-        # out of memory, an unsupported shape, no compiler: not the run's end
+        # Out of memory, an unsupported shape, no compiler: not the run's end.
         except Exception as cause:
             return _absent(one_line(cause))
         passed = error.within(p.point.dtype, 2 if row.suite == "kl" else 1)
@@ -186,6 +176,26 @@ class Runner:
             "floor_ms": floor,
             "percent_of_floor": 100 * floor / p50,
         }
+
+
+def _about(row: Row, p: Problem) -> dict[str, object]:
+    """What every record of a row says; a size that does not matter to it is None."""
+    sizes = {"T": p.T, "H": p.H, "V": p.V}
+    return {
+        "kernel": row.kernel,
+        "mode": row.mode,
+        "shape": p.point.label(row.letters),
+        **{letter: size if letter in row.letters else None for letter, size in sizes.items()},
+        "dtype": p.point.dtype,
+        "mask": p.point.mask,
+    }
+
+
+def _ratio(times: list[float], ours: list[float] | None) -> dict[str, float]:
+    """The median over rounds of a provider's time over ours."""
+    if ours is None:
+        return {}
+    return {"ratio": quantile([x / y for x, y in zip(times, ours)], 0.5)}
 
 
 def _absent(reason: str) -> dict[str, str]:

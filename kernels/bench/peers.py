@@ -1,3 +1,3 @@
 """The old place of `benchmarks.kernels.peers`, until its importers know the new one."""
 
-from benchmarks.kernels.peers import *  # noqa: F401, F403
+from benchmarks.kernels.peers import *  # noqa: F403

@@ -117,34 +117,33 @@ def test_cross_entropy_is_the_special_case(problem):
     )
 
 
-def test_gradcheck(problem):
+@pytest.mark.parametrize("objective", ["reinforce", "ppo_clip"])
+def test_gradcheck(problem, objective):
     """With given advantages only: a reward is a constant, which a numerical derivative does not
     know."""
     p = problem(3, 11, 5)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     old = torch.full((3,), -2.4)
-    for objective in ("reinforce", "ppo_clip"):
-        assert torch.autograd.gradcheck(
-            lambda h, w, b: (
-                fused_linear_opd_loss(
-                    h,
-                    w,
-                    p.ids,
-                    reward=None,
-                    advantages=p.advantages,
-                    old_logprobs=old,
-                    bias=b,
-                    mask=p.mask,
-                    temperature=1.2,
-                    logit_softcap=4.0,
-                    valid_vocab_size=11,
-                    entropy_coef=0.1,
-                    objective=objective,
-                    denominator=2.0,
-                ).loss
-            ),
-            inputs,
-        )
+
+    def loss(hidden, weight, bias):
+        return fused_linear_opd_loss(
+            hidden,
+            weight,
+            p.ids,
+            reward=None,
+            advantages=p.advantages,
+            old_logprobs=old,
+            bias=bias,
+            mask=p.mask,
+            temperature=1.2,
+            logit_softcap=4.0,
+            valid_vocab_size=11,
+            entropy_coef=0.1,
+            objective=objective,
+            denominator=2.0,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 def test_equals_the_kernels_it_fuses_bitwise(problem):

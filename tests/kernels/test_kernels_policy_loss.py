@@ -6,7 +6,6 @@ import torch
 from benchmarks.kernels import reference
 from kernels import policy_gradient_loss
 
-
 OBJECTIVES = {
     "reinforce": {},
     "ppo": {"objective": "ppo_clip", "clip_high": 0.3},
@@ -71,15 +70,14 @@ def test_aggregations():
     )
 
 
-def test_gradcheck():
-    lp, old, rollout, adv = tokens(5, seed=3)
-    for options in ({"objective": "ppo_clip"}, {"objective": "ppo_clip", "dual_clip": 1.2}, {}):
-        assert torch.autograd.gradcheck(
-            lambda x: (
-                policy_gradient_loss(x, adv, old_logprobs=old, denominator=2.0, **options).loss
-            ),
-            [lp],
-        )
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradcheck(objective):
+    lp, old, _, adv = tokens(5, seed=3)
+    options = {"old_logprobs": old, "denominator": 2.0, **OBJECTIVES[objective]}
+    if objective == "cispo":
+        # Its clipped ratio is a constant, which a numerical derivative does not know.
+        options.pop("old_logprobs")
+    assert torch.autograd.gradcheck(lambda x: policy_gradient_loss(x, adv, **options).loss, [lp])
 
 
 def test_stats():
@@ -112,7 +110,7 @@ def test_stats():
 
 
 def test_masked_nan_empty_and_extreme_tokens():
-    lp, old, rollout, adv = tokens(6)
+    lp, old, _, adv = tokens(6)
     mask = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
     bad = lp.detach().clone()
     bad[~mask] = torch.nan
