@@ -15,6 +15,7 @@ FIGURES = {
     "latency_s",
     "seconds_per_token",
 }
+THOUGHTS = "streaming.max_thought_tokens=5"
 
 
 @pytest.fixture
@@ -28,7 +29,6 @@ def evaluate(streaming_model, capsys):
                 "size=5",
                 "max_new_tokens=9",
                 "data.distractors=2",
-                "streaming.max_thought_tokens=5",
                 *arguments,
             ]
         )
@@ -40,7 +40,11 @@ def evaluate(streaming_model, capsys):
 
 
 def test_both_modes(evaluate):
-    keys = ("streaming.words_per_minute=150", "streaming.seconds_per_token=0.1")
+    keys = (
+        THOUGHTS,
+        "streaming.words_per_minute=150",
+        "streaming.seconds_per_token=0.1",
+    )
     streaming, first = evaluate("mode=streaming", *keys), evaluate("mode=read_then_think", *keys)
     for found in (streaming, first):
         assert FIGURES <= set(found) and 0 <= found["avg@2"] <= found["pass@2"] <= 1
@@ -61,7 +65,8 @@ def test_both_modes(evaluate):
 
 
 def test_measured_speed_and_interleaved(evaluate):
-    found = evaluate("recipe=streaming_sft", "streaming.layout=interleaved", "engine=hf", "size=2")
+    interleaved = ("recipe=streaming_sft", "streaming.layout=interleaved", THOUGHTS)
+    found = evaluate(*interleaved, "engine=hf", "size=2")
     assert found["latency_s"] > found["seconds_per_token"] > 0 and "mode" not in found
     assert not FIGURES & set(evaluate("engine=hf", "size=2"))
 

@@ -56,7 +56,7 @@ def test_every_word_of_the_data_is_one_token(folder):
 
 def test_units_and_words_of_the_data(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples, config = load_examples("translation", size=5), compose(["recipe=streaming_sft"])
+    examples, config = load_examples("translation", size=5), compose(["recipe=proactivellm"])
     prompts, dropped = unit_prompts(examples, tokenizer, config, "d")
     assert dropped == 0
     for prompt in prompts:
