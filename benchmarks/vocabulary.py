@@ -12,7 +12,6 @@ logits, their log-softmax, and autograd.
 
 import argparse
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -86,19 +85,18 @@ def use_naive_losses() -> None:
     kernels.fused_linear_logprobs, kernels.fused_linear_opd_loss = naive_logprobs, naive_opd
 
 
-def child(way: str, overrides: list[str]) -> None:
-    """One run, then its peak as the last line."""
+def child(way: str, overrides: list[str]) -> int:
+    """One run, then its peak as the last line; returns the run's exit status."""
     if way == "naive":
         use_naive_losses()
-    sys.argv = ["train.py", "recipe=poweropd", *overrides]
-    try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    except SystemExit as stop:
-        if stop.code:
-            raise
+    # Not as a script: that ends the process as soon as the run has.
+    import train
+
+    status = train.main(["recipe=poweropd", *overrides])
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             print("PEAK_KIB", line.split()[1])
+    return status
 
 
 def main() -> int:
@@ -112,8 +110,7 @@ def main() -> int:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
     if args.way:
-        child(args.way, overrides)
-        return 0
+        return child(args.way, overrides)
     peaks, losses = {}, {}
     with tempfile.TemporaryDirectory() as work:
         make_models(Path(work), args.vocab)
