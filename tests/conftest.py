@@ -88,7 +88,6 @@ def overrides(tiny_models, tmp_path):
         keys = {
             "recipe": "poweropd",
             "model.path": tiny_models["student"],
-            "teacher.path": tiny_models["teacher"],
             "run.dir": tmp_path / "run",
             "train.steps": 2,
             "train.prompts_per_step": 8,
@@ -99,6 +98,8 @@ def overrides(tiny_models, tmp_path):
             "log.wandb": "disabled",
         }
         keys |= {name.replace("__", "."): value for name, value in extra.items()}
+        if "opd" in keys["recipe"]:  # the recipes with a teacher
+            keys.setdefault("teacher.path", tiny_models["teacher"])
         return [f"{name}={value}" for name, value in keys.items()]
 
     return make
