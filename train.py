@@ -1,4 +1,4 @@
-"""Entry point: compose the config, check everything, build the parts, train.
+"""Entry point: compose the config, check everything, load the models, train.
 
 torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
 python train.py recipe=poweropd …            the same with one rank
@@ -16,7 +16,7 @@ from scripts.cli import next_steps, print_error, quiet_libraries, quiet_torch
 def main(overrides: list[str]) -> int:
     """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status
     1."""
-    from recipes.compose import compose
+    from recipes.compose import compose, to_yaml
     from recipes.errors import OnstreamError
 
     rank = int(os.environ.get("RANK", "0"))
@@ -25,31 +25,27 @@ def main(overrides: list[str]) -> int:
         quiet_torch()
         from trainers.prepare import prepare
 
-        prepared = prepare(config)
+        run = prepare(config)
         if config.dry_run:
             if rank == 0:
-                from omegaconf import OmegaConf
-
-                print(OmegaConf.to_yaml(config), end="")
+                print(to_yaml(config), end="")
                 print(
-                    f"# ok: {len(prepared.prompts)} prompts, sequences of up to {prepared.max_length} tokens"
+                    f"# ok: {len(run.prompts)} prompts, sequences of up to {run.max_length} tokens"
                 )
             return 0
         from trainers.loop import Loop
 
-        run_dir = Loop(config, prepared).fit()
+        loop = Loop(run)
+        folder = loop.fit()
         try:
-            if config.proactive.curve and prepared.eval_prompts and config.train.steps:
-                from scripts.curves import of_run
-
-                of_run(config, run_dir)
+            loop.finish()
         finally:
             if rank == 0:
                 from scripts.report import write_report
 
-                print(f"report {write_report(run_dir)}")
+                print(f"report {write_report(folder)}")
         if rank == 0:
-            print(next_steps(config, run_dir))
+            print(next_steps(config, folder))
         return 0
     except OnstreamError as error:
         print_error(error)

@@ -32,11 +32,12 @@ def main() -> int:
     from rollouts.simultaneous.prompts import unit_prompts
     from scripts.cli import quiet_libraries, quiet_torch
     from scripts.tiny_models import TinyModel, initialise
-    from trainers.base import Parts
     from trainers.core.batching import pack
     from trainers.core.policy import load_policy
     from trainers.losses import Loss
+    from trainers.modes import reading_mode
     from trainers.proactivellm import ProactiveLLM
+    from trainers.run import Run
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.views",
@@ -69,7 +70,7 @@ def main() -> int:
             ),
         )
         tokenizer = AutoTokenizer.from_pretrained(work)
-        policy = load_policy(work, torch.float32, device, layout="scheduled")
+        policy = load_policy(work, torch.float32, device, masked=True)
     made = load_examples("translation", size=args.sentences * args.join)
     examples = []
     for index in range(args.sentences):
@@ -81,7 +82,16 @@ def main() -> int:
         examples.append(Example(index, [{"role": "user", "content": source}], target, target))
     prompts, _ = unit_prompts(examples, tokenizer, config, "translation")
     method = ProactiveLLM(
-        Parts(config, device, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts, None)
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=device,
+            tokenizer=tokenizer,
+            stop_ids=(tokenizer.eos_token_id,),
+            vocab=len(tokenizer),
+            prompts=prompts,
+            sampler=None,
+        )
     )
     drawn = [method.read(prompt, 0) for prompt in prompts]
     method.annotate(drawn)

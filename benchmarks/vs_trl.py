@@ -85,14 +85,14 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     from recipes.compose import compose
     from rollouts.data.examples import PromptSampler
     from rollouts.data.load import configured_examples
-    from trainers.core.evaluation import make_prompts
+    from trainers.modes.plain import Plain
 
     make_model(folder / "student", args.size, seed=1)
     make_model(folder / "teacher", args.size, seed=2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     config = compose(overrides("poweropd-hf", folder, args))
     examples = configured_examples(config.data, config.seed)
-    prompts, _ = make_prompts(examples, tokenizer, config, "data.path=stories")
+    prompts, _ = Plain(config).prompts(examples, tokenizer, "data.path=stories")
     sampler = PromptSampler(len(prompts), args.prompts, config.seed)
     taken = [prompts[i] for step in range(config.train.steps) for i in sampler.indices(step)]
     shared = {

@@ -26,3 +26,7 @@ class SyncError(OnstreamError):
 
 class CheckpointError(OnstreamError):
     """A checkpoint cannot be saved or resumed; the message names the file."""
+
+
+class AnnotationError(OnstreamError):
+    """A trainer writes an annotation that no loss reads, or one of another dtype."""

@@ -70,7 +70,7 @@ class Stages:
         )
 
 
-def judge(
+def score_stages(
     trajectory,
     protocol,
     decode: Callable[[list[int]], str],

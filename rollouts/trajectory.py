@@ -4,11 +4,114 @@ tokens."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from recipes.errors import AnnotationError
+from recipes.registry import nearest
 from rollouts.layout import Layout
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What one annotation is: [T] unless its meaning says otherwise."""
+
+    dtype: str
+    meaning: str
+    writers: str
+    readers: str
+
+
+# Log-probs are in nats. `loop`: trainers/loop.py; `loss`: trainers/losses.py; `stats`:
+# trainers/core/metrics.py; methods by the names of their files.
+ANNOTATIONS = {
+    "mask": Annotation(
+        "bool", "The token counts in the loss.", "every method", "loss, loop, stats"
+    ),
+    "targets": Annotation(
+        "int64", "The id that the policy scores, where it is not the sampled one.", "opd", "loss"
+    ),
+    "teacher_targets": Annotation("int64", "The id that the teacher scores.", "opd", "the teacher"),
+    "teacher_logprobs": Annotation(
+        "float32", "The teacher's log-prob of `teacher_targets`.", "the teacher", "loss, stats"
+    ),
+    "teacher_max_logprobs": Annotation(
+        "float32", "The teacher's log-prob of its most likely token.", "the teacher", "stats"
+    ),
+    "teacher_hidden": Annotation(
+        "float32", "[T, H_teacher]: the teacher's last hidden state.", "the teacher", "loss"
+    ),
+    "student_logprobs": Annotation(
+        "float32",
+        "The policy's log-prob before the update.",
+        "the loop's score_policy",
+        "opd, grpo",
+    ),
+    "old_logprobs": Annotation(
+        "float32", "The policy's log-prob before the step's first update.", "grpo", "loss, stats"
+    ),
+    "rollout_logprobs": Annotation(
+        "float32", "The sampler's log-prob, for the importance weight.", "grpo", "loss"
+    ),
+    "reference_logprobs": Annotation(
+        "float32", "The starting weights' log-prob.", "the reference", "loss"
+    ),
+    "advantages": Annotation("float32", "Added to the token reward.", "grpo, hrpo, opd", "loss"),
+    "rewards": Annotation(
+        "float32", "Token reward plus advantage, as it was used.", "the loop", "completions.jsonl"
+    ),
+    "weights": Annotation(
+        "float32", "Weight of the token's loss; 1 without it.", "the loop", "loss"
+    ),
+    "ce_weights": Annotation(
+        "float32", "Weight of the token's cross-entropy.", "sft and its kin", "loss"
+    ),
+    "kl_weights": Annotation(
+        "float32", "Weight of the token's self-distillation.", "proactivellm", "loss"
+    ),
+    "teacher_distance": Annotation(
+        "int64",
+        "d > 0: the hidden state d positions earlier teaches the token; 0: none does.",
+        "proactivellm",
+        "loss",
+    ),
+    "whole_view": Annotation(
+        "bool",
+        "The token was written with the whole source in view.",
+        "proactivellm",
+        "its metrics",
+    ),
+}
+
+
+class Annotations(dict[str, np.ndarray]):
+    """A trajectory's annotations by name, as `ANNOTATIONS` lists them.
+
+    Raises:
+        AnnotationError: the name is not in the table, or the array has another dtype.
+    """
+
+    def __setitem__(self, name: str, values: np.ndarray) -> None:
+        if name not in ANNOTATIONS:
+            raise AnnotationError(
+                f"there is no annotation '{name}'{nearest(name, ANNOTATIONS)}; "
+                "rollouts/trajectory.py lists them"
+            )
+        if str(values.dtype) != ANNOTATIONS[name].dtype:
+            raise AnnotationError(
+                f"annotation '{name}' must be {ANNOTATIONS[name].dtype}, it is {values.dtype}"
+            )
+        super().__setitem__(name, values)
+
+    def update(self, values: Mapping[str, np.ndarray]) -> None:  # type: ignore[override]
+        for name, array in values.items():
+            self[name] = array
+
+    def __ior__(self, values: Mapping[str, np.ndarray]) -> Annotations:  # type: ignore[override]
+        self.update(values)
+        return self
 
 
 @dataclass
@@ -42,7 +145,7 @@ class Trajectory:
     reads: np.ndarray | None = None
     # Annotations: what a trainer says about the tokens, for the loss primitives
     # (trainers/losses.py).
-    annotations: dict[str, np.ndarray] = field(default_factory=dict)
+    annotations: Annotations = field(default_factory=Annotations)
 
     @property
     def length(self) -> int:

@@ -84,7 +84,8 @@ def next_steps(config, run_dir: Path) -> str:
             "teacher.path=stories-teacher data.path=stories",
         ]
     data = config.eval.path or config.data.path
-    if config.streaming.layout is None and data in ("stories", "translation") and model.is_dir():
+    streams = getattr(getattr(config, "streaming", None), "layout", None) is not None
+    if not streams and data in ("stories", "translation") and model.is_dir():
         lines += [
             "  measure what was saved",
             f"    {python} -m scripts.evaluate model={shlex.quote(str(model))} data={data} k=4",

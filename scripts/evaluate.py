@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Sequence
 
 from scripts.cli import print_error, quiet_libraries
 
@@ -104,61 +103,19 @@ def key_values(
     return given
 
 
-@dataclass
-class Loaded:
-    """What an evaluation is made with."""
-
-    tokenizer: object
-    stop_ids: tuple[int, ...]
-    verifier: Callable[[str, str], float]
-    name: str  # of the data
-    prompts: list
-    dropped: int
-    rollout: object
-
-
-def load(config) -> Loaded:
-    """The model, in a rollout engine, and the evaluation data of a config. Raises OnstreamError:
-    one cannot be used."""
-    import torch
-
-    from recipes.components import ENGINES, VERIFIERS
-    from trainers.core.evaluation import eval_prompts, max_length
-    from trainers.core.policy import DTYPES, check_model
-    from trainers.modes.rollout import make_engine
-
-    ENGINES.resolve(config.rollout.engine)
-    verifier = VERIFIERS.resolve(config.reward.verifier)
-    tokenizer, model = check_model("model", config.model.path)
-    name, prompts, dropped = eval_prompts(config, tokenizer)
-    length = max_length(config, prompts, [], getattr(model, "max_position_embeddings", None))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *config.rollout.stop_ids]))
-    return Loaded(
-        tokenizer,
-        stop_ids,
-        verifier,
-        name,
-        prompts,
-        dropped,
-        make_engine(config, device, DTYPES[config.model.dtype], length),
-    )
-
-
 def run(config) -> dict:
-    """Load, sample, judge; returns the scores with what they were measured on."""
-    from trainers.core.evaluation import evaluate
+    """Load, sample and score; returns the scores with what they were measured on."""
+    from trainers.evaluation import evaluate
+    from trainers.prepare import prepare_evaluation
 
-    parts = load(config)
-    scores, _ = evaluate(
-        parts.rollout, parts.prompts, config, parts.tokenizer, parts.stop_ids, parts.verifier
-    )
-    parts.rollout.close()
+    prepared = prepare_evaluation(config)
+    scores, _ = evaluate(prepared)
+    prepared.rollout.close()
     return {
         "model": config.model.path,
-        "data": parts.name,
-        "prompts": len(parts.prompts),
-        "dropped": parts.dropped,
+        "data": prepared.eval_name,
+        "prompts": len(prepared.eval_prompts),
+        "dropped": prepared.eval_dropped,
         "samples": config.eval.samples or config.eval.k,
         **scores,
     }

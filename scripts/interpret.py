@@ -10,9 +10,8 @@ or calibrated on `data`, which is anything that `data.path` takes. Short keys ar
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from scripts.cli import print_error, quiet_libraries
 
@@ -89,43 +88,36 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
     Raises:
         OnstreamError: the model, the head or a line cannot be used.
     """
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from rollouts.data.examples import Example
-    from rollouts.simultaneous.prompts import unit_prompts
-    from trainers.core.policy import DTYPES, check_model
-    from trainers.modes.rollout import make_engine, make_requests, make_sampling
-    from trainers.modes.simultaneous_metrics import make_head
+    from trainers.core.policy import check_model
+    from trainers.modes import reading_mode
+    from trainers.modes.plain import make_requests
+    from trainers.prepare import start_engine
+    from trainers.run import Run
 
     disable_progress_bar()
-    tokenizer, _ = check_model("model", config.model.path)
+    run = Run(config=config, mode=reading_mode(config))
+    run.tokenizer, _ = check_model("model", config.model.path)
+    run.stop_ids = (*run.tokenizer.stop_ids, *config.rollout.stop_ids)
     examples = [
         Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)
     ]
-    prompts, dropped = unit_prompts(examples, tokenizer, config, "the text")
+    prompts, dropped = run.mode.prompts(examples, run.tokenizer, "the text")
     if dropped:
         print(
             f"{dropped} lines are longer than data.max_prompt_tokens and were left out",
             file=sys.stderr,
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = make_engine(config, device, DTYPES[config.model.dtype], 0)
-    sampling = make_sampling(
-        config,
-        tokenizer,
-        [*tokenizer.stop_ids, *config.rollout.stop_ids],
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-    )
-    sampling = replace(sampling, head=make_head(config, engine, tokenizer, sampling))
+    start_engine(run)
+    sampling = run.mode.evaluation_sampling(run)
     requests = make_requests(prompts, 1, lambda index, sample: config.seed)
-    for prompt, written in zip(prompts, engine.generate(requests, sampling)):
-        yield trace(prompt, written, tokenizer)
+    for prompt, trajectory in zip(prompts, run.rollout.generate(requests, sampling)):
+        yield trace(prompt, trajectory, run.tokenizer)
 
 
-def trace(prompt, written, tokenizer) -> str:
+def trace(prompt, trajectory, tokenizer) -> str:
     """A line per unit: it, and what was written when it was the last one read."""
     units = [
         tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]
@@ -135,8 +127,10 @@ def trace(prompt, written, tokenizer) -> str:
         tokenizer.decode(
             [
                 token
-                for token, read, own in zip(written.completion_ids, written.reads, written.sampled)
-                if own and read == place + 1
+                for token, read, sampled in zip(
+                    trajectory.completion_ids, trajectory.reads, trajectory.sampled
+                )
+                if sampled and read == place + 1
             ],
             skip_special_tokens=True,
         ).strip()

@@ -212,7 +212,8 @@ def watch(
     from rollouts.streaming.prompts import streaming_prompts
     from rollouts.streaming.tokens import Protocol
     from trainers.core.policy import DTYPES, check_model
-    from trainers.modes.rollout import make_engine, make_sampling
+    from trainers.core.rollout import make_engine
+    from trainers.modes import reading_mode
 
     def prompt(sentences: Iterable[str]) -> Prompt:
         example = Example(
@@ -236,8 +237,7 @@ def watch(
     protocol = Protocol.of(tokenizer)
     if known is not None:
         check_room(len(prompt(known).token_ids), 0)
-    sampling = make_sampling(
-        config,
+    sampling = reading_mode(config).sampling(
         tokenizer,
         [*tokenizer.stop_ids, *config.rollout.stop_ids],
         temperature=config.eval.temperature,

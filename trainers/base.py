@@ -4,50 +4,38 @@ tokens."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from omegaconf import DictConfig
+import numpy as np
 
-from rollouts.data.examples import Prompt, PromptSampler
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.core import distributed
-from trainers.core.evaluation import describe
-from trainers.losses import Loss
-from trainers.modes.rollout import make_requests, make_sampling
+from trainers.modes.plain import make_requests
 
-
-@dataclass
-class Parts:
-    """What the loop hands a method. `prompts`, `verifier`, `rollout` and `teacher` are None where
-    unused."""
-
-    config: DictConfig
-    device: torch.device
-    tokenizer: object
-    stop_ids: tuple[int, ...]
-    vocab: int  # ids at and past it are padding of the heads
-    prompts: list[Prompt]
-    sampler: PromptSampler
-    verifier: Callable[[str, str], float] | None = None
-    rollout: object | None = None
-    teacher: object | None = None
-    teacher_stop: int | None = None
-    score_policy: Callable[[Sequence[Trajectory]], None] | None = None  # writes `student_logprobs`
+if TYPE_CHECKING:
+    from trainers.losses import Loss
+    from trainers.run import Run
 
 
 class Trainer:
-    """Base of every method. The loop calls `draw`, `keeps`, `annotate`, and runs `loss` on what
-    they made.
+    """Base of every method.
 
-    `samples` says that sequences come from the rollout engine rather than from data; `distills`
-    that there is a teacher; `verifies` that it learns from the verifier, so that every prompt needs
-    an answer; `adds_tokens` that a model without the tokens of the streaming protocol is given
-    them, as the method teaches their use; `learns` names the fields of an `Example` that are
-    supervised targets, which every row must then have. A subclass overrides `annotate` and `loss`,
-    and `draw` where sequences come from elsewhere or are to be judged by group."""
+    The loop calls `draw`, `keeps` and `annotate`, and runs `loss` on the annotated trajectories. A
+    subclass overrides `annotate` and `loss`. It overrides `draw` where sequences come from
+    elsewhere, or are scored as groups.
+
+    Attributes:
+        samples: sequences come from the rollout engine, not from data.
+        distills: there is a teacher.
+        verifies: the method learns from the verifier, so every prompt needs an answer.
+        adds_tokens: a model without the streaming tokens is given them, as the method teaches
+            their use.
+        learns: fields of an `Example` that are supervised targets, which every row must have.
+        run: the `Run`: config, data, models.
+        config: the run's.
+    """
 
     samples = True
     distills = False
@@ -55,72 +43,94 @@ class Trainer:
     adds_tokens = False
     learns: tuple[str, ...] = ()
 
-    def __init__(self, parts: Parts):
-        self.parts, self.config = parts, parts.config
+    def __init__(self, run: Run):
+        self.run = run
+        self.config = run.config
 
     @classmethod
-    def check(cls, config: DictConfig) -> None:
-        """Refuse a config that is impossible for this method, with a `ConfigError` that names the
-        key."""
+    def check(cls, config) -> None:
+        """Refuse a config that is impossible for this method.
+
+        Raises:
+            ConfigError: one line that names the key.
+        """
 
     def draw(self, step: int) -> list[Trajectory]:
-        """The trajectories of step 0, 1, …, the same list on every rank: sampled by this rank for
-        its share of prompts, scored by the verifier where there are answers, then exchanged. Those
-        of a prompt are adjacent."""
-        rollout = self.config.rollout
-        prompts = [self.parts.prompts[i] for i in self.parts.sampler.indices(step)]
-        samples = rollout.samples_per_prompt
+        """The trajectories of step 0, 1, …, the same list on every rank.
+
+        Each rank samples for its part of the prompts and scores where there are answers; then the
+        ranks exchange them. The trajectories of a prompt are adjacent.
+        """
+        run, rollout = self.run, self.config.rollout
+        prompts = [run.prompts[index] for index in run.sampler.indices(step)]
+        repeats = occurrences([prompt.index for prompt in prompts])
         requests = []
-        for prompt, occurrence in distributed.share(
-            list(zip(prompts, occurrences([p.index for p in prompts])))
-        ):
-            # A prompt that comes twice in a step goes on counting: its second samples have noise of
-            # their own.
-            seed = partial(self.seed, step, occurrence * samples)
-            requests += make_requests([prompt], samples, seed)
-        sampling = make_sampling(
-            self.config,
-            self.parts.tokenizer,
-            self.parts.stop_ids,
-            top_p=rollout.top_p,
-            max_new_tokens=max_new_tokens(rollout, step),
+        for prompt, occurrence in distributed.shard_contiguous(list(zip(prompts, repeats))):
+            # A prompt that comes twice in a step goes on counting its samples, so that the second
+            # ones have noise of their own.
+            first = occurrence * rollout.samples_per_prompt
+            seed = partial(self.seed, step, first)
+            requests += make_requests([prompt], rollout.samples_per_prompt, seed)
+        sampling = run.mode.sampling(
+            run.tokenizer,
+            run.stop_ids,
             temperature=rollout.temperature,
+            top_p=rollout.top_p,
             top_k=rollout.top_k,
-            vocab=self.parts.vocab,
+            max_new_tokens=max_new_tokens(rollout, step),
+            vocab=run.vocab,
         )
-        drawn = self.parts.rollout.generate(requests, sampling)
-        by_index = {p.index: p for p in prompts}
-        for trajectory in drawn:
-            describe(
-                trajectory,
-                by_index[trajectory.prompt_index],
-                self.parts.tokenizer,
-                self.parts.verifier,
-            )
-        return [t for part in distributed.gather(drawn) for t in part]
+        trajectories = run.rollout.generate(requests, sampling)
+        by_index = {prompt.index: prompt for prompt in prompts}
+        for trajectory in trajectories:
+            prompt = by_index[trajectory.prompt_index]
+            run.mode.score(trajectory, prompt, run.tokenizer, run.verifier)
+        return [t for part in distributed.gather(trajectories) for t in part]
 
     def seed(self, step: int, first: int, index: int, sample: int) -> int:
         """The seed of sample `first + sample` of prompt `index`."""
         return sample_seed(self.config.seed, step, index, first + sample)
 
     def keeps(self, trajectory: Trajectory) -> bool:
-        """Whether the update learns from it. Every rank asks for every trajectory and must get the
-        same answer."""
+        """Whether the update learns from it.
+
+        Every rank asks for every trajectory and must get the same answer.
+        """
         return True
 
-    def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
+    def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """The method's own numbers on a step's trajectories."""
         return {}
 
+    def token_metrics(
+        self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The method's own means over tokens.
+
+        Args:
+            trajectory: annotated.
+            output: the loss's per-token arrays [T].
+
+        Returns:
+            metric name -> (values [T], which tokens count [T] bool).
+        """
+        return {}
+
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write the annotations [T] that `loss` reads on this rank's share of those kept; `mask`
-        always."""
+        """Write the annotations [T] that `loss` reads; `mask` always.
+
+        Args:
+            trajectories: this rank's part of those that are kept.
+        """
         for trajectory in trajectories:
             trajectory.annotations["mask"] = trajectory.sampled_mask
 
     def loss(self) -> Loss:
         """The primitives that this method uses."""
         raise TypeError(f"{type(self).__name__} does not define loss()")
+
+    def after_training(self) -> None:
+        """What the method measures when the last step is done. A collective."""
 
 
 def occurrences(items: Sequence[int]) -> list[int]:
@@ -133,8 +143,7 @@ def occurrences(items: Sequence[int]) -> list[int]:
     return before
 
 
-def max_new_tokens(rollout: DictConfig, step: int) -> int:
-    """The limit of step 0, 1, …: `rollout.max_new_tokens`, or what its schedule says from the
-    latest entry on."""
+def max_new_tokens(rollout: Any, step: int) -> int:
+    """The limit of step 0, 1, …: `rollout.max_new_tokens`, or the latest entry of its schedule."""
     reached = [limit for start, limit in rollout.max_new_tokens_schedule if start <= step + 1]
     return reached[-1] if reached else rollout.max_new_tokens

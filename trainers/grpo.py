@@ -13,18 +13,19 @@ log-probs differ from the trainer's: each token is weighted by the ratio of the 
 The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only
 for correct answers, so that a short wrong one gains nothing. On-policy SFT's paper, which starts
 from "accuracy + gamma * length", was not at hand for its form; this is the one that HRPO uses for
-each of its stages (methods.md, 4).
+each of its stages (docs/specification.md, 4).
 
     torchrun --nproc_per_node=N train.py recipe=grpo [grpo.gamma=0.5] [grpo.kl_beta=0]
 """
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from recipes.errors import ConfigError
+from rewards.length import length_reward
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer, max_new_tokens
 from trainers.losses import Loss
@@ -37,13 +38,13 @@ class GRPO(Trainer):
 
     verifies = True
 
-    def __init__(self, parts):
-        super().__init__(parts)
+    def __init__(self, run):
+        super().__init__(run)
         self.reference = None
         if self.config.grpo.kl_beta > 0:
             from trainers.core.teacher import Reference
 
-            self.reference = Reference(self.config, parts.device, parts.vocab)
+            self.reference = Reference(run)
 
     @classmethod
     def check(cls, config) -> None:
@@ -54,21 +55,25 @@ class GRPO(Trainer):
             )
 
     def draw(self, step: int) -> list[Trajectory]:
-        drawn = super().draw(step)
-        for trajectory, advantages in zip(
-            drawn, self.advantages(drawn, max_new_tokens(self.config.rollout, step))
-        ):
+        trajectories = super().draw(step)
+        limit = max_new_tokens(self.config.rollout, step)
+        for trajectory, advantages in zip(trajectories, self.advantages(trajectories, limit)):
             trajectory.annotations["advantages"] = advantages
-        return drawn
+        return trajectories
 
-    def advantages(self, drawn: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
-        """Each trajectory's [T] float32, from the `reward` that it is given here; `limit` is that
-        on new tokens."""
-        for trajectory in drawn:
+    def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
+        """Each trajectory's advantages [T] float32, from the `reward` that it is given here.
+
+        Args:
+            trajectories: of a step; those of a prompt are adjacent.
+            limit: that on new tokens.
+        """
+        for trajectory in trajectories:
             trajectory.reward = length_reward(trajectory, limit, self.config.grpo.gamma)
+        by_trajectory = self.in_groups([t.reward for t in trajectories])
         return [
             np.full(len(t.completion_ids), advantage, np.float32)
-            for t, advantage in zip(drawn, self.in_groups([t.reward for t in drawn]))
+            for t, advantage in zip(trajectories, by_trajectory)
         ]
 
     def in_groups(self, rewards: Sequence[float]) -> np.ndarray:
@@ -76,20 +81,25 @@ class GRPO(Trainer):
         groups = np.array(rewards).reshape(-1, self.config.rollout.samples_per_prompt)
         return group_advantages(groups, self.config.grpo.normalize_std).ravel()
 
-    def metrics(self, drawn: Sequence[Trajectory]) -> dict[str, float]:
-        groups = np.array([t.reward for t in drawn]).reshape(
-            -1, self.config.rollout.samples_per_prompt
-        )
+    def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        rewards = np.array([t.reward for t in trajectories])
+        groups = rewards.reshape(-1, self.config.rollout.samples_per_prompt)
         return {"reward/equal_groups_frac": float((np.ptp(groups, axis=1) == 0).mean())}
+
+    def token_metrics(
+        self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        mask = trajectory.annotations["mask"]
+        names = {"kl": "reference/kl", "clipped": "policy/clip_frac"}
+        return {names[key]: (output[key], mask) for key in names.keys() & output.keys()}
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)
         if self.config.train.minibatches > 1:
-            self.parts.score_policy(trajectories)
+            self.run.score_policy(trajectories)
             for trajectory in trajectories:
-                trajectory.annotations["old_logprobs"] = trajectory.annotations.pop(
-                    "student_logprobs"
-                )
+                annotations = trajectory.annotations
+                annotations["old_logprobs"] = annotations.pop("student_logprobs")
         if self.config.grpo.importance_cap is not None:
             for trajectory in trajectories:
                 trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
@@ -101,7 +111,7 @@ class GRPO(Trainer):
         return Loss(
             policy_gradient=True,
             kl_beta=options.kl_beta,
-            vocab=self.parts.vocab,
+            vocab=self.run.vocab,
             temperature=self.config.rollout.temperature,
             objective={
                 "objective": "ppo_clip",
@@ -110,11 +120,6 @@ class GRPO(Trainer):
                 "is_cap": options.importance_cap,
             },
         )
-
-
-def length_reward(trajectory: Trajectory, limit: int, gamma: float) -> float:
-    """accuracy + gamma * accuracy * (1 - tokens / limit)."""
-    return trajectory.score * (1 + gamma * (1 - len(trajectory.completion_ids) / limit))
 
 
 def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:

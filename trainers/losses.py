@@ -1,18 +1,19 @@
-"""The three loss primitives that every method is made of, on packed tokens, through the fused head
-kernels.
+"""The three loss primitives that every method is made of, on packed tokens.
 
-    policy gradient   - sum_t  w_t (A_t + r_t) log pi(y_t) / N     A: given advantage, r: token
-    reward, detached;
-                      or PPO's clipped ratio in place of log pi; plus beta times the KL to a
-                      reference
-    cross-entropy     - sum_t  c_t log pi(y_t) / N divergence          sum_t  w_t D(teacher_t, pi_t)
-    / N      the teacher: another model, or another row of this one
+    policy gradient   - sum_t  w_t (A_t + r_t) log pi(y_t) / N
+    cross-entropy     - sum_t  c_t log pi(y_t) / N
+    divergence          sum_t  w_t D(teacher_t, pi_t) / N
 
-A method does not call them: it writes annotations [T] on its trajectories (`mask`, `advantages`,
-`teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N and the weights w, 1 without the
-annotation `weights`, are the loop's (`train.normalizer`): N is counted over all micro-batches and
-ranks, so the split does not change the gradient. Temperature, bias, soft-cap and padded vocabulary
-rows are the kernels' business."""
+A is a given advantage, r a token reward, detached. PPO's clipped ratio may stand in place of log pi,
+and beta times the KL to a reference may be added. The teacher of a divergence is another model, or
+another row of this one.
+
+A method does not call the primitives. It writes annotations [T] on its trajectories (`mask`,
+`advantages`, `teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N and the weights w are the
+loop's (`train.normalizer`); w is 1 without the annotation `weights`. N is counted over all
+micro-batches and ranks, so the split does not change the gradient. Temperature, bias, soft-cap and
+padded vocabulary rows are the kernels' business.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 import kernels
+from trainers.core.scoring import head_options
 
 # nats; a reference that likes a sampled token e^20 times better is broken data, not signal
 MAX_GAP = 20.0
@@ -255,37 +257,7 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     reference - logprobs.
 
     GRPO's, arXiv 2402.03300 eq. 4; never negative. Its gradient by the log-prob is 1 - exp(r),
-    which is in expectation that of the *forward* KL (methods.md, 6): GRPO as it is published, and
+    which is in expectation that of the *forward* KL (docs/specification.md, 7): GRPO as it is published, and
     harmless at its small beta."""
     gap = (reference - logprobs).clamp(max=MAX_GAP)
     return torch.expm1(gap) - gap
-
-
-def head_options(head, temperature: float, vocab: int | None) -> dict:
-    """The keyword arguments that describe a head to the kernels."""
-    return {
-        "bias": head.bias,
-        "logit_softcap": head.softcap,
-        "temperature": temperature,
-        "valid_vocab_size": vocab,
-    }
-
-
-def score_tokens(
-    head,
-    hidden: torch.Tensor,
-    batch,
-    *,
-    targets: torch.Tensor,
-    temperature: float,
-    vocab: int | None,
-):
-    """Log-probs [T] of `targets` in nats, with the most likely token's, without gradients."""
-    with torch.no_grad():
-        return kernels.fused_linear_logprobs(
-            hidden.detach(),
-            head.weight.detach(),
-            targets,
-            return_max_logprob=True,
-            **head_options(head, temperature, vocab),
-        )

@@ -33,8 +33,8 @@ class OnPolicySFT(CrossEntropyTrainer):
 
     verifies = True
 
-    def __init__(self, parts):
-        super().__init__(parts)
+    def __init__(self, run):
+        super().__init__(run)
         # Before the first weight sync, also after a resume, the rollout engine holds the weights of
         # model.path.
         self.fixed = [self._judged(step) for step in range(self.config.rollout.fixed_steps or 0)]

@@ -34,8 +34,8 @@ class OnPolicyDistillation(Trainer):
 
     distills = True
 
-    def __init__(self, parts):
-        super().__init__(parts)
+    def __init__(self, run):
+        super().__init__(run)
         self.full = self.config.objective != "policy_gradient"
         self.reward = (
             None
@@ -57,14 +57,14 @@ class OnPolicyDistillation(Trainer):
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         for trajectory in trajectories:
-            annotate_stop(trajectory, self.config.reward.terminal_stop, self.parts.teacher_stop)
-        self.parts.teacher.annotate(trajectories, hidden=self.full)
+            annotate_stop(trajectory, self.config.reward.terminal_stop, self.run.teacher_stop)
+        self.run.teacher.annotate(trajectories, hidden=self.full)
         if self.reward is not None and self.reward.window:
-            self.parts.score_policy(trajectories)
+            self.run.score_policy(trajectories)
             standardise(trajectories, self.reward)
 
     def loss(self) -> Loss:
-        shared = dict(temperature=self.config.rollout.temperature, vocab=self.parts.vocab)
+        shared = dict(temperature=self.config.rollout.temperature, vocab=self.run.vocab)
         if not self.full:
             return Loss(policy_gradient=True, reward=self.reward, **shared)
         kind, options = self.config.objective, self.config.divergence
@@ -85,7 +85,7 @@ class OnPolicyDistillation(Trainer):
             divergence = {"divergence": "jsd", "beta": options.jsd_beta}
         else:
             divergence = {"divergence": kind}
-        return Loss(divergence=divergence, teacher_head=self.parts.teacher.policy.head, **shared)
+        return Loss(divergence=divergence, teacher_head=self.run.teacher.policy.head, **shared)
 
 
 def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
@@ -95,7 +95,7 @@ def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
     A base student ends on another token than its chat teacher, which gives it almost no
     probability: `raw` lets that punish every correct stop; `mask` leaves a final stop token out of
     the loss; `relabel` scores it as the teacher's stop in both models; `cross_eos` does so in the
-    teacher only. (PowerOPD's code; methods.md, 1.)"""
+    teacher only. (PowerOPD's code; docs/specification.md, 1.)"""
     ids = np.asarray(trajectory.completion_ids, dtype=np.int64)
     mask, targets, teacher_targets = trajectory.sampled_mask, ids.copy(), ids.copy()
     if trajectory.finish_reason == "stop" and len(ids):

@@ -1,144 +1,168 @@
-"""Everything that can be refused before a model loads: tokenizers, data, lengths, the run
-directory, a resume."""
+"""Everything that can be refused before a model loads: tokenizers, data, lengths, a resume."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Callable
+from collections.abc import Sequence
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
+from recipes.compose import replaced
 from recipes.errors import ConfigError, DataError
-from rollouts.data.examples import Prompt, PromptSampler
+from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import token_count
 from rollouts.streaming.tokens import add_tokens
-from trainers.core import checkpoint
+from trainers.base import Trainer
 from trainers.core.distributed import world_size
-from trainers.core.evaluation import eval_path, eval_prompts, make_prompts, max_length
 from trainers.core.operators import check_compiler
-from trainers.core.policy import check_model, check_same_vocabulary
+from trainers.core.policy import DTYPES, check_model, check_same_vocabulary
+from trainers.core.rollout import make_engine
+from trainers.core.rundir import run_directory
+from trainers.evaluation import eval_path, eval_prompts
+from trainers.modes import reading_mode
+from trainers.run import Run
 
 
-@dataclass
-class Prepared:
-    """A checked run."""
-
-    method: type
-    tokenizer: object
-    stop_ids: tuple[int, ...]
-    teacher_stop: int | None
-    vocab: int
-    prompts: list[Prompt]
-    sampler: PromptSampler
-    verifier: Callable[[str, str], float]
-    eval_name: str
-    eval_prompts: list[Prompt]
-    max_length: int
-    run_dir: Path
-    checkpoint: Path | None
-    start: int  # steps already done
-    new_tokens: list[str]  # which the model has no rows for yet
-    facts: dict
-    notes: list[str] = field(default_factory=list)
-
-
-def prepare(config: DictConfig) -> Prepared:
+def prepare(config) -> Run:
     """Check a run against its files.
 
     Raises:
         OnstreamError: one line that names the key or file.
     """
-    notes: list[str] = []
     method = TRAINERS.resolve(config.trainer)
     ENGINES.resolve(config.rollout.engine)
-    verifier = VERIFIERS.resolve(config.reward.verifier)
+    run = Run(config=config, mode=reading_mode(config), method=method)
+    run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()
-    facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
-    run_dir, point, start = run_directory(config, facts, notes)
+    run.facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
+    run.directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
+    if str(run.directory) != config.run.dir:
+        run.config = replaced(config, {"run.dir": str(run.directory)})
+    context = prepare_models(run)
+    prepare_data(run)
+    if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
+        run.messages.append(
+            "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "
+            "estimate"
+        )
+    run.max_length = max_length(run, context)
+    return run
 
-    tokenizer, model = check_model("model.path", config.model.path)
-    stop_ids, teacher_stop = dict.fromkeys(tokenizer.stop_ids), None
-    new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
-    vocab = token_count(tokenizer) if new_tokens else min(model.vocab_size, token_count(tokenizer))
-    if new_tokens:
-        notes.append(f"model  gets {len(new_tokens)} tokens it lacks: {' '.join(new_tokens)}")
+
+def prepare_evaluation(config) -> Run:
+    """A run that only evaluates: the model in a rollout engine, and the evaluation data.
+
+    Raises:
+        OnstreamError: one line that names the key or file.
+    """
+    ENGINES.resolve(config.rollout.engine)
+    run = Run(config=config, mode=reading_mode(config))
+    run.verifier = VERIFIERS.resolve(config.reward.verifier)
+    run.tokenizer, model = check_model("model", config.model.path)
+    run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
+    run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
+        config, run.mode, run.tokenizer
+    )
+    run.max_length = max_length(run, getattr(model, "max_position_embeddings", None))
+    start_engine(run)
+    return run
+
+
+def start_engine(run: Run) -> None:
+    """Load `model.path` into a rollout engine on this machine's device."""
+    run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[run.config.model.dtype]
+    run.rollout = run.mode.wrap(make_engine(run.config, run.device, dtype, run.max_length))
+
+
+def prepare_models(run: Run) -> int | None:
+    """Fill in the tokenizer and what depends on it, without reading a weight.
+
+    Returns:
+        the model's context in tokens, None if it states none.
+    """
+    config, method = run.config, run.method
+    run.tokenizer, model = check_model("model.path", config.model.path)
+    tokenizer = run.tokenizer
+    stop_ids = list(tokenizer.stop_ids)
+    run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
+    run.vocab = token_count(tokenizer)
+    if run.new_tokens:
+        added = " ".join(run.new_tokens)
+        run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
+    else:
+        run.vocab = min(run.vocab, model.vocab_size)
     if method.distills:
         teacher, teacher_model = check_model("teacher.path", config.teacher.path)
         check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
-        stop_ids |= dict.fromkeys(teacher.stop_ids)
-        teacher_stop = teacher.eos_token_id
-        vocab = min(vocab, teacher_model.vocab_size)
-    stop_ids |= dict.fromkeys(config.rollout.stop_ids)
+        stop_ids += teacher.stop_ids
+        run.teacher_stop = teacher.eos_token_id
+        run.vocab = min(run.vocab, teacher_model.vocab_size)
+    run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
+    return getattr(model, "max_position_embeddings", None)
 
-    data = config.data
+
+def prepare_data(run: Run) -> None:
+    """Fill in the training and the evaluation prompts."""
+    config, data = run.config, run.config.data
     examples = configured_examples(data, config.seed)
-    if method.verifies:
-        found = len(examples)
-        examples = [e for e in examples if e.answer is not None]
-        if not examples:
-            raise DataError(
-                f"data.path={data.path}: no row has an answer, and recipe={config.recipe} learns from "
-                "correct answers only; name its column with data.answer_column"
-            )
-        if len(examples) < found:
-            notes.append(
-                f"data  {found - len(examples)} of {found} rows have no answer and were dropped"
-            )
-    prompts, dropped = make_prompts(examples, tokenizer, config, f"data.path={data.path}")
-    for example in (prompt.example for prompt in prompts):
-        if missing := next(
-            (name for name in method.learns if getattr(example, name) is None), None
-        ):
-            raise DataError(
-                f"data.path={data.path}: row {example.index} has no {missing}, which "
-                f"recipe={config.recipe} learns to write"
-                + "; name its column with data.target_column"
-                * (missing == "solution")
-            )
+    if run.method.verifies:
+        examples = answered(examples, run)
+    run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
+    check_targets(run.prompts, run.method, config)
     if dropped:
-        notes.append(
+        run.messages.append(
             f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
             f"{data.max_prompt_tokens} and were dropped"
         )
-    name, held_out = "", []
-    if config.eval.every >= 0 and eval_path(config):
-        name, held_out, dropped = eval_prompts(config, tokenizer)
-        if dropped:
-            notes.append(f"eval  {dropped} over-long prompts of {name} were dropped")
-    elif config.eval.every >= 0:
-        notes.append("eval  off: name held-out data with eval.path")
-    if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
-        notes.append(
-            "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased estimate"
-        )
-    longest = max_length(config, prompts, held_out, getattr(model, "max_position_embeddings", None))
-    return Prepared(
-        method,
-        tokenizer,
-        tuple(stop_ids),
-        teacher_stop,
-        vocab,
-        prompts,
-        PromptSampler(len(prompts), config.train.prompts_per_step, config.seed),
-        verifier,
-        name,
-        held_out,
-        longest,
-        run_dir,
-        point,
-        start,
-        new_tokens,
-        facts,
-        notes,
+    run.sampler = PromptSampler(len(run.prompts), config.train.prompts_per_step, config.seed)
+    if config.eval.every < 0:
+        return
+    if not eval_path(config):
+        run.messages.append("eval  off: name held-out data with eval.path")
+        return
+    run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
+        config, run.mode, run.tokenizer
     )
+    if run.eval_dropped:
+        run.messages.append(
+            f"eval  {run.eval_dropped} over-long prompts of {run.eval_name} were dropped"
+        )
+
+
+def answered(examples: Sequence[Example], run: Run) -> list[Example]:
+    """The examples that have an answer. Raises DataError: none has."""
+    config = run.config
+    kept = [example for example in examples if example.answer is not None]
+    if not kept:
+        raise DataError(
+            f"data.path={config.data.path}: no row has an answer, and recipe={config.recipe} learns "
+            "from correct answers only; name its column with data.answer_column"
+        )
+    if len(kept) < len(examples):
+        run.messages.append(
+            f"data  {len(examples) - len(kept)} of {len(examples)} rows have no answer and were "
+            "dropped"
+        )
+    return kept
+
+
+def check_targets(prompts: Sequence[Prompt], method: type[Trainer], config) -> None:
+    """Raises DataError: a row lacks what the method learns to write."""
+    for example in (prompt.example for prompt in prompts):
+        for name in method.learns:
+            if getattr(example, name) is not None:
+                continue
+            hint = "; name its column with data.target_column" if name == "solution" else ""
+            raise DataError(
+                f"data.path={config.data.path}: row {example.index} has no {name}, which "
+                f"recipe={config.recipe} learns to write{hint}"
+            )
 
 
 def check_kernels(backend: str) -> None:
@@ -150,52 +174,26 @@ def check_kernels(backend: str) -> None:
         raise ConfigError(f"kernels.backend={backend}: {error}") from None
 
 
-def run_directory(
-    config: DictConfig, facts: dict, notes: list[str]
-) -> tuple[Path, Path | None, int]:
-    """Choose the run directory, and the checkpoint to continue from.
+def max_length(run: Run, context: int | None) -> int:
+    """The longest sequence that a run may make, in tokens.
 
-    Returns:
-        (run directory, checkpoint or None, steps already done).
+    Args:
+        run: with its prompts.
+        context: the model's, in tokens; None if it states none.
 
     Raises:
-        ConfigError: the directory already holds another run.
-        CheckpointError: the checkpoint cannot be used.
+        ConfigError: a sequence would exceed the context.
     """
-    run_dir, point, start = Path(config.run.dir).expanduser(), None, 0
-    if config.resume is not None:
-        run_dir, point = checkpoint.find(config.resume, run_dir)
-        config.run.dir = str(run_dir)
-        if point is not None:
-            start = checkpoint.verify(point, facts)
-            notes.append(f"resume  from {point}")
-            for key in changed_keys(run_dir / "config.yaml", config):
-                notes.append(f"resume  {key} differs from the run's config.yaml")
-        else:
-            notes.append(f"resume  no checkpoint in {run_dir}: from the start")
-    elif (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+    config, mode = run.config, run.mode
+    scheduled = [limit for _, limit in config.rollout.max_new_tokens_schedule]
+    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0, *scheduled)
+    prompts = [*run.prompts, *run.eval_prompts]
+    longest = max((len(p.token_ids) + mode.extra_tokens(p) for p in prompts), default=1)
+    positions = max((mode.positions(p, new) for p in prompts), default=1 + new)
+    if context and positions > context:
         raise ConfigError(
-            f"run.dir={run_dir} already holds a run; continue it with resume=auto, or name another "
-            "directory"
+            f"rollout.max_new_tokens or eval.max_new_tokens={new} after {mode.sources} of up to "
+            f"{longest} tokens exceeds the model's context of {context}; lower it, or "
+            "data.max_prompt_tokens"
         )
-    return run_dir, point, start
-
-
-def changed_keys(saved: Path, config: DictConfig) -> list[str]:
-    """The keys whose values differ between a run's config.yaml and this config."""
-    if not saved.exists():
-        return []
-    flat = [dict(_flatten(OmegaConf.to_container(c))) for c in (OmegaConf.load(saved), config)]
-    return sorted(
-        key
-        for key in flat[0].keys() | flat[1].keys()
-        if flat[0].get(key) != flat[1].get(key) and key not in ("resume", "run.dir", "dry_run")
-    )
-
-
-def _flatten(node: dict, prefix: str = ""):
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return longest + new

@@ -3,27 +3,30 @@ view of the whole.
 
     L = w_b L_batch + w_s L_MSLM + lambda L_SPSD
 
-L_batch is cross-entropy with the whole source in view; L_MSLM (mask-based streaming modelling)
-cross-entropy where word t sees phi(t) units, phi drawn anew for each example and step
-(rollouts/simultaneous/schedules.py); L_SPSD (synchronized privileged self-distillation) the KL of the second
-view from the first, on the first's top-k tokens, the first being constant and of the same weights.
+- L_batch is cross-entropy with the whole source in view.
+- L_MSLM (mask-based streaming modelling) is cross-entropy where word t sees phi(t) units. phi is
+  drawn anew for each example and step (rollouts/simultaneous/schedules.py).
+- L_SPSD (synchronized privileged self-distillation) is the KL of the second view from the first, on
+  the first's top-k tokens. The first view is constant and of the same weights.
+
 All are means over target tokens, each on its own count.
 
-One forward is enough: the source never sees the target, so a sequence is [source | target | target
-    … ], the targets
-with the same positions and hidden from one another: the first with the whole source in view, one
-more per schedule. Losses and gradients are those of a forward per view; the source is encoded once.
-A view whose terms have weight 0 is left out, so that an ablation costs what it should.
+One forward is enough. The source never sees the target, so a sequence is [source | target | target
+…], the targets with the same positions and hidden from one another: the first with the whole source
+in view, one more per schedule. Losses and gradients are those of a forward per view; the source is
+encoded once. A view whose terms have weight 0 is left out, so that an ablation costs what it should.
 
-There is no public code, and the paper's text was not at hand (methods.md, 5). Ours are: schedules
-by word, not by token, as decision heads are asked at words; the end of a word counts with it;
-lambda, and all [choice] there. Left out: the paper's audio backbone; a source of frames is read as
-one of words is (rollouts/simultaneous/frames.py).
+We found no code for it, and the paper's text was not at hand (docs/specification.md, 5). Ours are:
+schedules by word, not by token, as decision heads are asked at words; the end of a word counts with
+it; lambda, and all [choice] there. Left out: the paper's audio backbone; a source of frames is read
+as one of words is (rollouts/simultaneous/frames.py).
 
-    torchrun --nproc_per_node=N train.py recipe=proactivellm model.path=DIR data.path=DATA
+    torchrun --nproc_per_node=N train.py recipe=proactivellm model.path=MODEL_DIR data.path=DATA
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -62,74 +65,115 @@ class ProactiveLLM(Trainer):
         check_heads(options)
 
     def draw(self, step: int) -> list[Trajectory]:
-        indices = self.parts.sampler.indices(step)
+        indices = self.run.sampler.indices(step)
         return [
-            self.read(self.parts.prompts[index], step, occurrence)
+            self.read(self.run.prompts[index], step, occurrence)
             for index, occurrence in zip(indices, occurrences(indices))
         ]
 
     def read(self, prompt: Prompt, step: int, occurrence: int = 0) -> Trajectory:
-        """The example with its views, and the weights of their tokens. `occurrence`: how often the
-        step had it before."""
-        options, solution = self.config.proactive, prompt.example.solution
-        words = target_words(solution, self.parts.tokenizer)
+        """The example with its views, and the weights of their tokens.
+
+        Args:
+            prompt: with `segments` (frame, unit 1, …, unit M) and an opening.
+            step: counts from 0.
+            occurrence: how often the step had the prompt before.
+        """
+        words = target_words(prompt.example.solution, self.run.tokenizer)
         opening = [token for part in prompt.opening for token in part]
         target = [*opening, *(token for word in words for token in word)]
+        # Source tokens that are read after so many units.
         ends = np.cumsum([len(segment) for segment in prompt.segments])
-        units, lengths = len(ends) - 1, [len(word) for word in words]
-
-        rng = np.random.default_rng(
-            sample_seed(self.config.seed, step, prompt.index, occurrence, "schedule")
-        )
-        streams = options.schedules if options.stream_weight or options.kl_weight else 0
-        batch = bool(options.batch_weight or options.kl_weight)
-        schedules = [np.full(len(words), units)] * batch + [
-            draw_schedule(rng, units, len(words), options.schedule) for _ in range(streams)
-        ]
-        read = [
-            np.concatenate([np.zeros(len(opening), np.int64), np.repeat(phi, lengths)])
-            for phi in schedules
-        ]
-        views = np.repeat(np.arange(len(schedules)), len(target))
-
-        learned = np.tile(np.arange(len(target)) >= len(opening), len(schedules))
-        streaming = views >= batch
-        # The loop divides by all tokens that count; a term's mean is over one view's.
-        share = np.where(
-            streaming, options.stream_weight / max(streams, 1), options.batch_weight
-        ) * len(schedules)
-        made = Trajectory(
+        schedules = self.draw_schedules(prompt, len(words), step, occurrence)
+        # Units read when each token is written: none for the opening, a word's for all its tokens.
+        word_lengths, forced = [len(word) for word in words], np.zeros(len(opening), np.int64)
+        units_read = [np.concatenate([forced, np.repeat(phi, word_lengths)]) for phi in schedules]
+        view = np.repeat(np.arange(len(schedules)), len(target))
+        trajectory = Trajectory(
             prompt.index,
             0,
             list(prompt.token_ids),
             target * len(schedules),
             "stop",
             prompt=prompt.text,
-            completion=solution,
+            completion=prompt.example.solution,
             answer=prompt.example.answer,
-            sampled=learned,
+            sampled=np.tile(np.arange(len(target)) >= len(opening), len(schedules)),
             frames=prompt.example.frames,
             layout=from_visible(
                 int(ends[-1]),
-                ends[np.concatenate(read)],
+                ends[np.concatenate(units_read)],
                 self.config.streaming.target_offset,
-                views,
+                view,
             ),
         )
-        made.annotations |= {"ce_weights": share.astype(np.float32), "whole_view": ~streaming}
-        if batch and streams and options.kl_weight:
-            made.annotations["teacher_distance"] = (views * len(target)).astype(np.int64)
-            made.annotations["kl_weights"] = np.full(
-                len(views), options.kl_weight * len(schedules) / streams, np.float32
-            )
-        return made
+        self.weigh(trajectory, view, len(target))
+        return trajectory
+
+    def views(self) -> tuple[bool, int]:
+        """Whether there is a view of the whole source, and the number of views of a part."""
+        options = self.config.proactive
+        whole = bool(options.batch_weight or options.kl_weight)
+        partial = options.schedules if options.stream_weight or options.kl_weight else 0
+        return whole, partial
+
+    def draw_schedules(
+        self, prompt: Prompt, words: int, step: int, occurrence: int
+    ) -> list[np.ndarray]:
+        """phi [words] of each view: the units read when each word is written."""
+        whole, partial = self.views()
+        units = len(prompt.segments) - 1
+        seed = sample_seed(self.config.seed, step, prompt.index, occurrence, "schedule")
+        rng = np.random.default_rng(seed)
+        kind = self.config.proactive.schedule
+        schedules = [np.full(words, units)] if whole else []
+        return schedules + [draw_schedule(rng, units, words, kind) for _ in range(partial)]
+
+    def weigh(self, trajectory: Trajectory, view: np.ndarray, target_length: int) -> None:
+        """Write the annotations of a trajectory whose tokens are of these views [T]."""
+        options, (whole, partial) = self.config.proactive, self.views()
+        count = whole + partial
+        in_part = view >= whole
+        # The loop divides by all tokens that count; a term's mean is over one view's.
+        stream_weight = options.stream_weight / max(partial, 1)
+        weights = np.where(in_part, stream_weight, options.batch_weight) * count
+        annotations = {"ce_weights": weights.astype(np.float32), "whole_view": ~in_part}
+        if whole and partial and options.kl_weight:
+            kl_weight = options.kl_weight * count / partial
+            annotations["kl_weights"] = np.full(len(view), kl_weight, np.float32)
+            # The same token in the first view is its teacher.
+            annotations["teacher_distance"] = (view * target_length).astype(np.int64)
+        trajectory.annotations |= annotations
+
+    def token_metrics(
+        self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        annotations = trajectory.annotations
+        mask, whole = annotations["mask"], annotations["whole_view"]
+        nll = -output["logprobs"]
+        means = {"nll/batch": (nll, mask & whole), "nll/stream": (nll, mask & ~whole)}
+        if "teacher_distance" in annotations:
+            taught = mask & (annotations["teacher_distance"] > 0)
+            means["teacher/kl"] = (output["divergence"], taught)
+        return means
+
+    def after_training(self) -> None:
+        """Sweep the decision heads of `proactive.curve`, on the evaluation data."""
+        if self.config.proactive.curve and self.run.eval_prompts:
+            from trainers.evaluation import evaluate
+            from trainers.modes.curves import write_curves
+
+            run, heads = self.run, self.config.proactive.curve
+            step = f"step_{self.config.train.steps}"
+            model = run.directory / "checkpoints" / step / "model"
+            write_curves(run, heads, run.directory / "curves.json", model, evaluate)
 
     def loss(self) -> Loss:
         options = self.config.proactive
-        top_k = options.top_k if options.top_k < self.parts.vocab else None
+        top_k = options.top_k if options.top_k < self.run.vocab else None
         kind = {"top_k": top_k, "tail": options.top_k_tail, "divergence": "forward_kl"}
         return Loss(
             cross_entropy=True,
             self_distillation=kind if options.kl_weight else None,
-            vocab=self.parts.vocab,
+            vocab=self.run.vocab,
         )

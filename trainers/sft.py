@@ -31,7 +31,7 @@ class CrossEntropyTrainer(Trainer):
             )
 
     def loss(self) -> Loss:
-        return Loss(cross_entropy=True, vocab=self.parts.vocab)
+        return Loss(cross_entropy=True, vocab=self.run.vocab)
 
 
 class SupervisedFineTuning(CrossEntropyTrainer):
@@ -41,11 +41,11 @@ class SupervisedFineTuning(CrossEntropyTrainer):
     learns = ("solution",)
 
     def draw(self, step: int) -> list[Trajectory]:
-        return [self.read(self.parts.prompts[index]) for index in self.parts.sampler.indices(step)]
+        return [self.read(self.run.prompts[index]) for index in self.run.sampler.indices(step)]
 
     def read(self, prompt: Prompt) -> Trajectory:
         """The prompt with its target."""
-        tokenizer, solution = self.parts.tokenizer, prompt.example.solution
+        tokenizer, solution = self.run.tokenizer, prompt.example.solution
         ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         return Trajectory(
             prompt.index,

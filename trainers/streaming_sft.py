@@ -29,7 +29,7 @@ class StreamingSFT(SupervisedFineTuning):
         check_layout(config)
 
     def read(self, prompt: Prompt) -> Trajectory:
-        streaming, tokenizer = self.config.streaming, self.parts.tokenizer
+        streaming, tokenizer = self.config.streaming, self.run.tokenizer
         written = target_segments(prompt.example, tokenizer)
         return Trajectory(
             prompt.index,

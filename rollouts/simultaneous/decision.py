@@ -82,9 +82,6 @@ class DecisionHead:
         raise TypeError(f"{type(self).__name__} has no score")
 
 
-Head = DecisionHead  # its former name, until trainers/modes uses the new one
-
-
 class Entropy(DecisionHead):
     """The entropy of the next token, nats."""
 

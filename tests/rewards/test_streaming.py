@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from rewards.streaming import judge
+from rewards.streaming import score_stages
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
 
@@ -30,7 +30,7 @@ def stages(tokenizer):
         trajectory = Trajectory(
             0, 0, [1], sum(parts, []), finish, score=score, sampled=sampled, slots=numbers
         )
-        return judge(
+        return score_stages(
             trajectory, Protocol.of(tokenizer), tokenizer.decode, [tokenizer.eos_token_id], 10, 40
         )
 
@@ -130,5 +130,5 @@ def test_the_source_between_thoughts_does_not_count(tokenizer):
         slots=np.array([0, 0, -1, -1, 1, 2, 2]),
         sampled=np.array([1, 1, 0, 0, 1, 1, 1], dtype=bool),
     )
-    made = judge(trajectory, protocol, tokenizer.decode, [], 10, 40)
+    made = score_stages(trajectory, protocol, tokenizer.decode, [], 10, 40)
     assert made.lengths.tolist() == [2, 1] and made.deep_length == 2 and made.closed.all()

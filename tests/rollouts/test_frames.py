@@ -21,10 +21,11 @@ from rollouts.simultaneous.frames import FRAME, check_causal, embed, load_encode
 from rollouts.simultaneous.prompts import unit_prompts
 from rollouts.trajectory import Request
 from scripts.tiny_models import TinyModel, initialise
-from trainers.base import Parts
 from trainers.core.batching import pack
 from trainers.core.policy import load_policy
+from trainers.modes import reading_mode
 from trainers.proactivellm import ProactiveLLM
+from trainers.run import Run
 
 CPU = torch.device("cpu")
 WIDTH, HIDDEN = 5, 64
@@ -147,9 +148,24 @@ def test_the_sampler_agrees_with_the_masked_forward(setting):
 
 def test_what_is_heard_later_changes_no_earlier_word(setting):
     config, tokenizer, examples, prompts = setting
-    policy = load_policy(config.model.path, torch.float32, CPU, layout="scheduled", encoder=ENCODER)
+    policy = load_policy(
+        config.model.path,
+        torch.float32,
+        CPU,
+        masked=True,
+        embed=reading_mode(config).embedder(CPU),
+    )
     method = ProactiveLLM(
-        Parts(config, CPU, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts, None)
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=CPU,
+            tokenizer=tokenizer,
+            stop_ids=(tokenizer.eos_token_id,),
+            vocab=len(tokenizer),
+            prompts=prompts,
+            sampler=None,
+        )
     )
     made = method.read(prompts[5], 2)
     base = policy.hidden(pack([made], [0], CPU))
@@ -164,10 +180,19 @@ def test_what_is_heard_later_changes_no_earlier_word(setting):
 def test_a_step_of_frames_in_one_batch_is_that_of_each_alone(setting):
     config, tokenizer, examples, prompts = setting
     policy = load_policy(
-        config.model.path, torch.float32, CPU, layout="scheduled", encoder=ENCODER
+        config.model.path, torch.float32, CPU, masked=True, embed=reading_mode(config).embedder(CPU)
     ).double()
     method = ProactiveLLM(
-        Parts(config, CPU, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), prompts, None)
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=CPU,
+            tokenizer=tokenizer,
+            stop_ids=(tokenizer.eos_token_id,),
+            vocab=len(tokenizer),
+            prompts=prompts,
+            sampler=None,
+        )
     )
     drawn = [method.read(p, 0) for p in prompts]
     method.annotate(drawn)

@@ -20,7 +20,7 @@ from rollouts.sync import sync_weights
 from rollouts.trajectory import Request, sample_seed
 from trainers.core.batching import pack, unpack
 from trainers.core.policy import load_policy
-from trainers.losses import score_tokens
+from trainers.core.scoring import score_tokens
 
 CPU = torch.device("cpu")
 CLOSE = 7
@@ -301,9 +301,7 @@ def test_a_wrong_pair_of_layout_and_engine(layout, sampler, right):
     with pytest.raises(
         ConfigError, match=f"rollout.engine={sampler} cannot sample .*; use rollout.engine={right}$"
     ):
-        compose(
-            ["recipe=streaming_sft", f"streaming.layout={layout}", f"rollout.engine={sampler}"]
-        )
+        compose(["recipe=streaming_sft", f"streaming.layout={layout}", f"rollout.engine={sampler}"])
     with pytest.raises(
         ConfigError, match=r"streaming\.layout=groupd is not known; did you mean 'grouped'"
     ):

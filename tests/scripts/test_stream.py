@@ -13,7 +13,9 @@ from rollouts.data.examples import Example
 from rollouts.streaming.prompts import streaming_prompts
 from scripts.stream import arrive, main, sentences_of
 from trainers.core.policy import check_model
-from trainers.modes.rollout import make_engine, make_requests, make_sampling
+from trainers.core.rollout import make_engine
+from trainers.modes import reading_mode
+from trainers.modes.plain import make_requests
 
 QUESTION = "How many pens has he now?"
 SENTENCES = ("Dr. Lee has 3.5 boxes.", '"Take two," he said.', "It rains!")
@@ -41,8 +43,8 @@ def expected(streaming_model):
     example = Example(0, [{"role": "user", "content": ""}], question=QUESTION, sentences=SENTENCES)
     prompts, _ = streaming_prompts([example], tokenizer, config, "data")
     engine = make_engine(config, torch.device("cpu"), torch.float32, 0)
-    sampling = make_sampling(
-        config, tokenizer, tokenizer.stop_ids, temperature=0, max_new_tokens=10
+    sampling = reading_mode(config).sampling(
+        tokenizer, tokenizer.stop_ids, temperature=0, max_new_tokens=10
     )
     (drawn,) = engine.generate(make_requests(prompts, 1, lambda *_: 0), sampling)
     slots, ends = drawn.slots.tolist(), {tokenizer.convert_tokens_to_ids("<EOT>")}

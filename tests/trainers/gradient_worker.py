@@ -16,7 +16,7 @@ from recipes.compose import compose
 from rewards.token import Power
 from rollouts.trajectory import Trajectory
 from trainers.core import distributed
-from trainers.core.batching import assign, empty_like, pack, split
+from trainers.core.batching import assign, empty_like, make_microbatches, pack
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.policy import load_policy
 from trainers.losses import Loss
@@ -58,7 +58,7 @@ def main(model: str, out: str, settings: list[str]) -> None:
             drawn[i]
             for i in assign([t.length for t in drawn], distributed.world_size())[distributed.rank()]
         ]
-        groups = split([t.length for t in mine], int(budget))
+        groups = make_microbatches([t.length for t in mine], int(budget))
         total = float(sum(t.annotations["mask"].sum() for t in drawn))
         loss = Loss(policy_gradient=True, reward=Power(config.reward))
         rounds, loss_sum, batch = max(distributed.gather(len(groups))), 0.0, None

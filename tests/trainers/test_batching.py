@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rollouts.trajectory import Trajectory
-from trainers.core.batching import assign, empty_like, pack, split, unpack
+from trainers.core.batching import assign, empty_like, make_microbatches, pack, unpack
 
 
 def trajectories(count=40, seed=0):
@@ -36,7 +36,7 @@ def test_every_sequence_goes_to_one_rank_and_loads_are_even(ranks):
 
 def test_microbatches_keep_the_budget_and_an_overlong_sequence_is_alone():
     lengths = [10, 90, 30, 200, 60, 50, 5]
-    groups = split(lengths, 100)
+    groups = make_microbatches(lengths, 100)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert sum(lengths[i] for i in group) <= 100 or group == [3]

@@ -15,12 +15,13 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
-from trainers.base import Parts
 from trainers.core.policy import load_policy
 from trainers.core.teacher import Reference
 from trainers.grpo import GRPO, group_advantages, length_reward
 from trainers.losses import Loss, k3
+from trainers.modes import reading_mode
 from trainers.prepare import prepare
+from trainers.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 T, H, V = 19, 6, 23
@@ -86,14 +87,15 @@ def test_draw_writes_rewards_and_advantages_by_prompt():
     )
     prompts = [Prompt(i, (3,), "", Example(i, [], answer="a")) for i in range(4)]
     made = GRPO(
-        Parts(
-            config,
-            torch.device("cpu"),
-            SimpleNamespace(decode=lambda ids: "x" * len(ids)),
-            (1,),
-            V,
-            prompts,
-            PromptSampler(4, 4, 0),
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=torch.device("cpu"),
+            tokenizer=SimpleNamespace(decode=lambda ids: "x" * len(ids)),
+            stop_ids=(1,),
+            vocab=V,
+            prompts=prompts,
+            sampler=PromptSampler(4, 4, 0),
             verifier=lambda text, answer: float(len(text) > 3),
             rollout=SimpleNamespace(generate=generate),
         )
@@ -211,7 +213,9 @@ def test_the_reference_scores_the_sampled_tokens_with_the_starting_weights(tiny_
         Trajectory(i, 0, rng.integers(3, 400, 4).tolist(), rng.integers(3, 400, n).tolist(), "stop")
         for i, n in enumerate((3, 17, 8))
     ]
-    Reference(config, device, 450).annotate(made)  # the head's other rows are padding
+    # the head's other rows are padding
+    run = Run(config=config, mode=reading_mode(config), device=device, vocab=450)
+    Reference(run).annotate(made)
     model = load_policy(str(tiny_models["student"]), torch.float32, device).model.eval()
     for t in made:
         with torch.no_grad():

@@ -11,14 +11,15 @@ from transformers import AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
-from rewards.streaming import judge
+from rewards.streaming import score_stages
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.base import Parts
 from trainers.grpo import group_advantages
 from trainers.hrpo import HRPO
 from trainers.losses import Loss
+from trainers.modes import reading_mode
 from trainers.prepare import prepare
+from trainers.run import Run
 
 LIMIT, CAP, GROUP = 30, 12, 4
 
@@ -40,14 +41,15 @@ def trainer(tokenizer):
             ]
         )
         return HRPO(
-            Parts(
-                config,
-                torch.device("cpu"),
-                tokenizer,
-                (tokenizer.eos_token_id,),
-                len(tokenizer),
-                [],
-                None,
+            Run(
+                config=config,
+                mode=reading_mode(config),
+                device=torch.device("cpu"),
+                tokenizer=tokenizer,
+                stop_ids=(tokenizer.eos_token_id,),
+                vocab=len(tokenizer),
+                prompts=[],
+                sampler=None,
             )
         )
 
@@ -93,7 +95,9 @@ def sampled(tokenizer, seed, prompts=3, sentences=2):
 def by_hand(drawn, options, tokenizer):
     """[P * n] global, streaming and deep advantages, and the stages."""
     stages = [
-        judge(t, Protocol.of(tokenizer), tokenizer.decode, (tokenizer.eos_token_id,), CAP, LIMIT)
+        score_stages(
+            t, Protocol.of(tokenizer), tokenizer.decode, (tokenizer.eos_token_id,), CAP, LIMIT
+        )
         for t in drawn
     ]
     columns = np.array([s.rewards(options) for s in stages]).T.reshape(3, -1, GROUP)

@@ -14,11 +14,13 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
-from trainers.base import Parts, max_new_tokens
-from trainers.core.batching import pack, share
+from trainers.base import max_new_tokens
+from trainers.core.batching import pack, shard_by_tokens
 from trainers.loop import normalize
+from trainers.modes import reading_mode
 from trainers.onpolicy_sft import OnPolicySFT
 from trainers.prepare import prepare
+from trainers.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "selection_worker.py"
@@ -70,14 +72,15 @@ def trainer(*overrides, count: int = 6):
         for i in range(count)
     ]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    parts = Parts(
-        config,
-        torch.device("cpu"),
-        tokenizer,
-        (STOP,),
-        V,
-        prompts,
-        PromptSampler(count, 6, 0),
+    parts = Run(
+        config=config,
+        mode=reading_mode(config),
+        device=torch.device("cpu"),
+        tokenizer=tokenizer,
+        stop_ids=(STOP,),
+        vocab=V,
+        prompts=prompts,
+        sampler=PromptSampler(count, 6, 0),
         verifier=lambda text, answer: float(answer in text.split()),
         rollout=Rollout(),
     )
@@ -131,7 +134,7 @@ def test_the_gradient_is_the_policy_gradient_of_a_reward_of_one_for_a_kept_sampl
         total = total - float(good(t)) * token_logprobs(embedding, weight, t).sum() / size
     expected = torch.autograd.grad(total, (embedding, weight))
 
-    mine = share([t for t in drawn if made.keeps(t)], 0, 1)
+    mine = shard_by_tokens([t for t in drawn if made.keeps(t)], 0, 1)
     made.annotate(mine)
     denominator, _, _ = normalize(mine, normalizer, 2)
     head, loss = SimpleNamespace(weight=weight, bias=None, softcap=None), 0.0
@@ -205,7 +208,7 @@ def test_a_part_without_a_kept_sample_is_skipped_and_counted(steps, ranks):
 
 def test_a_rank_without_a_trajectory_gets_padding_and_nothing_is_dropped():
     made = [Trajectory(i, 0, [1], [2] * n, "stop") for i, n in enumerate((5, 2, 4))]
-    shares = [share(made, rank, 5) for rank in range(5)]
+    shares = [shard_by_tokens(made, rank, 5) for rank in range(5)]
     assert sorted(t.prompt_index for part in shares for t in part if not t.padding) == [0, 1, 2]
     assert [[t.padding for t in part] for part in shares] == [
         [False],
@@ -215,14 +218,14 @@ def test_a_rank_without_a_trajectory_gets_padding_and_nothing_is_dropped():
         [True],
     ]
     assert len(shares[4][0].completion_ids) == 2 and not made[1].padding
-    assert share([], 0, 2) == []
+    assert shard_by_tokens([], 0, 2) == []
 
 
 def test_the_fixed_set_is_drawn_once_from_the_starting_model():
     made = trainer("rollout.fixed_steps=2", count=30)
-    assert made.parts.rollout.calls == 2
+    assert made.run.rollout.calls == 2
     first = [[t.prompt_index for t in made.draw(step)] for step in range(4)]
-    assert made.parts.rollout.calls == 2 and first[0] == first[2] != first[1] == first[3]
+    assert made.run.rollout.calls == 2 and first[0] == first[2] != first[1] == first[3]
     fresh = trainer(count=30)
     assert [t.completion_ids for t in fresh.draw(1)] == [t.completion_ids for t in made.draw(1)]
 
@@ -292,7 +295,7 @@ def test_data_without_answers(overrides, tmp_path):
     path.write_text('{"question": "a"}\n{"question": "b", "answer": "1"}\n')
     prepared = prepare(compose(overrides(recipe="onpolicy_sft", data__path=path)))
     assert len(prepared.prompts) == 1 and "1 of 2 rows have no answer and were dropped" in " ".join(
-        prepared.notes
+        prepared.messages
     )
 
 

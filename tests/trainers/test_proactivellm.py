@@ -13,11 +13,12 @@ from recipes.errors import ConfigError
 from rollouts.data.examples import Example, Prompt
 from rollouts.layout import from_visible
 from rollouts.simultaneous.schedules import WEIGHTS, draw_schedule
-from trainers.base import Parts
 from trainers.core import attention
 from trainers.core.batching import pack
 from trainers.core.policy import Policy
+from trainers.modes import reading_mode
 from trainers.proactivellm import ProactiveLLM
+from trainers.run import Run
 
 VOCAB = 64
 
@@ -62,7 +63,18 @@ def trainer(**options) -> ProactiveLLM:
     )
     ProactiveLLM.check(config)
     prompts = [prompt(index) for index in range(4)]
-    return ProactiveLLM(Parts(config, torch.device("cpu"), Letters(), (1,), VOCAB, prompts, None))
+    return ProactiveLLM(
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=torch.device("cpu"),
+            tokenizer=Letters(),
+            stop_ids=(1,),
+            vocab=VOCAB,
+            prompts=prompts,
+            sampler=None,
+        )
+    )
 
 
 def prompt(index: int) -> Prompt:
@@ -143,7 +155,7 @@ def apart(policy, trajectories, options) -> tuple[torch.Tensor, dict[str, torch.
 )
 def test_one_forward_is_one_per_view(policy, options):
     method = trainer(**options)
-    drawn = [method.read(p, step=3) for p in method.parts.prompts]
+    drawn = [method.read(p, step=3) for p in method.run.prompts]
     output, grads = loss_of(policy, method, drawn)
     expected, wanted = apart(policy, drawn, method.config.proactive)
     # the weights of the terms are float32
@@ -162,7 +174,7 @@ def test_one_forward_is_one_per_view(policy, options):
 )
 def test_a_view_without_terms_is_left_out(options, views):
     method = trainer(**options)
-    made = method.read(method.parts.prompts[2], 0)
+    made = method.read(method.run.prompts[2], 0)
     assert made.layout.views.max() + 1 == views
     assert "kl_weights" not in made.annotations
 
@@ -172,7 +184,7 @@ def test_with_all_read_both_views_are_one(policy, monkeypatch):
         "trainers.proactivellm.draw_schedule", lambda rng, units, words, kind: np.full(words, units)
     )
     method = trainer(kl_weight=1)
-    drawn = [method.read(p, 0) for p in method.parts.prompts]
+    drawn = [method.read(p, 0) for p in method.run.prompts]
     output, _ = loss_of(policy, method, drawn)
     assert output["divergence"].abs().max() < 1e-12
     for made, logprobs in zip(
@@ -189,7 +201,7 @@ def test_with_all_read_both_views_are_one(policy, monkeypatch):
 def test_the_teacher_view_gets_no_gradient(policy):
     """The KL alone: what the batch view's rows carry back into the model is exactly 0."""
     method = trainer(batch_weight=0, stream_weight=0, kl_weight=1)
-    drawn = [method.read(p, 1) for p in method.parts.prompts]
+    drawn = [method.read(p, 1) for p in method.run.prompts]
     method.annotate(drawn)
     batch = pack(drawn, range(len(drawn)), torch.device("cpu"))
     hidden = policy.hidden(batch).detach().requires_grad_()
@@ -201,7 +213,7 @@ def test_the_teacher_view_gets_no_gradient(policy):
 
 def test_views_do_not_see_one_another_and_a_late_unit_no_earlier_word(policy):
     method = trainer()
-    made = method.read(method.parts.prompts[3], 0)
+    made = method.read(method.run.prompts[3], 0)
     base = policy.hidden(pack([made], [0], torch.device("cpu"))).detach()
     views = made.layout.views
     changed = replace(

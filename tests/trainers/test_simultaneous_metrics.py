@@ -12,7 +12,7 @@ from rollouts.simultaneous.decision import word_starts
 from rollouts.trajectory import Trajectory
 from scripts.curves import main
 from scripts.tiny_models import TinyModel, initialise
-from trainers.modes.simultaneous_metrics import delays, make_head
+from trainers.modes.simultaneous import delays
 from trainers.prepare import prepare
 
 
@@ -234,7 +234,8 @@ def test_nothing_to_calibrate_on(keys, tmp_path):
     empty.write_text("")
     config = compose([*keys, f"proactive.calibration_path={empty}"])
     with pytest.raises(DataError, match="there are no rows in it"):
-        make_head(config, None, prepare(config).tokenizer, None)
+        run = prepare(config)
+        run.mode.decision_head(run, None)
 
 
 @pytest.mark.parametrize(

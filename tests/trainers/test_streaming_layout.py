@@ -17,13 +17,15 @@ from rollouts.layout import batch as read_first
 from rollouts.streaming.engine import StreamingEngine
 from rollouts.streaming.tokens import Protocol, add_tokens, extend_model
 from rollouts.trajectory import Trajectory
-from trainers.base import Parts
 from trainers.core import attention
 from trainers.core.batching import empty_like, pack, unpack
-from trainers.core.evaluation import describe, evaluate, max_length
 from trainers.core.policy import load_policy
+from trainers.core.scoring import score_tokens
+from trainers.evaluation import evaluate
 from trainers.grpo import GRPO
-from trainers.losses import score_tokens
+from trainers.modes import reading_mode
+from trainers.prepare import max_length
+from trainers.run import Run
 
 CPU = torch.device("cpu")
 
@@ -70,7 +72,7 @@ def test_packed_layouts_equal_separate_forwards(tiny_models, implementation):
     # Compiled for a CPU, torch 2.13's flex_attention takes a minute, and its code for a second
     # length is not valid C++.
     with torch.compiler.set_stance("force_eager"):
-        policy = load_policy(path, torch.float32, CPU, implementation, "grouped").eval()
+        policy = load_policy(path, torch.float32, CPU, implementation, masked=True).eval()
         alone, made = (
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
             trajectories(),
@@ -143,7 +145,7 @@ def test_gradients_of_a_packed_row_are_those_of_separate_forwards(
     tiny_models, implementation, checkpointing
 ):
     path, made = str(tiny_models["student"]), trajectories()
-    policy = load_policy(path, torch.float32, CPU, implementation, "grouped")
+    policy = load_policy(path, torch.float32, CPU, implementation, masked=True)
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.train()
@@ -256,7 +258,7 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         ]
     )
     policy = load_policy(
-        str(folder), torch.float32, CPU, config.model.attn_implementation, config.streaming.layout
+        str(folder), torch.float32, CPU, config.model.attn_implementation, masked=True
     )
 
     def score(drawn):
@@ -277,14 +279,15 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         return float(len(text) % 2)
 
     method = GRPO(
-        Parts(
-            config,
-            CPU,
-            tokenizer,
-            (tokenizer.eos_token_id,),
-            len(tokenizer),
-            prompts,
-            PromptSampler(4, 4, 0),
+        Run(
+            config=config,
+            mode=reading_mode(config),
+            device=CPU,
+            tokenizer=tokenizer,
+            stop_ids=(tokenizer.eos_token_id,),
+            vocab=len(tokenizer),
+            prompts=prompts,
+            sampler=PromptSampler(4, 4, 0),
             verifier=verifier,
             rollout=engine,
             score_policy=score,
@@ -305,7 +308,8 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         assert judged == tokenizer.decode(deep[:-1] if trajectory.finish_reason == "stop" else deep)
         if minibatches > 1:
             assert np.abs(notes["old_logprobs"] - trajectory.logprobs)[notes["mask"]].max() < 1e-5
-    scores, own = evaluate(engine, prompts, config, tokenizer, (tokenizer.eos_token_id,), verifier)
+    method.run.eval_prompts = prompts
+    scores, own = evaluate(method.run)
     assert scores["length_mean"] == np.mean([t.sampled.sum() for t in own])
     assert {len(t.completion_ids) for t in own} != {t.sampled.sum() for t in own}
 
@@ -317,13 +321,14 @@ def test_lengths_count_openings_and_thoughts(streaming):
     )
     longest = max(prompts, key=lambda p: len(p.token_ids))
     source, written = len(longest.token_ids), 2 + 4 * 6 + config.rollout.max_new_tokens
-    assert max_length(config, prompts, [], source + written) == source + written
+    run = Run(config=config, mode=reading_mode(config), prompts=prompts)
+    assert max_length(run, source + written) == source + written
     # positions restart
-    assert max_length(config, prompts, [], max(source, written)) == source + written
+    assert max_length(run, max(source, written)) == source + written
     with pytest.raises(
         ConfigError, match="sources and thoughts of up to .* exceeds the model's context"
     ):
-        max_length(config, prompts, [], max(source, written) - 1)
+        max_length(run, max(source, written) - 1)
     apart = compose(
         [
             "recipe=streaming_sft",
@@ -334,7 +339,8 @@ def test_lengths_count_openings_and_thoughts(streaming):
         ]
     )
     with pytest.raises(ConfigError, match="exceeds the model's context"):
-        max_length(apart, prompts, [], source + written - 1)
+        run = Run(config=apart, mode=reading_mode(apart), prompts=prompts)
+        max_length(run, source + written - 1)
 
 
 def test_only_the_deep_segment_is_judged():
@@ -342,5 +348,6 @@ def test_only_the_deep_segment_is_judged():
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(words[i] for i in ids))
     prompt = Prompt(0, (9,), "", Example(0, [], answer="Six"))
     trajectory = Trajectory(0, 0, [9], [1, 2, 3, 2], "stop", slots=np.array([0, 0, 1, 1]))
-    describe(trajectory, prompt, tokenizer, lambda text, answer: float(text == answer))
+    mode = reading_mode(compose(["recipe=streaming_sft"]))
+    mode.score(trajectory, prompt, tokenizer, lambda text, answer: float(text == answer))
     assert trajectory.score == 1 and trajectory.completion == "Five . Six"

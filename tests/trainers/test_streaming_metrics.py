@@ -13,10 +13,12 @@ from rollouts.layout import arrange
 from rollouts.streaming.prompts import streaming_prompts
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.core.evaluation import describe, evaluate
 from trainers.core.policy import check_model
-from trainers.modes.rollout import make_engine, make_sampling
-from trainers.modes.streaming_metrics import decoding_speed, streaming_metrics
+from trainers.core.rollout import make_engine
+from trainers.evaluation import evaluate
+from trainers.modes import reading_mode
+from trainers.modes.streaming import decoding_speed
+from trainers.run import Run
 
 CPU = torch.device("cpu")
 EXAMPLE = Example(
@@ -47,7 +49,15 @@ def made(layout, tokenizer, *keys):
         ]
     )
     prompts, _ = streaming_prompts([EXAMPLE], tokenizer, config, "data")
-    return config, prompts, make_sampling(config, tokenizer, tokenizer.stop_ids, max_new_tokens=20)
+    run = Run(
+        config=config,
+        mode=reading_mode(config),
+        tokenizer=tokenizer,
+        stop_ids=tokenizer.stop_ids,
+        eval_prompts=prompts,
+        verifier=VERIFIERS.resolve("math"),
+    )
+    return run, run.mode.sampling(tokenizer, tokenizer.stop_ids, max_new_tokens=20)
 
 
 def completion(config, prompt, tokenizer, thoughts, deep):
@@ -64,7 +74,8 @@ def completion(config, prompt, tokenizer, thoughts, deep):
 def test_by_hand(tokenizer, layout):
     """One word a second, half a second a token; sentences end at 5, 9 and 16 s after the
     question."""
-    config, prompts, sampling = made(layout, tokenizer, "streaming.seconds_per_token=0.5")
+    run, sampling = made(layout, tokenizer, "streaming.seconds_per_token=0.5")
+    config, prompts = run.config, run.eval_prompts
     protocol, word = Protocol.of(tokenizer), tokenizer("a").input_ids[0]
     thoughts = [[protocol.skip], [word, protocol.eot], [word] * 5 + [protocol.eot]]
     first = completion(
@@ -77,9 +88,7 @@ def test_by_hand(tokenizer, layout):
     other = completion(
         config, prompts[0], tokenizer, [[protocol.skip]] * 3, [word] * 3 + [protocol.eoa]
     )
-    found = streaming_metrics(
-        None, prompts, [first, other], sampling, config, tokenizer, tokenizer.stop_ids
-    )
+    found = run.mode.metrics(run, [first, other], sampling)
     lengths = [len(segment) for segment in prompts[0].segments]
     if layout == "batch":
         waits, latencies = [sum(lengths)] * 2, [(9 + 4) / 2, (3 + 4) / 2]
@@ -100,24 +109,21 @@ def test_by_hand(tokenizer, layout):
 
 @pytest.mark.parametrize("layout", ["grouped", "interleaved"])
 def test_the_speed_is_measured_once(tokenizer, streaming_model, layout):
-    config, prompts, sampling = made(layout, tokenizer, f"model.path={streaming_model}", "eval.k=2")
-    engine = make_engine(config, CPU, torch.float32, 256)
+    run, sampling = made(layout, tokenizer, f"model.path={streaming_model}", "eval.k=2")
+    run.rollout = run.mode.wrap(make_engine(run.config, CPU, torch.float32, 256))
     started = time.perf_counter()
-    scores, trajectories = evaluate(
-        engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math")
-    )
+    scores, trajectories = evaluate(run)
     speed = scores["seconds_per_token"]
     assert 1e-5 < speed < (time.perf_counter() - started) / 32
-    assert config.streaming.seconds_per_token == speed
-    again, _ = evaluate(
-        engine, prompts, config, tokenizer, tokenizer.stop_ids, VERIFIERS.resolve("math")
-    )
+    assert run.mode.seconds_per_token == speed and run.config.streaming.seconds_per_token is None
+    again, _ = evaluate(run)
     assert again == scores and len(trajectories) == 2
-    assert decoding_speed(engine, prompts[0], sampling) != speed
+    assert decoding_speed(run.rollout, run.eval_prompts[0], sampling) != speed
 
 
 def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_alone(tokenizer):
-    config, prompts, _ = made("grouped", tokenizer)
+    run, _ = made("grouped", tokenizer)
+    config, prompts = run.config, run.eval_prompts
     protocol = Protocol.of(tokenizer)
     box = lambda n: tokenizer(f"\\boxed{{{n}}}", add_special_tokens=False).input_ids
     thoughts = [[*box(9), protocol.eot], [protocol.skip], [*box(8), protocol.eot]]
@@ -134,7 +140,7 @@ def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_al
         ],
     )
     judged, verify = [], VERIFIERS.resolve("math")
-    describe(
+    run.mode.score(
         drawn,
         prompts[0],
         tokenizer,

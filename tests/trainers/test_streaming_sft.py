@@ -15,8 +15,9 @@ from rollouts.data.marks import TOKENS
 from rollouts.layout import grouped
 from rollouts.streaming.prompts import target_segments
 from rollouts.streaming.tokens import Protocol
-from trainers.base import Parts
+from trainers.modes import reading_mode
 from trainers.prepare import prepare
+from trainers.run import Run
 from trainers.streaming_sft import StreamingSFT
 
 COT = {
@@ -44,14 +45,15 @@ def drawn(overrides, **changed):
         overrides(recipe="streaming_sft", eval__every=-1, train__prompts_per_step=1, **changed)
     )
     made = prepare(config)
-    parts = Parts(
-        config,
-        torch.device("cpu"),
-        made.tokenizer,
-        made.stop_ids,
-        made.vocab,
-        made.prompts,
-        made.sampler,
+    parts = Run(
+        config=config,
+        mode=reading_mode(config),
+        device=torch.device("cpu"),
+        tokenizer=made.tokenizer,
+        stop_ids=made.stop_ids,
+        vocab=made.vocab,
+        prompts=made.prompts,
+        sampler=made.sampler,
     )
     trainer = StreamingSFT(parts)
     trajectories = trainer.draw(0)
@@ -99,7 +101,7 @@ def test_a_model_without_the_tokens_gets_them(overrides, tiny_models, data):
     made, t = drawn(overrides, data__path=data(COT))
     size = AutoModelForCausalLM.from_pretrained(tiny_models["student"]).config.vocab_size
     assert made.new_tokens == list(TOKENS) and made.vocab == size + 7
-    assert any("gets 7 tokens it lacks: <SEP> <EOQ>" in note for note in made.notes)
+    assert any("gets 7 tokens it lacks: <SEP> <EOQ>" in note for note in made.messages)
     assert max(t.token_ids) < size + 7
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rollouts.layout import Layout
-from rollouts.trajectory import Trajectory
+from rollouts.trajectory import Annotations, Trajectory
 
 
 @dataclass
@@ -52,7 +52,7 @@ def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def share(trajectories: Sequence[Trajectory], rank: int, ranks: int) -> list[Trajectory]:
+def shard_by_tokens(trajectories: Sequence[Trajectory], rank: int, ranks: int) -> list[Trajectory]:
     """A rank's part of an update's trajectories, dealt by `assign`.
 
     A rank that is left without one gets a copy of the shortest, marked as padding: it must run the
@@ -60,11 +60,11 @@ def share(trajectories: Sequence[Trajectory], rank: int, ranks: int) -> list[Tra
     mine = [trajectories[i] for i in assign([t.length for t in trajectories], ranks)[rank]]
     if not mine and trajectories:
         shortest = min(trajectories, key=lambda t: t.length)
-        mine = [replace(shortest, annotations=dict(shortest.annotations), padding=True)]
+        mine = [replace(shortest, annotations=Annotations(shortest.annotations), padding=True)]
     return mine
 
 
-def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def make_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group sequences into micro-batches of at most `budget` tokens, first fit, longest first.
 
     A sequence longer than the budget is a micro-batch of its own.

@@ -60,7 +60,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def share(items: list) -> list:
+def shard_contiguous(items: list) -> list:
     """This rank's contiguous part of a list that every rank holds."""
     bounds = [len(items) * r // world_size() for r in range(world_size() + 1)]
     return items[bounds[rank()] : bounds[rank() + 1]]

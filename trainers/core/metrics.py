@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from typing import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,158 +12,188 @@ from rollouts.trajectory import Trajectory
 from trainers.core.distributed import gather
 
 POSITION_BINS = 32
+# A sampled token agrees with the teacher if it is this close to the teacher's most likely one.
+AGREEMENT_MARGIN = 1e-6  # nats
 
 
 class TokenStats:
-    """Accumulates sums over tokens and merges them over ranks; every metric below is a function of
-    those sums.
+    """Accumulates sums over tokens and merges them over ranks.
 
-    Arrays are [T] float32 in nats: `logprobs` the trainer's, `sampler` the rollout engine's,
-    `teacher` the teacher's, all of the sampled tokens; `rewards`; `entropy` of the trainer's
-    distribution; `MEANS`."""
+    Every metric is a function of these sums. Arrays are [T] float32, log-probs in nats.
 
-    # per-token outputs whose mean is a metric
-    MEANS = {"kl": "reference/kl", "clipped": "policy/clip_frac"}
-
-    # of trainers/proactivellm.py
-    VIEWS = {name: name for name in ("nll/batch", "nll/stream", "teacher/kl")}
+    Args:
+        max_new_tokens: the longest completion, which the position bins divide.
+    """
 
     def __init__(self, max_new_tokens: int):
-        self.width = -(-max_new_tokens // POSITION_BINS)
+        self.bin_width = -(-max_new_tokens // POSITION_BINS)
         self.sums: dict[str, np.ndarray] = {}
-        self.low, self.high = np.inf, -np.inf
-
-    def _add(self, name: str, *values: float | np.ndarray) -> None:
-        total = np.concatenate([np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in values])
-        self.sums[name] = self.sums.get(name, 0) + total
+        self.means: dict[str, np.ndarray] = {}
+        self.lowest, self.highest = np.inf, -np.inf
 
     def update(
-        self, trajectory: Trajectory, output: dict[str, np.ndarray], moved: bool = False
+        self,
+        trajectory: Trajectory,
+        output: Mapping[str, np.ndarray],
+        moved: bool = False,
+        means: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
-        """Add one trajectory with the loss's per-token `output`. `moved`: the weights are no longer
-        those that sampled it, so that what sampler and trainer differ by is known only from
-        `old_logprobs`, if there are any."""
-        notes, mask = trajectory.annotations, trajectory.annotations["mask"]
+        """Add one trajectory.
+
+        Args:
+            trajectory: annotated.
+            output: the loss's per-token arrays.
+            moved: the weights are no longer those that sampled it. Then `old_logprobs`, if there
+                are any, tell how far trainer and sampler differ.
+            means: metric name -> (values [T], which tokens count [T] bool), of the method.
+        """
+        annotations = trajectory.annotations
+        mask = annotations["mask"]
         self._add("tokens", mask.sum())
         if "entropy" in output:
-            self._add("entropy", output["entropy"].astype(np.float64)[mask].sum(), mask.sum())
-        for name in self.MEANS.keys() & output.keys():
-            self._add(name, mask.sum(), output[name].astype(np.float64)[mask].sum())
-        ours = output.get("logprobs")
-        # targets that appear twice: with all of the source in view, and with a part
-        if "whole_view" in notes:
-            for name, chosen in (
-                ("nll/batch", notes["whole_view"]),
-                ("nll/stream", ~notes["whole_view"]),
-            ):
-                self._add(
-                    name, (mask & chosen).sum(), -ours.astype(np.float64)[mask & chosen].sum()
-                )
-        if "teacher_distance" in notes:
-            taught = mask & (notes["teacher_distance"] > 0)
-            self._add(
-                "teacher/kl", taught.sum(), output["divergence"].astype(np.float64)[taught].sum()
-            )
-        before = notes.get("old_logprobs", None if moved else ours)
-        if before is not None and trajectory.logprobs is not None:
-            same = mask  # the kernels leave masked tokens out
-            if "targets" in notes:  # a relabelled stop is not what was sampled
-                same = mask & (notes["targets"] == np.asarray(trajectory.completion_ids))
-            gap = (before.astype(np.float64) - trajectory.logprobs)[same]
-            ratio = np.exp(gap)
-            self._add(
-                "mismatch",
-                same.sum(),
-                np.abs(gap).sum(),
-                (np.expm1(gap) - gap).sum(),
-                ratio.sum(),
-                (ratio * ratio).sum(),
-            )
-        if "teacher_logprobs" in notes and ours is not None:
-            teacher = notes["teacher_logprobs"].astype(np.float64)
-            gap = output["divergence"] if "divergence" in output else ours - teacher
-            top = teacher >= notes["teacher_max_logprobs"] - 1e-6
-            self._add("teacher", mask.sum(), gap[mask].sum(), top[mask].sum())
+            self._add("entropy", mask.sum(), _total(output["entropy"], mask))
+        for name, (values, counted) in (means or {}).items():
+            self._add_mean(name, values, counted)
+        trainer = annotations.get("old_logprobs", None if moved else output.get("logprobs"))
+        if trainer is not None and trajectory.logprobs is not None:
+            self._add_mismatch(trajectory, trainer)
+        if "teacher_logprobs" in annotations and "logprobs" in output:
+            self._add_teacher(trajectory, output)
         if "rewards" in output:
-            rewards = output["rewards"].astype(np.float64)
-            kept = rewards[mask]
-            self._add("reward", kept.size, kept.sum(), np.square(kept).sum())
-            if kept.size:
-                self.low, self.high = min(self.low, kept.min()), max(self.high, kept.max())
-            bins = np.minimum(np.arange(len(mask)) // self.width, POSITION_BINS - 1)[mask]
-            self._add(
-                "position",
-                np.bincount(bins, kept, POSITION_BINS),
-                np.bincount(bins, minlength=POSITION_BINS),
-            )
+            self._add_rewards(output["rewards"].astype(np.float64), mask)
+
+    def _add_mean(self, name: str, values: np.ndarray, counted: np.ndarray) -> None:
+        own = np.array([counted.sum(), _total(values, counted)], dtype=np.float64)
+        self.means[name] = self.means.get(name, 0) + own
+
+    def _add_mismatch(self, trajectory: Trajectory, trainer: np.ndarray) -> None:
+        """Trainer against sampler, on the tokens that both scored."""
+        annotations = trajectory.annotations
+        # The kernels leave masked tokens out.
+        counted = annotations["mask"]
+        if "targets" in annotations:
+            # A relabelled stop is not what was sampled.
+            sampled = np.asarray(trajectory.completion_ids)
+            counted = counted & (annotations["targets"] == sampled)
+        gap = (trainer.astype(np.float64) - trajectory.logprobs)[counted]
+        ratio = np.exp(gap)
+        kl = np.expm1(gap) - gap
+        self._add(
+            "mismatch",
+            counted.sum(),
+            np.abs(gap).sum(),
+            kl.sum(),
+            ratio.sum(),
+            (ratio * ratio).sum(),
+        )
+
+    def _add_teacher(self, trajectory: Trajectory, output: Mapping[str, np.ndarray]) -> None:
+        annotations = trajectory.annotations
+        mask = annotations["mask"]
+        teacher = annotations["teacher_logprobs"].astype(np.float64)
+        kl = output["divergence"] if "divergence" in output else output["logprobs"] - teacher
+        agrees = teacher >= annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
+        self._add("teacher", mask.sum(), kl[mask].sum(), agrees[mask].sum())
+
+    def _add_rewards(self, rewards: np.ndarray, mask: np.ndarray) -> None:
+        counted = rewards[mask]
+        self._add("reward", counted.size, counted.sum(), np.square(counted).sum())
+        if counted.size:
+            self.lowest = min(self.lowest, counted.min())
+            self.highest = max(self.highest, counted.max())
+        positions = np.arange(len(mask)) // self.bin_width
+        bins = np.minimum(positions, POSITION_BINS - 1)[mask]
+        totals = np.bincount(bins, counted, POSITION_BINS)
+        counts = np.bincount(bins, minlength=POSITION_BINS)
+        self._add("position", totals, counts)
+
+    def _add(self, name: str, *values: float | np.ndarray) -> None:
+        own = np.concatenate([np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in values])
+        self.sums[name] = self.sums.get(name, 0) + own
 
     def metrics(self) -> dict[str, float | list]:
         """The metrics over all ranks. A collective."""
-        parts = gather((self.sums, self.low, self.high))
-        sums: dict[str, np.ndarray] = {}
-        for part, _, _ in parts:
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0) + value
+        parts = gather((self.sums, self.means, self.lowest, self.highest))
+        sums = _merged([part[0] for part in parts])
+        means = _merged([part[1] for part in parts])
         row: dict[str, float | list] = {}
-        if "reward" in sums and sums["reward"][0]:
-            count, total, squares = sums["reward"]
-            mean = total / count
-            row |= {
-                "reward/mean": mean,
-                "reward/std": max(squares / count - mean**2, 0.0) ** 0.5,
-                "reward/min": min(p[1] for p in parts),
-                "reward/max": max(p[2] for p in parts),
-            }
-            totals, counts = np.split(sums["position"], 2)
-            row["reward/by_position"] = [
-                t / c if c else None for t, c in zip(totals.tolist(), counts.tolist())
-            ]
-            row["reward/by_position_bins"] = [i * self.width for i in range(POSITION_BINS)]
-        if "entropy" in sums and sums["entropy"][1]:
-            row["rollout/entropy"] = sums["entropy"][0] / sums["entropy"][1]
-        row |= {
-            metric: sums[name][1] / sums[name][0]
-            for name, metric in (self.MEANS | self.VIEWS).items()
-            if name in sums and sums[name][0]
-        }
-        if "mismatch" in sums and sums["mismatch"][0]:
+        if _counted(sums, "reward"):
+            lowest, highest = min(part[2] for part in parts), max(part[3] for part in parts)
+            row |= self._reward_metrics(sums, lowest, highest)
+        if _counted(sums, "entropy"):
+            count, total = sums["entropy"]
+            row["rollout/entropy"] = total / count
+        row |= {name: total / count for name, (count, total) in means.items() if count}
+        if _counted(sums, "mismatch"):
             count, gap, kl, ratio, squares = sums["mismatch"]
             row |= {
                 "mismatch/logp_abs_mean": gap / count,
                 "mismatch/kl": kl / count,
                 "mismatch/ess": ratio**2 / (count * squares),
             }
-        if "teacher" in sums and sums["teacher"][0]:
-            count, gap, top = sums["teacher"]
-            row |= {"teacher/kl": gap / count, "teacher/agreement": top / count}
+        if _counted(sums, "teacher"):
+            count, kl, agreements = sums["teacher"]
+            row |= {"teacher/kl": kl / count, "teacher/agreement": agreements / count}
+        return {name: _plain(value) for name, value in row.items()}
+
+    def _reward_metrics(
+        self, sums: dict[str, np.ndarray], lowest: float, highest: float
+    ) -> dict[str, float | list]:
+        count, total, squares = sums["reward"]
+        mean = total / count
+        totals, counts = np.split(sums["position"], 2)
+        by_position = [t / c if c else None for t, c in zip(totals.tolist(), counts.tolist())]
         return {
-            name: float(value) if isinstance(value, (np.floating, int)) else value
-            for name, value in row.items()
+            "reward/mean": mean,
+            "reward/std": max(squares / count - mean**2, 0.0) ** 0.5,
+            "reward/min": lowest,
+            "reward/max": highest,
+            "reward/by_position": by_position,
+            "reward/by_position_bins": [i * self.bin_width for i in range(POSITION_BINS)],
         }
+
+
+def _total(values: np.ndarray, counted: np.ndarray) -> float:
+    return values.astype(np.float64)[counted].sum()
+
+
+def _merged(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The sum over ranks of each name's array."""
+    sums: dict[str, np.ndarray] = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def _counted(sums: dict[str, np.ndarray], name: str) -> bool:
+    """Whether any token entered the sums of this name, whose first entry is the count."""
+    return name in sums and bool(sums[name][0])
+
+
+def _plain(value):
+    return float(value) if isinstance(value, np.floating | int) else value
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Lengths (tokens), the share cut at the limit, the verifier's mean score and that in % per
-    token, and the rewards of whole completions where there are any, of a step's trajectories."""
+    """The metrics of a step's whole completions.
+
+    Returns:
+        mean length (tokens) and the share cut at the limit; the verifier's mean score, and that in
+        % per token, where there are scores; the moments of the rewards of whole completions, where
+        there are any.
+    """
     length = float(np.mean([t.sampled_mask.sum() for t in trajectories]))
-    row = {
-        "rollout/length_mean": length,
-        "rollout/truncated_frac": float(
-            np.mean([t.finish_reason == "length" for t in trajectories])
-        ),
-    }
+    truncated = [t.finish_reason == "length" for t in trajectories]
+    row = {"rollout/length_mean": length, "rollout/truncated_frac": float(np.mean(truncated))}
     scores = [t.score for t in trajectories if t.score is not None]
     if scores:
-        row |= {
-            "reward/accuracy": float(np.mean(scores)),
-            "rollout/efficiency": 100 * float(np.mean(scores)) / length,
-        }
+        accuracy = float(np.mean(scores))
+        row |= {"reward/accuracy": accuracy, "rollout/efficiency": 100 * accuracy / length}
     rewards = [t.reward for t in trajectories if t.reward is not None]
     if rewards:
-        row |= {
-            f"reward/{name}": float(getattr(np, name)(rewards))
-            for name in ("mean", "std", "min", "max")
-        }
+        for name in ("mean", "std", "min", "max"):
+            row[f"reward/{name}"] = float(getattr(np, name)(rewards))
     return row
 
 

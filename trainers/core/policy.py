@@ -4,8 +4,8 @@ that owns its weight."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +14,8 @@ from torch import nn
 from recipes.embedded import model_folder, names
 from recipes.errors import ModelError
 from recipes.registry import nearest
-from recipes.schema import MASKED_LAYOUTS
 from rollouts.layout import Layout, check_layouts
 from rollouts.pretrained import drop_unused_sampling
-from rollouts.simultaneous.frames import embed, load_encoder
 from trainers.core import attention
 
 DTYPES = {
@@ -28,7 +26,7 @@ DTYPES = {
 }
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """The LM head as a module of its own: it owns the (possibly tied) weight, so that ZeRO-3
     gathers it for `forward`, and runs a loss on [T, H] hidden states without ever making the [T, V]
     logits."""
@@ -50,19 +48,19 @@ class Policy(nn.Module):
     Args:
         model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and
             soft-cap.
+        embed: makes input embeddings [B, n, H] of (model, ids [B, n], frames), for sources that
+            are no text. What it uses is not trained, so it is no part of the module.
 
     Raises:
         ModelError: its logits are something else, so our head would be wrong, or its attention does
             not keep packed sequences apart (both checked on a few tokens).
-        encoder: of sources of frames (rollouts/simultaneous/frames.py); it is not trained, so it is no part of
-            the module.
     """
 
-    def __init__(self, model: nn.Module, encoder=None):
+    def __init__(self, model: nn.Module, embed: Callable | None = None):
         super().__init__()
         self.model = model
-        self.encode = functools.partial(embed, model, encoder)
-        self.head = Head(
+        self.embed = embed
+        self.head = LMHead(
             model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
         )
         self._check()
@@ -124,7 +122,7 @@ class Policy(nn.Module):
         inputs = (
             {"input_ids": input_ids}
             if frames is None
-            else {"inputs_embeds": self.encode(input_ids, frames)}
+            else {"inputs_embeds": self.embed(self.model, input_ids, frames)}
         )
         return self.model.base_model(
             **inputs, position_ids=position_ids, use_cache=False, **extra
@@ -147,15 +145,21 @@ def load_policy(
     dtype: torch.dtype,
     device: torch.device,
     attn_implementation: str = "packed",
-    layout: str | None = None,
-    encoder: str | None = None,
+    masked: bool = False,
+    embed: Callable | None = None,
 ) -> Policy:
-    """Load a model folder or hub name; `layout` is the config's `streaming.layout`, `encoder` its
-    `model.encoder`.
+    """Load a model folder or hub name.
+
+    Args:
+        path: the folder or name.
+        dtype: of the weights.
+        device: where they go.
+        attn_implementation: `model.attn_implementation`.
+        masked: sequences will come with masks and positions of their own.
+        embed: makes input embeddings of sources that are no text.
 
     Raises:
-        ModelError: it cannot be loaded, or does not keep to the layout's mask.
-        ConfigError: there is no such encoder.
+        ModelError: it cannot be loaded, or does not keep to such masks.
     """
     from transformers import AutoModelForCausalLM
 
@@ -170,8 +174,8 @@ def load_policy(
             f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     drop_unused_sampling(model)
-    policy = Policy(model.to(device), load_encoder(encoder, device) if encoder else None)
-    if layout in MASKED_LAYOUTS:
+    policy = Policy(model.to(device), embed)
+    if masked:
         policy.check_layouts()
     return policy
 

@@ -9,12 +9,13 @@ import math
 import os
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Sequence
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from recipes.compose import to_dict, to_yaml
 from recipes.errors import ConfigError
 from rollouts.trajectory import Trajectory
 from trainers.core.distributed import rank
@@ -25,16 +26,19 @@ class Tracker:
     """Writes a run's records. Only rank 0's instance does anything.
 
     Args:
+        config: the run's.
+        run_dir: the run directory.
         start: the step the run continues after; later rows of an interrupted attempt are dropped.
+        summary: the reading mode's part of an evaluation's printed line, made from its scores.
     """
 
-    def __init__(self, config: DictConfig, run_dir: Path, start: int):
+    def __init__(self, config, run_dir: Path, start: int, summary: Callable[[dict[str, Any]], str]):
         self.active = rank() == 0
         if not self.active:
             return
-        self.config, self.run_dir = config, run_dir
+        self.config, self.run_dir, self.summary = config, run_dir, summary
         run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run_dir / "config.yaml")
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_through(run_dir / name, start if start else -1)
         self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
@@ -71,23 +75,24 @@ class Tracker:
             left = (self.config.train.steps - row["step"]) * sum(self.recent) / len(self.recent)
             self.say(_line(row, self.config.train.steps, left))
 
-    def evaluation(self, row: dict, name: str, k: int) -> None:
-        """Record an evaluation's row."""
+    def evaluation(self, step: int, scores: dict[str, Any], name: str, seconds: float) -> None:
+        """Record an evaluation: a row with `eval/NAME/…`, and a printed line.
+
+        Args:
+            step: after which it was made.
+            scores: of `trainers.evaluation.evaluate`.
+            name: of the data.
+            seconds: that it took.
+        """
         if not self.active:
             return
-        self._record(row)
-        prefix, streaming = f"eval/{name}/", ""
-        if prefix + "latency_s" in row:
-            streaming = (
-                f"deep {row[prefix + 'deep_length_mean']:.1f}  skipped {row[prefix + 'skip_frac']:.1%}  "
-                f"latency {row[prefix + 'latency_s']:.2f} s  "
-            )
-        if prefix + "al" in row:
-            streaming = f"bleu {row[prefix + 'bleu']:.1f}  al {row[prefix + 'al']:.2f}  rco {row[prefix + 'rco']:.2f}  "
+        row = {f"eval/{name}/{key}": value for key, value in scores.items()}
+        self._record({"step": step, **row, "time/eval": seconds})
+        k = self.config.eval.k
         self.say(
-            f"eval  step {row['step']}  {name}: avg@{k} {row[f'{prefix}avg@{k}']:.3f}  pass@{k} "
-            f"{row[f'{prefix}pass@{k}']:.3f}  length {row[prefix + 'length_mean']:.1f}  {streaming}"
-            f"truncated {row[prefix + 'truncated_frac']:.1%}  ({row['time/eval']:.0f} s)"
+            f"eval  step {step}  {name}: avg@{k} {scores[f'avg@{k}']:.3f}  "
+            f"pass@{k} {scores[f'pass@{k}']:.3f}  length {scores['length_mean']:.1f}  "
+            f"{self.summary(scores)}truncated {scores['truncated_frac']:.1%}  ({seconds:.0f} s)"
         )
 
     def completions(self, step: int, trajectories: Sequence[Trajectory], tokenizer) -> None:
@@ -198,7 +203,7 @@ def keep_through(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _start_wandb(config: DictConfig, run_dir: Path):
+def _start_wandb(config, run_dir: Path):
     mode = config.log.wandb
     if mode == "disabled":
         return None
@@ -220,7 +225,7 @@ def _start_wandb(config: DictConfig, run_dir: Path):
         resume="allow",
         dir=str(run_dir),
         mode=mode,
-        config=OmegaConf.to_container(config),
+        config=to_dict(config),
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
 

@@ -1,0 +1,17 @@
+"""Rewards of short completions."""
+
+from __future__ import annotations
+
+
+def length_reward(trajectory, limit: int, gamma: float) -> float:
+    """accuracy + gamma accuracy (1 - tokens / limit), in [0, 1 + gamma).
+
+    Only a correct completion gains by being short (docs/specification.md, 4).
+
+    Args:
+        trajectory: a `Trajectory` with its `score`, which is the accuracy.
+        limit: the most new tokens.
+        gamma: the weight of the length reward beside accuracy.
+    """
+    shortness = 1 - len(trajectory.completion_ids) / limit
+    return trajectory.score * (1 + gamma * shortness)

@@ -1,0 +1,52 @@
+"""Log-probs of packed tokens through the fused head kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import kernels
+
+
+def head_options(head, temperature: float, vocab: int | None) -> dict[str, Any]:
+    """The keyword arguments that describe an LM head to the kernels.
+
+    Args:
+        head: with `bias` and `softcap`.
+        temperature: logits are divided by it.
+        vocab: ids at and past it are padding rows; None: all rows are tokens.
+    """
+    return {
+        "bias": head.bias,
+        "logit_softcap": head.softcap,
+        "temperature": temperature,
+        "valid_vocab_size": vocab,
+    }
+
+
+def score_tokens(
+    head,
+    hidden: torch.Tensor,
+    batch,
+    *,
+    targets: torch.Tensor,
+    temperature: float,
+    vocab: int | None,
+):
+    """Log-probs [T] of `targets` in nats, with the most likely token's, without gradients.
+
+    Args:
+        head: with `weight` [V, H], `bias` and `softcap`.
+        hidden: [T, H].
+        batch: the `MicroBatch`, unused here: a head passes it to every function.
+        targets: [T] int64.
+    """
+    with torch.no_grad():
+        return kernels.fused_linear_logprobs(
+            hidden.detach(),
+            head.weight.detach(),
+            targets,
+            return_max_logprob=True,
+            **head_options(head, temperature, vocab),
+        )

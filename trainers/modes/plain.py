@@ -1,0 +1,164 @@
+"""Plain reading: the whole prompt first, then the completion. The base of the other modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rollouts.data.chat import tokenize_prompts
+from rollouts.data.examples import Example, Prompt
+from rollouts.engines.base import Engine
+from rollouts.pretrained import token_count
+from rollouts.trajectory import Request, Sampling, Trajectory
+
+
+class Plain:
+    """A reading mode.
+
+    Attributes:
+        sources: what errors call the prompts.
+        masked: sequences need an attention mask and positions of their own (rollouts/layout.py).
+    """
+
+    sources = "prompts"
+    masked = False
+
+    def __init__(self, config):
+        self.config = config
+
+    # Prompts
+
+    def prompts(
+        self, examples: Sequence[Example], tokenizer, where: str
+    ) -> tuple[list[Prompt], int]:
+        """The prompts that the examples make, and how many were dropped as over-long.
+
+        Args:
+            examples: in the order of the data.
+            tokenizer: a Hugging Face tokenizer.
+            where: the data's name, for errors.
+
+        Raises:
+            DataError: an example cannot be used, or not one prompt fits.
+        """
+        data = self.config.data
+        return tokenize_prompts(
+            examples,
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            template=data.template,
+            system=data.system,
+            suffix=data.suffix,
+            enable_thinking=data.enable_thinking,
+        )
+
+    def extra_tokens(self, prompt: Prompt) -> int:
+        """The most tokens of a completion that the limit on new tokens does not count."""
+        return 0
+
+    def positions(self, prompt: Prompt, new_tokens: int) -> int:
+        """The number of positions that a prompt and `new_tokens` take of the model's context."""
+        return len(prompt.token_ids) + self.extra_tokens(prompt) + new_tokens
+
+    # Sampling
+
+    def wrap(self, engine: Engine) -> Engine:
+        """The engine as this mode samples with it."""
+        return engine
+
+    def embedder(self, device) -> Callable | None:
+        """What turns sources that are no text into input embeddings; None: sources are text."""
+        return None
+
+    def sampling(self, tokenizer, stop_ids: Sequence[int], **limits) -> Sampling:
+        """How completions are drawn.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer; without `vocab` in `limits`, its ids are drawn.
+            stop_ids: tokens that end a completion.
+            limits: the other fields of `Sampling`.
+        """
+        if "vocab" not in limits:
+            limits["vocab"] = token_count(tokenizer)
+        return Sampling(stop_ids=tuple(stop_ids), **limits)
+
+    def evaluation_sampling(self, run) -> Sampling:
+        """How the completions of an evaluation are drawn. A collective where it calibrates.
+
+        Args:
+            run: a `Run` (trainers/run.py) with a rollout engine.
+        """
+        evaluation = self.config.eval
+        return self.sampling(
+            run.tokenizer,
+            run.stop_ids,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            max_new_tokens=evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
+        )
+
+    # Scores
+
+    def score(
+        self,
+        trajectory: Trajectory,
+        prompt: Prompt,
+        tokenizer,
+        verifier: Callable[[str, str], float] | None,
+    ) -> None:
+        """Write the texts and, where the example has an answer, the verifier's score."""
+        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
+        trajectory.completion = tokenizer.decode(self.text_ids(trajectory))
+        if trajectory.answer is not None and verifier is not None:
+            text = self.judged_text(trajectory, tokenizer)
+            trajectory.score = verifier(text, trajectory.answer)
+
+    def text_ids(self, trajectory: Trajectory) -> list[int]:
+        """The completion's ids without the stop token, which is not text."""
+        stopped = trajectory.finish_reason == "stop"
+        return trajectory.completion_ids[:-1] if stopped else trajectory.completion_ids
+
+    def judged_text(self, trajectory: Trajectory, tokenizer) -> str:
+        """The part of the completion that the verifier reads."""
+        return trajectory.completion
+
+    # Metrics
+
+    def metrics(
+        self, run, trajectories: Sequence[Trajectory], sampling: Sampling
+    ) -> dict[str, float]:
+        """The mode's own metrics of an evaluation, over all ranks. A collective.
+
+        Args:
+            run: a `Run` with its evaluation prompts.
+            trajectories: this rank's, scored.
+            sampling: what they were drawn with.
+        """
+        return {}
+
+    def summary(self, scores: dict[str, Any]) -> str:
+        """The mode's part of an evaluation's printed line."""
+        return ""
+
+
+def make_requests(
+    prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
+) -> list[Request]:
+    """`samples` requests per prompt, adjacent.
+
+    Args:
+        seed: gives the seed of a prompt's index and a sample's.
+    """
+    return [
+        Request(
+            prompt.index,
+            sample,
+            prompt.token_ids,
+            seed(prompt.index, sample),
+            prompt.segments,
+            prompt.opening,
+            prompt.example.frames,
+        )
+        for prompt in prompts
+        for sample in range(samples)
+    ]

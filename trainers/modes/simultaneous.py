@@ -1,0 +1,179 @@
+"""Writing while reading: a decision head says, unit by unit, whether to read on or to write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from recipes.components import DECISION_HEADS
+from rewards.metrics.lag import lags
+from rewards.metrics.text import text_scores
+from rollouts.data.examples import Example, Prompt
+from rollouts.data.load import configured_examples
+from rollouts.pretrained import token_count
+from rollouts.simultaneous.decision import (
+    DecisionHead,
+    Recorder,
+    SimultaneousSampling,
+    check_heads,
+    word_starts,
+)
+from rollouts.simultaneous.frames import embed, load_encoder
+from rollouts.simultaneous.prompts import unit_prompts
+from rollouts.trajectory import Trajectory
+from trainers.core.distributed import gather, shard_contiguous
+from trainers.modes.plain import Plain, make_requests
+
+LAGS = ("rco", "ail", "al", "laal")
+
+
+class Simultaneous(Plain):
+    """`streaming.layout` scheduled (docs/specification.md, 5)."""
+
+    sources = "sources and thoughts"
+    masked = True
+
+    def prompts(
+        self, examples: Sequence[Example], tokenizer, where: str
+    ) -> tuple[list[Prompt], int]:
+        return unit_prompts(examples, tokenizer, self.config, where)
+
+    def extra_tokens(self, prompt: Prompt) -> int:
+        return sum(map(len, prompt.opening))
+
+    def positions(self, prompt: Prompt, new_tokens: int) -> int:
+        # Source and target have positions of their own.
+        target = self.config.streaming.target_offset + self.extra_tokens(prompt) + new_tokens
+        return max(len(prompt.token_ids), target)
+
+    def embedder(self, device) -> Callable | None:
+        if self.config.model.encoder is None:
+            return None
+        return functools.partial(_embed, load_encoder(self.config.model.encoder, device))
+
+    def sampling(self, tokenizer, stop_ids: Sequence[int], **limits) -> SimultaneousSampling:
+        """Without a decision head, which `evaluation_sampling` adds."""
+        if "vocab" not in limits:
+            limits["vocab"] = token_count(tokenizer)
+        options, starts = self.config.proactive, word_starts(tokenizer)
+        # To stop is a decision too.
+        starts[list(stop_ids)] = True
+        return SimultaneousSampling(
+            stop_ids=tuple(stop_ids),
+            word_starts=starts,
+            whole_words=options.whole_words,
+            max_reads=options.max_reads,
+            min_lag=options.min_lag,
+            max_lag=options.max_lag,
+            **limits,
+        )
+
+    def evaluation_sampling(self, run) -> SimultaneousSampling:
+        sampling = super().evaluation_sampling(run)
+        return replace(sampling, head=self.decision_head(run, sampling))
+
+    def decision_head(self, run, sampling: SimultaneousSampling) -> DecisionHead:
+        """`proactive.head` with its setting.
+
+        Where `proactive.setting` is null, it is measured on the calibration set: a collective.
+
+        Raises:
+            ConfigError: a setting is out of range or missing.
+            DataError: there is nothing to calibrate on.
+        """
+        options = self.config.proactive
+        check_heads(options)
+        kind = DECISION_HEADS.resolve(options.head)
+        if options.setting is not None:
+            return kind(options.setting)
+        if not kind.calibrated:
+            return kind(0.0)
+        return kind(self.calibrate(kind, run, sampling).quantile(options.quantile))
+
+    def calibrate(self, kind: type[DecisionHead], run, sampling: SimultaneousSampling) -> Recorder:
+        """The head's scores on the calibration set with the whole input read. A collective."""
+        config, options = self.config, self.config.proactive
+        path = options.calibration_path or config.data.path
+        size = options.calibration_size
+        examples = configured_examples(config.data, config.seed, path, limit=size, size=size)
+        where = f"proactive.calibration_path={path}"
+        prompts, _ = unit_prompts(examples, run.tokenizer, config, where)
+        recorder = Recorder(kind(kind.low))
+        requests = make_requests(shard_contiguous(prompts), 1, lambda index, sample: index)
+        run.rollout.generate(requests, replace(sampling, head=recorder, temperature=0.0))
+        recorder.scores = [score for part in gather(recorder.scores) for score in part]
+        return recorder
+
+    def text_ids(self, trajectory: Trajectory) -> list[int]:
+        """Without the opening, which was not sampled, and the stop token."""
+        ids = super().text_ids(trajectory)
+        opening = len(trajectory.sampled) - int(trajectory.sampled.sum())
+        return ids[opening:]
+
+    def metrics(
+        self, run, trajectories: Sequence[Trajectory], sampling: SimultaneousSampling
+    ) -> dict[str, float]:
+        """Means over the completions of all ranks, BLEU and chrF of the corpus.
+
+        Returns:
+            `bleu`, `chrf` (0 to 100), `f1`, `exact` (0 to 1; rewards/metrics/text.py); `rco`,
+                `ail`, `al`, `laal` in source units (rewards/metrics/lag.py), over the completions
+                that are not empty, NaN if all are; `head_setting`.
+        """
+        rows = self._rows(run.eval_prompts, trajectories, sampling.word_starts)
+        texts, references, measured = zip(*rows)
+        lag_rows = [lag for lag in measured if lag]
+        lag_means = {
+            name: float(np.mean([lag[name] for lag in lag_rows])) if lag_rows else float("nan")
+            for name in LAGS
+        }
+        scores = text_scores(list(texts), list(references)) | lag_means
+        return scores | {"head_setting": sampling.head.setting}
+
+    def _rows(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], starts: np.ndarray
+    ) -> list[tuple[str, tuple[str, ...], dict[str, float]]]:
+        """Text, references and lags of each completion of all ranks."""
+        by_index = {prompt.index: prompt for prompt in prompts}
+        rows = []
+        for trajectory in trajectories:
+            prompt = by_index[trajectory.prompt_index]
+            example = prompt.example
+            references = example.references or (example.solution or example.answer,)
+            spent = delays(trajectory, starts).tolist()
+            units, words = len(prompt.segments) - 1, len(references[0].split())
+            rows.append(
+                (trajectory.completion, references, lags(spent, units, words) if spent else {})
+            )
+        return [row for part in gather(rows) for row in part]
+
+    def summary(self, scores: dict[str, Any]) -> str:
+        return f"bleu {scores['bleu']:.1f}  al {scores['al']:.2f}  rco {scores['rco']:.2f}  "
+
+
+def _embed(encoder, model, ids, frames):
+    return embed(model, encoder, ids, frames)
+
+
+def delays(trajectory: Trajectory, starts: np.ndarray) -> np.ndarray:
+    """Source units that were read when each target word was complete, i.e. at its last token.
+
+    Args:
+        trajectory: with `reads`; its stop token is no word.
+        starts: [V] bool, the tokens that begin a word.
+
+    Returns:
+        [words] int.
+    """
+    sampled = trajectory.sampled_mask
+    ids, reads = np.asarray(trajectory.completion_ids)[sampled], trajectory.reads[sampled]
+    if trajectory.finish_reason == "stop":
+        ids, reads = ids[:-1], reads[:-1]
+    if not len(ids):
+        return reads
+    next_word = np.flatnonzero(np.append(False, starts[ids[1:]]))
+    return reads[np.append(next_word, len(ids)) - 1]

@@ -1,0 +1,67 @@
+"""The run: one object with its config, its data and, once they are loaded, its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollouts.data.examples import Prompt, PromptSampler
+from rollouts.engines.base import Engine
+from rollouts.trajectory import Trajectory
+from trainers.modes.plain import Plain
+
+Verifier = Callable[[str, str], float]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a method, an evaluation and the loop share.
+
+    `trainers.prepare` fills what is known before a model loads; the loop adds the last section.
+    What a run does not use stays None or empty.
+    """
+
+    # Typed by recipes/schema.
+    config: Any
+    # How sources are read (trainers/modes).
+    mode: Plain
+    # The trainer's class; None where nothing is trained.
+    method: Any = None
+    # The tokenizer and its ids.
+    tokenizer: Any = None
+    # Tokens that end a completion.
+    stop_ids: tuple[int, ...] = ()
+    # The teacher's own end token.
+    teacher_stop: int | None = None
+    # Ids at and past it are padding rows of the heads.
+    vocab: int = 0
+    # Tokens that the method needs and the model has no rows for.
+    new_tokens: list[str] = field(default_factory=list)
+    # Training data.
+    prompts: Sequence[Prompt] = ()
+    sampler: PromptSampler | None = None
+    verifier: Verifier | None = None
+    # Evaluation data; `eval_name` is its name in the metrics.
+    eval_name: str = ""
+    eval_prompts: Sequence[Prompt] = ()
+    eval_dropped: int = 0
+    # The longest sequence that the run may make, in tokens.
+    max_length: int = 0
+    # The run directory, the checkpoint to continue from, and the steps already done.
+    directory: Path = Path()
+    checkpoint: Path | None = None
+    start: int = 0
+    # What must agree at a resume: the number of ranks, the ZeRO stage.
+    facts: dict[str, Any] = field(default_factory=dict)
+    # Remarks that are printed when the run starts.
+    messages: list[str] = field(default_factory=list)
+    # Loaded by the loop.
+    device: torch.device = torch.device("cpu")
+    rollout: Engine | None = None
+    teacher: Any = None
+    # Writes the annotation `student_logprobs` under the current weights.
+    score_policy: Callable[[Sequence[Trajectory]], None] | None = None
