@@ -62,6 +62,8 @@ class Trainer:
         ranks exchange them. The trajectories of a prompt are adjacent.
         """
         run, rollout = self.run, self.config.rollout
+        # Prepared for every method that samples.
+        assert run.sampler is not None and run.rollout is not None
         prompts = [run.prompts[index] for index in run.sampler.indices(step)]
         repeats = occurrences([prompt.index for prompt in prompts])
         requests = []
