@@ -1,8 +1,8 @@
 """Methods side by side over seeds: runs each setting with each seed, then prints mean ± standard
 deviation.
 
-    python -m benchmarks.seeds outputs/compare "on-policy SFT: recipe=onpolicy_sft" "GRPO: recipe=grpo" \
-        "fixed set: recipe=onpolicy_sft rollout.fixed_steps=10" --seeds 0 1 2
+    python -m benchmarks.seeds outputs/compare "on-policy SFT: recipe=onpolicy_sft" \
+        "GRPO: recipe=grpo" "fixed set: recipe=onpolicy_sft rollout.fixed_steps=10" --seeds 0 1 2
 
 A setting is a name and the overrides of `train.py`. Runs come one after another, seed by seed, so
 that what drifts on the machine reaches all settings alike; one that is finished is not repeated,

@@ -1,6 +1,6 @@
 """Streaming generation in a batch against one sequence at a time, on a model with random weights.
 
-    python -m benchmarks.streaming [--batch 16] [--sentences 4] [--repeats 2] [overrides of the config …]
+    python -m benchmarks.streaming [--batch 16] [--sentences 4] [--repeats 2] [KEY=VALUE …]
 
 Rows have ragged segments and closing tokens at random, as rollouts have; "one at a time" is the
 same engine with `rollout.batch_size=1`, and "live" the reader that sees a segment only when it
@@ -90,7 +90,8 @@ def main() -> int:
     speeds: dict[str, float] = {}
     texts = []
     print(
-        f"{'':16} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'ratio':>6}   {device.type}, best of {args.repeats}"
+        f"{'':16} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'ratio':>6}   {device.type}, "
+        f"best of {args.repeats}"
     )
     batched(args.batch)()
     for name, way in ways.items():

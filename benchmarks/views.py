@@ -1,7 +1,8 @@
 """ProactiveLLM's one forward for all views of a target against a forward per view: time and memory
 of a step.
 
-    python -m benchmarks.views [--join 1] [--sentences 48] [--hidden 128] [--layers 3] [--repeats 5] [overrides …]
+    python -m benchmarks.views [--join 1] [--sentences 48] [--hidden 128] [--layers 3]
+        [--repeats 5] [KEY=VALUE …]
 
 The same model, tokens, schedules and losses on either side; their losses are compared. A view per
 forward encodes the source once per view. `--join` makes longer sources of that many generated
@@ -163,7 +164,8 @@ def main() -> int:
             found[name].append(step(way))
     source = np.mean([t.layout.source for t in drawn])
     print(
-        f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, {total / len(drawn):.0f} target tokens "
+        f"{device.type}, {len(drawn)} sentences, {source:.0f} source tokens, "
+        f"{total / len(drawn):.0f} target tokens "
         f"in {int(drawn[0].layout.views.max()) + 1} views; medians of {args.repeats}"
     )
     medians = {name: np.median(rows, axis=0) for name, rows in found.items()}

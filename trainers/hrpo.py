@@ -12,11 +12,11 @@ comes from a reward of its own (rewards/streaming.py), so that a stage is not bl
 Each A is its reward less the group's mean, over the group's standard deviation.
 
 We found no code for it, and the paper's text was not at hand: this form is ours
-(docs/specification.md, 4). c = `hrpo.deep_credit` is an addition to it. What a thought leaves undone
-has to be done in the deep segment, so a thought answers for that segment's length as well. With
-c = 0 nothing tells a streaming token that thinking now saves time later. The shortest thought is
-<skip>, and a model learns to think only when it has read all (docs/log.md). Ours are also two of the
-three granularities, which the paper names:
+(docs/specification.md, 4). c = `hrpo.deep_credit` is an addition to it. What a thought leaves
+undone has to be done in the deep segment, so a thought answers for that segment's length as well.
+With c = 0 nothing tells a streaming token that thinking now saves time later. The shortest thought
+is <skip>, and a model learns to think only when it has read all (docs/log.md). Ours are also two of
+the three granularities, which the paper names:
 
 - stage: as above;
 - sentence: a slot's tokens have the local advantage of that slot's own reward,

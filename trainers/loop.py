@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import time
@@ -163,7 +164,7 @@ class Loop:
         count = self.config.train.minibatches
         bounds = [len(trajectories) * index // count for index in range(count + 1)]
         updates = []
-        for low, high in zip(bounds, bounds[1:]):
+        for low, high in itertools.pairwise(bounds):
             kept = [t for t in trajectories[low:high] if self.trainer.keeps(t)]
             updates.append(shard_by_tokens(kept, distributed.rank(), distributed.world_size()))
         own = [trajectory for update in updates for trajectory in update]

@@ -141,7 +141,8 @@ def answered(examples: Sequence[Example], run: Run) -> list[Example]:
     kept = [example for example in examples if example.answer is not None]
     if not kept:
         raise DataError(
-            f"data.path={config.data.path}: no row has an answer, and recipe={config.recipe} learns "
+            f"data.path={config.data.path}: no row has an answer, and recipe={config.recipe} "
+            "learns "
             "from correct answers only; name its column with data.answer_column"
         )
     if len(kept) < len(examples):

@@ -14,7 +14,8 @@ All are means over target tokens, each on its own count.
 One forward is enough. The source never sees the target, so a sequence is [source | target | target
 …], the targets with the same positions and hidden from one another: the first with the whole source
 in view, one more per schedule. Losses and gradients are those of a forward per view; the source is
-encoded once. A view whose terms have weight 0 is left out, so that an ablation costs what it should.
+encoded once. A view whose terms have weight 0 is left out, so that an ablation costs what it
+should.
 
 We found no code for it, and the paper's text was not at hand (docs/specification.md, 5). Ours are:
 schedules by word, not by token, as decision heads are asked at words; the end of a word counts with
@@ -52,7 +53,8 @@ class ProactiveLLM(Trainer):
         options = config.proactive
         if config.streaming.layout != "scheduled":
             raise ConfigError(
-                f"streaming.layout={config.streaming.layout}: recipe={config.recipe} needs scheduled"
+                f"streaming.layout={config.streaming.layout}: recipe={config.recipe} needs "
+                "scheduled"
             )
         if not (options.batch_weight or options.stream_weight or options.kl_weight):
             raise ConfigError(
@@ -60,7 +62,8 @@ class ProactiveLLM(Trainer):
             )
         if config.train.normalizer not in ("window_token_mean", "token_mean"):
             raise ConfigError(
-                f"train.normalizer={config.train.normalizer}: recipe={config.recipe} has token_mean only"
+                f"train.normalizer={config.train.normalizer}: recipe={config.recipe} has "
+                "token_mean only"
             )
         check_heads(options)
 

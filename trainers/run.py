@@ -60,7 +60,7 @@ class Run:
     # Remarks that are printed when the run starts.
     messages: list[str] = field(default_factory=list)
     # Loaded by the loop.
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rollout: Engine | None = None
     teacher: Any = None
     # Writes the annotation `student_logprobs` under the current weights.

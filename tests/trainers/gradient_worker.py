@@ -66,9 +66,7 @@ def main(model: str, out: str, settings: list[str]) -> None:
             batch = pack(mine, groups[index], device) if index < len(groups) else empty_like(batch)
             output = engine.forward(
                 batch,
-                functools.partial(
-                    lambda loss, head, hidden, batch: loss(head, hidden, batch, total), loss
-                ),
+                functools.partial(loss, denominator=total),
             )
             engine.backward(output["loss"], last=index == rounds - 1)
             loss_sum += float(output["loss"].detach())

@@ -65,17 +65,21 @@ def sampled(tokenizer, seed, prompts=3, sentences=2):
             parts, forced = [[protocol.sep, protocol.eoq]], []
             for _ in range(sentences):
                 words = rng.integers(20, 90, rng.integers(1, CAP - 1)).tolist()
-                parts.append([protocol.skip] if rng.random() < 0.4 else words + [protocol.eot])
+                parts.append([protocol.skip] if rng.random() < 0.4 else [*words, protocol.eot])
                 forced.append(len(parts[-1]) > 1 and rng.random() < 0.2)
             parts.append(
-                rng.integers(20, 90, rng.integers(1, 9)).tolist()
-                + [protocol.eor, *box, protocol.eoa]
+                [
+                    *rng.integers(20, 90, rng.integers(1, 9)).tolist(),
+                    protocol.eor,
+                    *box,
+                    protocol.eoa,
+                ]
             )
             slots = np.repeat(np.arange(-1, len(parts) - 1), [len(p) for p in parts])
             chosen = slots >= 0
             for slot in np.flatnonzero(forced):
                 chosen[np.flatnonzero(slots == slot)[-1]] = False
-            ids = sum(parts, [])
+            ids = [token for part in parts for token in part]
             made.append(
                 Trajectory(
                     prompt,
@@ -137,7 +141,7 @@ def test_local_weight_0_has_grpos_gradient(trainer, tokenizer):
     head = SimpleNamespace(
         weight=torch.randn(len(tokenizer), width, dtype=torch.float64), bias=None, softcap=None
     )
-    targets = torch.tensor(sum((t.completion_ids for t in drawn), []))
+    targets = torch.tensor([token for t in drawn for token in t.completion_ids])
     batch = SimpleNamespace(
         targets=targets,
         mask=torch.from_numpy(mask),

@@ -289,7 +289,8 @@ def test_data_without_answers(overrides, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text('{"question": "a"}\n')
     assert refused(DataError, overrides(recipe="onpolicy_sft", data__path=path)) == (
-        f"data.path={path}: no row has an answer, and recipe=onpolicy_sft learns from correct answers only; "
+        f"data.path={path}: no row has an answer, and recipe=onpolicy_sft learns from correct "
+        "answers only; "
         "name its column with data.answer_column"
     )
     path.write_text('{"question": "a"}\n{"question": "b", "answer": "1"}\n')

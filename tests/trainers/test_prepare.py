@@ -75,7 +75,8 @@ def test_a_row_without_a_prompt(overrides, tmp_path):
         ),
         (
             "proactivellm",
-            "solution, which recipe=proactivellm learns to write; name its column with data.target_column",
+            "solution, which recipe=proactivellm learns to write; name its column with "
+            "data.target_column",
         ),
         ("streaming_sft", "thoughts, which recipe=streaming_sft learns to write"),
     ],

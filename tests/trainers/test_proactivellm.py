@@ -28,7 +28,7 @@ class Letters:
     first."""
 
     eos_token_id = 1
-    all_special_ids = [1]
+    all_special_ids = (1,)
 
     def __call__(self, texts, add_special_tokens=False):
         one = isinstance(texts, str)

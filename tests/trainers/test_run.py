@@ -87,10 +87,10 @@ def test_the_run_directory_is_as_promised(finished):
     trained, evaluated = steps(run), [row for row in rows(run) if "train/loss" not in row]
     assert sorted(trained) == list(range(1, 9)) and [row["step"] for row in evaluated] == [0, 4, 8]
     for row in trained.values():
-        assert FIXED <= row.keys(), FIXED - row.keys()
+        assert row.keys() >= FIXED, FIXED - row.keys()
         assert all(row[name] is not None for name in FIXED)
     for row in evaluated:
-        assert EVAL <= row.keys()
+        assert row.keys() >= EVAL
     assert (run / "config.yaml").read_text().startswith("recipe: poweropd")
     samples = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == set(range(1, 9))

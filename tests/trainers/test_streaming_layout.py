@@ -190,11 +190,13 @@ def refuses_masks(module, query, key, value, attention_mask, **kwargs):
     [
         (
             blind,
-            "Qwen3ForCausalLM does not keep to a streaming mask with attention unmasked; try model.attn_impl",
+            "Qwen3ForCausalLM does not keep to a streaming mask with attention unmasked; try "
+            "model.attn_impl",
         ),
         (
             refuses_masks,
-            "Qwen3ForCausalLM fails under a streaming mask with attention unmasked: masks are not taken here",
+            "Qwen3ForCausalLM fails under a streaming mask with attention unmasked: masks are "
+            "not taken here",
         ),
     ],
 )

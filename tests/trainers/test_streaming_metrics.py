@@ -125,7 +125,10 @@ def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_al
     run, _ = made("grouped", tokenizer)
     config, prompts = run.config, run.eval_prompts
     protocol = Protocol.of(tokenizer)
-    box = lambda n: tokenizer(f"\\boxed{{{n}}}", add_special_tokens=False).input_ids
+
+    def box(n):
+        return tokenizer(f"\\boxed{{{n}}}", add_special_tokens=False).input_ids
+
     thoughts = [[*box(9), protocol.eot], [protocol.skip], [*box(8), protocol.eot]]
     drawn = completion(
         config,
