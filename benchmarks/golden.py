@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -263,53 +264,66 @@ def main() -> int:
     )
     parser.add_argument("action", choices=["record", "check"])
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; `fast`: {', '.join(FAST)}"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(RUNS)}; `fast`: {', '.join(FAST)}",
+    )
+    parser.add_argument(
+        "--within-bounds", action="store_true", help="compare as on another machine"
     )
     arguments = parser.parse_args()
     names = list(FAST) if arguments.names == ["fast"] else arguments.names or list(RUNS)
     if unknown := set(names) - RUNS.keys():
         parser.error(f"no such run: {', '.join(sorted(unknown))}")
-    GOLDEN.mkdir(exist_ok=True)
-    recorded = GOLDEN / "machine.json"
-    here = machine()
-    same = arguments.action == "check" and json.loads(recorded.read_text()) == here
+    recorded, here = GOLDEN / "machine.json", machine()
+    same = recorded.exists() and json.loads(recorded.read_text()) == here
     if arguments.action == "record":
+        if not same and set(names) != RUNS.keys():
+            parser.error("another machine recorded the other files; record all of them")
+        GOLDEN.mkdir(exist_ok=True)
         recorded.write_text(json.dumps(here, indent=1) + "\n")
-    elif not same:
+    exact = same and not arguments.within_bounds
+    if arguments.action == "check" and not exact:
         print("another machine or other versions than the recorded ones: compared within bounds")
-
     started, failed = time.monotonic(), 0
-    cores = sorted(os.sched_getaffinity(0))
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        concurrent.futures.ThreadPoolExecutor(len(cores)) as pool,
-    ):
-        free = list(cores)
-
-        def one(name: str) -> dict:
-            core = free.pop()
-            try:
-                return run(name, Path(temporary) / name, core)
-            finally:
-                free.append(core)
-
-        for name, found in zip(names, pool.map(one, names)):
-            path = GOLDEN / f"{name}.json"
-            if arguments.action == "record":
-                path.write_text(json.dumps(found, indent=1) + "\n")
-                print(f"{name}: recorded, {len(found['rows'])} rows", flush=True)
-                continue
-            wanted = json.loads(path.read_text())
-            lines = differences(wanted, found) if same else out_of_bounds(wanted, found)
-            failed += bool(lines)
-            print(
-                f"{name}: " + ("equal" if same else "within bounds")
-                if not lines
-                else "\n  ".join([f"{name}: DIFFERS", *lines[:12]]),
-                flush=True,
-            )
+    for name, found in results(names):
+        path = GOLDEN / f"{name}.json"
+        if arguments.action == "record":
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{name}: recorded, {len(found['rows'])} rows", flush=True)
+        else:
+            failed += not report(name, json.loads(path.read_text()), found, exact)
     print(f"{len(names)} runs, {failed} differ, {time.monotonic() - started:.0f} s")
     return int(failed > 0)
+
+
+def results(names: list[str]) -> Iterator[tuple[str, dict]]:
+    """Each run's name and result, in order; as many run side by side as there are cores."""
+    free = sorted(os.sched_getaffinity(0))
+
+    def one(name: str) -> dict:
+        core = free.pop()
+        try:
+            return run(name, Path(temporary) / name, core)
+        finally:
+            free.append(core)
+
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        concurrent.futures.ThreadPoolExecutor(len(free)) as pool,
+    ):
+        yield from zip(names, pool.map(one, names))
+
+
+def report(name: str, wanted: dict, found: dict, exact: bool) -> bool:
+    """Print how a run compares; whether it is as it should be."""
+    lines = differences(wanted, found) if exact else out_of_bounds(wanted, found)
+    if lines:
+        print("\n  ".join([f"{name}: DIFFERS", *lines[:12]]), flush=True)
+    else:
+        print(f"{name}: {'equal' if exact else 'within bounds'}", flush=True)
+    return not lines
 
 
 if __name__ == "__main__":
