@@ -34,6 +34,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_triton_equals_its_twins():
     done = run(ROOT, str(HERE / "triton_in_interpreter.py"), str(HERE / "test_kernels_checks.py"))
@@ -64,6 +65,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mistake_is_noticed(tmp_path, name):
     file, right, wrong, test = MUTATIONS[name]
