@@ -1,120 +1,331 @@
-"""Turns command-line overrides into one checked config, and every mistake in them into one line."""
+"""Turns command-line overrides into one checked, frozen config, and every mistake into one line."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import GenericAlias
+from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes import schema
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import MASKED_LAYOUTS, Config
+from recipes.schema import Config
 
 TREE = Path(__file__).parent
 GROUPS = ("recipe", "engine")
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def schema_keys(node: type = Config, prefix: str = "") -> set[str]:
-    """Every key of the schema as a dotted path, sections included."""
-    keys = set()
-    hints = get_type_hints(node)
-    for item in fields(node):
-        keys.add(prefix + item.name)
-        if is_dataclass(hints[item.name]):
-            keys |= schema_keys(hints[item.name], f"{prefix}{item.name}.")
-    return keys
+@dataclass(frozen=True)
+class Selection:
+    """What some overrides select."""
+
+    overrides: list[str]
+    # The key and the value of each override.
+    given: tuple[tuple[str, Any], ...]
+    recipe: str
+    trainer: str
+    # The schema of the run.
+    kind: type[Config]
+
+    @property
+    def reader(self) -> str:
+        """What decides which keys the run reads, as it is written on the command line."""
+        if self.trainer == recipe_values(self.recipe)["trainer"]:
+            return f"recipe={self.recipe}"
+        return f"trainer={self.trainer}"
 
 
-def check_overrides(overrides: Iterable[str]) -> None:
-    """Refuse an unknown key or group choice, naming the nearest valid one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def select(overrides: Iterable[str]) -> Selection:
+    """The recipe and the trainer that overrides select, and with them the keys that the run reads.
 
-    keys = schema_keys()
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(
-                f"'{text}' is not KEY=VALUE; quote values that hold spaces, commas or '='"
-            ) from error
-        key = override.key_or_group
-        if key in GROUPS:
-            choices = {path.stem for path in (TREE / key).glob("*.yaml")}
-            if override.value() not in choices:
-                raise ConfigError(
-                    f"{key}={override.value()} is not known{nearest(str(override.value()), choices)}"
-                )
-        elif override.is_add() or override.is_delete() or key not in keys:
-            raise ConfigError(_no_such_key(key))
-        elif any(name.startswith(key + ".") for name in keys):
-            raise ConfigError(
-                f"'{key}' is a section, not a value; set one of its keys, as in '{key}.…=…'"
-            )
+    Raises:
+        ConfigError: an override is not KEY=VALUE, or the recipe or the trainer is not known.
+    """
+    given = [_parsed(text) for text in overrides]
+    recipe = str(dict(given).get("recipe", _default_recipe()))
+    if recipe not in recipes():
+        raise ConfigError(f"recipe={recipe} is not known{nearest(recipe, recipes())}")
+    trainer = str(dict(given).get("trainer", recipe_values(recipe)["trainer"]))
+    kind = schema.run_schema(schema.groups_of(trainer))
+    return Selection(list(overrides), tuple(given), recipe, trainer, kind)
 
 
-def _no_such_key(key: str) -> str:
-    keys, leaf = schema_keys(), key.rsplit(".", 1)[-1]
-    same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
-    hint = f"; did you mean '{sorted(same)[0]}'?" if same else nearest(key, keys)
-    if len(hint) > 200:
-        hint = "; `python train.py dry_run=true` prints every key"
-    return f"there is no key '{key}'{hint}"
-
-
-def compose(overrides: list[str]) -> DictConfig:
-    """The resolved config of a run.
+def compose(overrides: Iterable[str]) -> Config:
+    """The config of a run: frozen objects, of the keys that the run's trainer reads.
 
     Args:
         overrides: Hydra overrides, e.g. `["recipe=poweropd", "train.steps=10"]`.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value; one line that names the
-            key.
+        ConfigError: an unknown key, one of another method, a wrong type or an impossible value; one
+            line that names the key.
     """
+    selection = select(overrides)
+    for key, value in selection.given:
+        _check_override(key, value, selection)
+    for key in recipe_values(selection.recipe):
+        _check_recipe_key(key, selection)
+    return _built(selection.kind, _composed(selection))
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"'{text}' is not KEY=VALUE; quote values that hold spaces, commas or '='"
+        ) from error
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        raise ConfigError(f"'{text}': a key is neither added nor deleted; set it, as in KEY=VALUE")
+    return override.key_or_group, override.value()
+
+
+@functools.cache
+def _default_recipe() -> str:
+    defaults = yaml.safe_load((TREE / "config.yaml").read_text())["defaults"]
+    return next(entry["recipe"] for entry in defaults if "recipe" in entry)
+
+
+@functools.cache
+def recipes() -> tuple[str, ...]:
+    """The names of all recipes."""
+    return tuple(sorted(path.stem for path in (TREE / "recipe").glob("*.yaml")))
+
+
+@functools.cache
+def recipe_values(name: str) -> Mapping[str, Any]:
+    """What a recipe and those that it is based on set, by dotted key."""
+    content = yaml.safe_load((TREE / "recipe" / f"{name}.yaml").read_text())
+    values: dict[str, Any] = {}
+    for base in content.pop("defaults", ["_self_"]):
+        values |= flatten(content) if base == "_self_" else recipe_values(base)
+    return values
+
+
+@functools.cache
+def readers(key: str) -> tuple[str, ...]:
+    """The recipes that read a key, one of each trainer: that on which the others are based."""
+    found: dict[str, str] = {}
+    for recipe in sorted(recipes(), key=_depth):
+        trainer = recipe_values(recipe)["trainer"]
+        if key in _all_names(schema.run_schema(schema.groups_of(trainer))):
+            found.setdefault(trainer, recipe)
+    return tuple(sorted(found.values()))
+
+
+def _depth(recipe: str) -> int:
+    """How many recipes a recipe is based on, one upon another."""
+    content = yaml.safe_load((TREE / "recipe" / f"{recipe}.yaml").read_text())
+    bases = [base for base in content.get("defaults", ()) if base != "_self_"]
+    return max((1 + _depth(base) for base in bases), default=0)
+
+
+def schema_keys(kind: type[Config] | None = None) -> set[str]:
+    """Every key of a config as a dotted path, sections included; by default of all methods."""
+    return _all_names(kind or schema.run_schema(tuple(schema.GROUPS)))
+
+
+def _all_names(kind: type[Config]) -> set[str]:
+    names = schema.keys_of(kind)
+    return names.keys() | schema.section_names(names)
+
+
+def _check_override(key: str, value: Any, selection: Selection) -> None:
+    """Refuse a key that the run does not read, and an unknown choice of a group."""
+    if key not in GROUPS:
+        check_key(key, selection.kind, selection.reader)
+        return
+    choices = {path.stem for path in (TREE / key).glob("*.yaml")}
+    if value not in choices:
+        raise ConfigError(f"{key}={value} is not known{nearest(str(value), choices)}")
+
+
+def _check_recipe_key(key: str, selection: Selection) -> None:
+    """Refuse a recipe with a key that the run does not read."""
+    try:
+        check_key(key, selection.kind, selection.reader)
+    except ConfigError as error:
+        raise ConfigError(f"recipe={selection.recipe} sets {key}: {error}") from error
+
+
+def check_key(key: str, kind: type[Config], reader: str) -> None:
+    """Refuse what is not a key of a run.
+
+    Args:
+        kind: the run's schema.
+        reader: what decides on it, as `recipe=poweropd`.
+
+    Raises:
+        ConfigError: one line that names the nearest valid key, or the recipes that read this one.
+    """
+    if key in schema.keys_of(kind):
+        return
+    if key in _all_names(kind):
+        raise ConfigError(
+            f"'{key}' is a section, not a value; set one of its keys, as in '{key}.…=…'"
+        )
+    if key in schema.OLD_NAMES:
+        raise ConfigError(f"'{key}' is now '{schema.OLD_NAMES[key]}'")
+    if key in schema_keys():
+        *first, last = [f"recipe={name}" for name in readers(key)]
+        verb = f"{', '.join(first)} and {last} read" if first else f"{last} reads"
+        raise ConfigError(f"{key} is not read by {reader}; {verb} it")
+    raise ConfigError(_no_such_key(key, kind))
+
+
+def _no_such_key(key: str, kind: type[Config]) -> str:
+    keys, leaf = _all_names(kind), key.rsplit(".", 1)[-1]
+    same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
+    hint = f"; did you mean '{min(same)}'?" if same else nearest(key, keys)
+    if len(hint) > 200:
+        hint = "; `python train.py --help` prints every key"
+    return f"there is no key '{key}'{hint}"
+
+
+def _composed(selection: Selection) -> DictConfig:
+    """The values of a run, from the schema, the engine, the recipe and the command line."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
     if not OmegaConf.has_resolver("now"):
-        started = datetime.now()
-        OmegaConf.register_new_resolver("now", started.strftime)
-    check_overrides(overrides)
-    ConfigStore.instance().store(name="schema", node=Config)
+        OmegaConf.register_new_resolver("now", datetime.now().strftime)
+    ConfigStore.instance().store(name="schema", node=_editable(selection.kind))
     try:
         with initialize_config_dir(str(TREE), version_base="1.3"):
-            config = hydra_compose("config", overrides=overrides)
-        OmegaConf.resolve(config)
+            return hydra_compose("config", overrides=selection.overrides)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
     except HydraException as error:
         cause = error.__cause__
-        raise ConfigError(
-            _one_line(cause if isinstance(cause, OmegaConfBaseException) else error)
-        ) from error
-    missing = sorted(OmegaConf.missing_keys(config))
+        known = cause if isinstance(cause, OmegaConfBaseException) else error
+        raise ConfigError(_one_line(known)) from error
+
+
+def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
+    """The frozen config of checked values."""
+    for key, old in schema.OLD_VALUES.items():
+        value = OmegaConf.select(values, key)
+        if value in old:
+            raise ConfigError(f"{key}={value} is now {old[value]}")
+    try:
+        OmegaConf.resolve(values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    missing = sorted(OmegaConf.missing_keys(values))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; give one, as in '{missing[0]}=…'")
+    plain: Any = OmegaConf.to_container(values)
+    config = _frozen(kind, plain)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config
+
+
+def _editable(kind: Any) -> Any:
+    """A section's class as OmegaConf merges into it: not frozen, with lists in the place of
+    tuples."""
+    entries: list[tuple[str, Any, Any]] = []
+    hints = schema.hints_of(kind)
+    for entry in fields(kind):
+        hint, default = hints[entry.name], entry.default
+        if is_dataclass(hint):
+            hint = _editable(hint)
+            entries.append((entry.name, hint, field(default_factory=hint)))
+        elif isinstance(default, tuple):
+            copied: Any = field(default_factory=functools.partial(list, default))
+            entries.append((entry.name, _listed(hint), copied))
+        else:
+            entries.append((entry.name, hint, field(default=default)))
+    return make_dataclass(kind.__name__, entries)
+
+
+def _listed(hint: Any) -> Any:
+    """An annotation with lists in the place of tuples."""
+    if get_origin(hint) is not tuple:
+        return hint
+    return GenericAlias(list, (_listed(get_args(hint)[0]),))
+
+
+def _frozen(kind: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
+    hints = schema.hints_of(kind)
+    return kind(
+        **{
+            name: _frozen(hints[name], value) if is_dataclass(hints[name]) else _tupled(value)
+            for name, value in values.items()
+        }
+    )
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key else message
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse impossible values and combinations.
+
+    Args:
+        world_size: the number of ranks.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    values = flatten(config)
+    for name, key in schema.keys_of(type(config)).items():
+        key.check(values[name])
+    schema.check(config)
+    schema.common.check_ranks(config, world_size)
+
+
+def replaced(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
+    """A new config with some values replaced; `config` stays as it is.
+
+    Args:
+        changes: the new values by dotted key, as in `{"run.dir": "outputs/mine"}`.
+
+    Raises:
+        ConfigError: a key that the config has not, a wrong type or an impossible value.
+    """
+    kind = type(config)
+    values = OmegaConf.structured(_editable(kind))
+    for key in changes:
+        check_key(key, kind, f"recipe={config.recipe}")
+    for key, value in {**flatten(config), **changes}.items():
+        try:
+            OmegaConf.update(values, key, _plain(value))
+        except OmegaConfBaseException as error:
+            raise ConfigError(_one_line(error)) from error
+    return _built(kind, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain nested dictionaries, lists and values.
 
     Args:
-        config: what `compose` returns, or a mapping, such as a loaded config.yaml.
+        config: what `compose` returns, a section of it, or a mapping, such as a loaded config.yaml.
     """
-    if isinstance(config, DictConfig):
-        return OmegaConf.to_container(config)
-    return _plain(asdict(config) if is_dataclass(config) else config)
+    if isinstance(config, Mapping):
+        return _plain(config)
+    return _plain(asdict(config))
 
 
 def _plain(value: Any) -> Any:
@@ -135,209 +346,9 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(_leaves(to_dict(config)))
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def replaced(config: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
-    """A new config with some values replaced; `config` stays as it is.
-
-    Args:
-        changes: the new values by dotted key, as in `{"run.dir": "outputs/mine"}`.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value.
-    """
-    changed = config.copy()
-    for key, value in changes.items():
-        if key not in schema_keys():
-            raise ConfigError(_no_such_key(key))
-        try:
-            OmegaConf.update(changed, key, _plain(value))
-        except OmegaConfBaseException as error:
-            raise ConfigError(_one_line(error)) from error
-    validate(changed, int(os.environ.get("WORLD_SIZE", "1")))
-    return changed
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error).strip().splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return f"{key}: {message}" if key else message
-
-
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "teacher.dtype": ("float32", "bfloat16", "float16"),
-    "model.attn_implementation": ("packed", "flash_attention_2", "flex_attention", "sdpa", "eager"),
-    "data.template": ("auto", "chat", "plain"),
-    "objective": ("policy_gradient", "reverse_kl", "forward_kl", "jsd", "topk", "power_full"),
-    "reward.normalization": ("none", "box_cox"),
-    "reward.terminal_stop": ("raw", "mask", "relabel", "cross_eos"),
-    "divergence.top_k_support": ("teacher", "student"),
-    "divergence.top_k_tail": ("renormalize", "bucket"),
-    "divergence.top_k_direction": ("reverse_kl", "forward_kl"),
-    "hrpo.granularity": ("stage", "sentence", "boundary_token"),
-    "streaming.layout": (None, "grouped", "interleaved", "batch", "scheduled"),
-    "streaming.unit": ("word", "sentence"),
-    "proactive.schedule": ("uniform", "early", "late", "diagonal"),
-    "proactive.top_k_tail": ("renormalize", "bucket"),
-    "train.normalizer": (
-        "window_token_mean",
-        "token_mean",
-        "sequence_mean",
-        "max_length",
-        "microbatch_token_mean",
-    ),
-    "train.schedule": ("constant", "linear", "cosine"),
-    "engine.zero_stage": (0, 1, 2, 3),
-    "kernels.backend": ("auto", "triton", "torch"),
-    "log.wandb": ("auto", "online", "offline", "disabled"),
-}
-
-# key: (test, what the value must be)
-_positive = (lambda v: v > 0, "above 0")
-_at_least_0 = (lambda v: v >= 0, "0 or more")
-_at_least_1 = (lambda v: v >= 1, "1 or more")
-_share = (lambda v: 0 < v <= 1, "above 0 and at most 1")
-BOUNDS = {
-    "reward.alpha": _positive,
-    "reward.clip": _positive,
-    "reward.tanh_scale": _positive,
-    "divergence.jsd_beta": (lambda v: 0 < v < 1, "between 0 and 1"),
-    "divergence.top_k": _at_least_1,
-    "data.max_prompt_tokens": _at_least_1,
-    "data.stories": _at_least_1,
-    "data.difficulty": _at_least_1,
-    "data.distractors": _at_least_0,
-    "rollout.samples_per_prompt": _at_least_1,
-    "rollout.max_new_tokens": _at_least_1,
-    "rollout.temperature": _positive,
-    "rollout.top_p": _share,
-    "rollout.gpu_memory_utilization": _share,
-    "rollout.top_k": (lambda v: v == -1 or v >= 1, "-1 (off) or 1 or more"),
-    "rollout.max_new_tokens_schedule": (
-        lambda v: (
-            all(len(row) == 2 and min(row) >= 1 for row in v)
-            and [r[0] for r in v] == sorted(r[0] for r in v)
-        ),
-        "pairs [step, max_new_tokens] in the order of their steps, as in [[50,60],[100,40]]",
-    ),
-    "grpo.gamma": _at_least_0,
-    "grpo.kl_beta": _at_least_0,
-    "grpo.clip_high": _at_least_0,
-    "grpo.clip_low": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "hrpo.local_weight": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "hrpo.format_weight": _at_least_0,
-    "hrpo.streaming_weight": _at_least_0,
-    "hrpo.deep_weight": _at_least_0,
-    "hrpo.deep_credit": _at_least_0,
-    "proactive.batch_weight": _at_least_0,
-    "proactive.stream_weight": _at_least_0,
-    "proactive.kl_weight": _at_least_0,
-    "proactive.top_k": _at_least_1,
-    "proactive.schedules": _at_least_1,
-    "proactive.calibration_size": _at_least_1,
-    "proactive.quantile": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "proactive.min_lag": _at_least_0,
-    "streaming.max_thought_tokens": (lambda v: v >= 2, "2 or more: one token and the closing one"),
-    "streaming.target_offset": _at_least_0,
-    "streaming.unit_seconds": _positive,
-    "streaming.words_per_minute": _positive,
-    "rollout.cpu_kv_cache_gib": _positive,
-    "rollout.batch_size": _at_least_1,
-    "train.steps": _at_least_0,
-    "train.lr": _positive,
-    "train.prompts_per_step": _at_least_1,
-    "train.minibatches": _at_least_1,
-    "train.tokens_per_microbatch": _at_least_1,
-    "train.eps": _positive,
-    "train.weight_decay": _at_least_0,
-    "train.warmup_steps": _at_least_0,
-    "train.max_grad_norm": _at_least_0,
-    "train.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
-    "eval.every": (lambda v: v >= -1, "-1 (never), 0 (start and end) or 1 or more"),
-    "eval.k": _at_least_1,
-    "eval.size": _at_least_1,
-    "eval.temperature": _at_least_0,
-    "eval.top_p": _share,
-    "checkpoint.every": _at_least_0,
-    "checkpoint.keep": _at_least_1,
-    "log.completions": _at_least_0,
-    "log.every": _at_least_1,
-}
-OPTIONAL_BOUNDS = {
-    "data.limit": _at_least_1,
-    "eval.max_new_tokens": _at_least_1,
-    "rollout.fixed_steps": _at_least_1,
-    "streaming.seconds_per_token": _positive,
-    "proactive.max_reads": _at_least_1,
-    "proactive.max_lag": _at_least_1,
-    "grpo.importance_cap": _positive,
-}
-
-
-def validate(config: DictConfig, world_size: int) -> None:
-    """Refuse impossible values and combinations.
-
-    Args:
-        config: the resolved config.
-        world_size: the number of ranks.
-
-    Raises:
-        ConfigError: one line that names the key.
-    """
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in choices:
-            hint = (
-                nearest(value, filter(None, choices))
-                if isinstance(value, str)
-                else f"; one of: {', '.join(map(str, choices))}"
-            )
-            raise ConfigError(f"{key}={value} is not known{hint}")
-    for key, (test, wanted) in (BOUNDS | OPTIONAL_BOUNDS).items():
-        value = OmegaConf.select(config, key)
-        if not (value is None and key in OPTIONAL_BOUNDS) and not test(value):
-            raise ConfigError(f"{key}={value} must be {wanted}")
-    if config.train.prompts_per_step < world_size:
-        raise ConfigError(
-            f"train.prompts_per_step={config.train.prompts_per_step} is less than the {world_size} "
-            f"ranks; give at least {world_size}, or start fewer ranks"
-        )
-    if config.train.prompts_per_step % config.train.minibatches:
-        raise ConfigError(
-            f"train.prompts_per_step={config.train.prompts_per_step} must be a multiple of "
-            f"train.minibatches={config.train.minibatches}"
-        )
-    if (prompts := config.train.prompts_per_step // config.train.minibatches) < world_size:
-        raise ConfigError(
-            f"train.minibatches={config.train.minibatches} leaves an update {prompts} prompts, less than "
-            f"the {world_size} ranks; lower it, or raise train.prompts_per_step"
-        )
-    layout, sampler = config.streaming.layout, config.rollout.engine
-    right = MASKED_LAYOUTS.get(layout, "vllm or hf")
-    if sampler in {"hf", "vllm", "streaming", "simultaneous"} - set(right.split(" or ")):
-        raise ConfigError(
-            f"rollout.engine={sampler} cannot sample with streaming.layout={layout}; use "
-            f"rollout.engine={right}"
-        )
-    if config.proactive.curve and layout != "scheduled":
-        raise ConfigError(
-            f"proactive.curve={list(config.proactive.curve)} needs streaming.layout=scheduled, as in "
-            "recipe=proactivellm"
-        )
-    if config.eval.samples is not None and config.eval.samples < config.eval.k:
-        raise ConfigError(
-            f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}"
-        )
-    if config.engine.offload_params and config.engine.zero_stage != 3:
-        raise ConfigError(
-            "engine.offload_params=true needs engine.zero_stage=3, as in engine=zero3_offload"
-        )
-    if config.engine.offload_optimizer and config.engine.zero_stage == 0:
-        raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1 or more")
