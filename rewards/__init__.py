@@ -1,2 +1,1 @@
-"""Rewards: per token (teacher against student) and per completion (verifiers), and the scores made
-of them."""
+"""Rewards of tokens and of whole completions; `metrics/` holds what only evaluations use."""

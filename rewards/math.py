@@ -1,10 +1,10 @@
-"""Is a completion's final answer correct? The last boxed answer, compared by the math-verify
-library.
+"""Is a completion's final answer correct? math-verify compares the last boxed answer.
 
-The library runs in a process of its own. Its own time limit is a signal: that works in the main
-thread only, takes over the process's alarm, and cannot interrupt Python's C code, which
+That library runs in a process of its own. Its time limit is a signal, which works in the main
+thread only and takes over the process's alarm. The signal cannot interrupt Python's C code, which
 `9^{9^{9^9}}` keeps busy for hours. A process that the kernel ends is safe from any thread. Plain
-integers and equal strings never get there."""
+integers and equal strings never get there.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from recipes.errors import OnstreamError
 
-TIMEOUT = 5  # seconds for one comparison; over it counts as wrong
-MEMORY = 4 << 30  # bytes of address space the process may use
-LONGEST = 1000  # characters; a longer answer is wrong unless the strings are equal
-TAIL = 400  # characters at the end of a completion without a box in which an answer is looked for
+# Seconds for one comparison. One that takes longer counts as wrong.
+TIMEOUT = 5
+# Bytes of address space that the process may use.
+MEMORY = 4 << 30
+# Characters. A longer answer is wrong unless the strings are equal.
+LONGEST = 1000
+# Characters at the end of a completion without a box, among which an answer is looked for.
+TAIL = 400
 
 BOX = r"\\f?box(?:ed)?\s*\{"
 _BOX = re.compile(BOX)
-_BRACES = re.compile(BOX + r"|\\.|[{}]", re.DOTALL)  # an escaped brace is not a brace
+# An escaped brace is not a brace.
+_BRACES = re.compile(BOX + r"|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?\d{1,50}")
 
 
@@ -60,15 +66,19 @@ def extract_answer(completion: str) -> str | None:
         return boxed or None
     tail = completion[-TAIL:]
     if len(completion) > TAIL:
-        tail = tail.partition(" ")[2]  # the first word may be the end of a longer number
+        # The first word may be the end of a longer number.
+        tail = tail.partition(" ")[2]
     return _found(tail) if re.search(r"[\d$\\]", tail) else None
 
 
 def extract_boxed(text: str) -> str | None:
-    """The stripped content of the last closed `\\boxed{…}`, also `\\fbox` and `\\box`; None without
-    one."""
-    open_braces: list[int | None] = []  # for a box, where its content starts
-    last = None
+    """The stripped content of the last closed box, None without one.
+
+    A box is `\\boxed{…}`, `\\fbox{…}` or `\\box{…}`.
+    """
+    # Where the content of an open box starts; None for another brace.
+    open_braces: list[int | None] = []
+    last: tuple[int, int] | None = None
     for token in _BRACES.finditer(text):
         if token[0] == "}":
             start = open_braces.pop() if open_braces else None
@@ -80,7 +90,9 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
+    """The text without dollar signs, and without a percent sign and a full stop at its end."""
+    text = text.replace("\\$", "").replace("$", "")
+    text = text.strip().removesuffix(".")
     return text.removesuffix("%").removesuffix("\\").strip()
 
 
@@ -101,28 +113,27 @@ def _found(tail: str) -> str | None:
 
 
 class _Process:
-    """One math-verify process, started when first needed and again after it died on a question."""
+    """One math-verify process. It starts when first needed, and again after it died."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.running: subprocess.Popen | None = None
+        self.running: subprocess.Popen[str] | None = None
 
     def ask(self, *question: str) -> Any:
-        """The answer, or None where the process failed or died on it."""
+        """The process's answer to (kind, text, …); None where it failed or died on the question.
+
+        Raises:
+            OnstreamError: math-verify does not start.
+        """
         with self.lock:
-            # Put back after a whole exchange only: an interrupt in between must not leave an answer
-            # behind for the next question.
+            # The process goes back after a whole exchange only. An interrupt in between must not
+            # leave an answer behind for the next question.
             process, self.running = self.running, None
-            # poll() also says that it is gone in a forked child, which must not share its parent's
-            # pipes.
+            # In a forked child, poll() says that the process is gone. The child must not share its
+            # parent's pipes.
             if process is None or process.poll() is not None:
                 process = self._start()
-            try:
-                process.stdin.write(json.dumps(question) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
+            answer = _exchange(process, json.dumps(question))
             if not answer:
                 process.kill()
                 process.communicate()
@@ -131,7 +142,7 @@ class _Process:
             return json.loads(answer)
 
     @staticmethod
-    def _start() -> subprocess.Popen:
+    def _start() -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "rewards.math", str(TIMEOUT)],
             cwd=Path(__file__).resolve().parents[1],
@@ -140,6 +151,7 @@ class _Process:
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             reason = process.communicate()[1].strip().rpartition("\n")[2]
             raise OnstreamError(
@@ -151,7 +163,23 @@ class _Process:
 _process = _Process()
 
 
+def _exchange(process: subprocess.Popen[str], question: str) -> str:
+    """The line with which the process answers a question; empty where it died on it."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(question + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return ""
+
+
 def _serve(timeout: float) -> None:
+    """The process's side: a question a line on stdin, an answer a line on stdout.
+
+    Args:
+        timeout: seconds, after which a question ends the process.
+    """
     import contextlib
     import logging
     import resource
@@ -160,31 +188,31 @@ def _serve(timeout: float) -> None:
     from math_verify import parse, verify
 
     def find(tail: str) -> str | None:
-        return next(
-            (found for found in parse(tail, parsing_timeout=None) if isinstance(found, str)), None
-        )
+        answers = parse(tail, parsing_timeout=None)
+        return next((answer for answer in answers if isinstance(answer, str)), None)
 
-    def equal(prediction: str, answer: str) -> bool:
-        prediction, answer = (
-            parse(f"${text}$", parsing_timeout=None) for text in (prediction, answer)
-        )
+    def equal(*texts: str) -> bool:
+        prediction, answer = (parse(f"${text}$", parsing_timeout=None) for text in texts)
         return verify(answer, prediction, timeout_seconds=None)
 
+    functions: dict[str, Callable[..., Any]] = {"find": find, "equal": equal}
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # the LaTeX parser prints its complaints
+    # The LaTeX parser prints its complaints. They go nowhere as long as the process lives.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     logging.disable(logging.CRITICAL)
-    with contextlib.suppress(ValueError):  # macOS refuses
+    # macOS refuses the limit.
+    with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # the default action ends the process, even inside C code
+    # The default action ends the process, even inside C code.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         kind, *texts = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            answer = {"find": find, "equal": equal}[kind](*texts)
-        # whatever a garbled answer does to the parser, it is not the right answer
+            answer = functions[kind](*texts)
         except Exception:
+            # Whatever a garbled answer does to the parser, it is not the right answer.
             answer = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)

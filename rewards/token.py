@@ -1,12 +1,15 @@
-"""Token rewards of on-policy distillation: how much the teacher likes a sampled token, given both
-log-probs.
+"""Token rewards of on-policy distillation: how much more the teacher likes a sampled token.
 
-A reward is a class registered under the name that `reward.token` selects. Calling it with the
-teacher's and the student's log-probs [T] (nats) of the sampled tokens gives the rewards [T],
-detached. `fused` names what `kernels.fused_linear_opd_loss` needs to compute the same inside the
-head's kernel; a reward without it (None) costs one more matrix product per step. `window` says that
-a token's reward depends on all tokens of the step, so the student must be scored once before the
-update."""
+A reward is a class that is registered under the name by which `reward.token` selects it. It is
+constructed with the config's section `reward`. A call maps the teacher's and the student's
+log-probs [T] (nats) of the sampled tokens to rewards [T], detached. The formulas are in
+kernels/rewards.py.
+
+`fused` holds the keyword arguments with which `kernels.fused_linear_opd_loss` computes the same
+inside the head's kernel. A reward without it (None) costs one more matrix product per step.
+`window` says that a token's reward depends on all tokens of the step. The student is then scored
+once before the update.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ import kernels
 
 
 class Power:
-    """p^alpha - q^alpha (PowerOPD, arXiv 2606.17199, eq. 4), over alpha with
-    `normalization=box_cox`. In [-1, 1] without it. The two Box-Cox terms apply to each probability,
-    not to the ratio."""
+    """p^alpha - q^alpha, in [-1, 1] (PowerOPD, arXiv 2606.17199, eq. 4).
+
+    `normalization=box_cox` divides it by alpha. The Box-Cox map applies to each probability, not to
+    their ratio.
+    """
 
     window = False
 
@@ -41,8 +46,7 @@ class Power:
 
 
 class LogRatio:
-    """log p - log q: vanilla on-policy distillation, the policy gradient of the reverse KL.
-    Unbounded."""
+    """log p - log q, unbounded: vanilla distillation, the policy gradient of the reverse KL."""
 
     window = False
 
@@ -52,14 +56,12 @@ class LogRatio:
     def __call__(
         self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
     ) -> torch.Tensor:
-        shape = {
-            name: value for name, value in self.fused.items() if name in ("clip", "tanh_scale")
-        }
-        return kernels.log_ratio_reward(teacher_logprobs, student_logprobs, **shape)
+        bounds = {name: value for name, value in self.fused.items() if name != "reward"}
+        return kernels.log_ratio_reward(teacher_logprobs, student_logprobs, **bounds)
 
 
 class Clip(LogRatio):
-    """The log-ratio clipped to +-`reward.clip` nats."""
+    """The log-ratio clipped to [-`reward.clip`, `reward.clip`] nats."""
 
     def __init__(self, config):
         self.fused = {"reward": "log_ratio", "clip": config.clip}
@@ -73,8 +75,10 @@ class Tanh(LogRatio):
 
 
 class ZScore(LogRatio):
-    """The log-ratio, standardised by the loop over the unmasked tokens of the step, all ranks: (r -
-    mean)/std. It can flip a reward's sign."""
+    """The log-ratio, which trainers/opd.py standardises: (r - mean) / std. It can flip a sign.
+
+    Mean and standard deviation are of the step's unmasked tokens on all ranks.
+    """
 
     window = True
 

@@ -4,9 +4,9 @@
     cross-entropy     - sum_t  c_t log pi(y_t) / N
     divergence          sum_t  w_t D(teacher_t, pi_t) / N
 
-A is a given advantage, r a token reward, detached. PPO's clipped ratio may stand in place of log pi,
-and beta times the KL to a reference may be added. The teacher of a divergence is another model, or
-another row of this one.
+A is a given advantage and r a token reward, both detached. PPO's clipped ratio may stand in place
+of log pi, and beta times the KL to a reference may be added. The teacher of a divergence is another
+model, or another row of this one.
 
 A method does not call the primitives. It writes annotations [T] on its trajectories (`mask`,
 `advantages`, `teacher_logprobs`, `ce_weights`, …) and names a `Loss`. N and the weights w are the
@@ -18,43 +18,55 @@ padded vocabulary rows are the kernels' business.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 import kernels
 from trainers.core.scoring import head_options
 
-# nats; a reference that likes a sampled token e^20 times better is broken data, not signal
-MAX_GAP = 20.0
+# A reference that likes a sampled token e^20 times better is broken data, not signal.
+MAX_GAP = 20.0  # nats
 
 
 @dataclass
 class Loss:
     """Which primitives a method uses, and with what.
 
-    `reward`: a token reward (rewards/token.py) for the policy gradient, or None: `advantages`
-        alone.
-    `objective`: the kernels' keyword arguments for another objective than REINFORCE, e.g. PPO's
-    with its clip bounds; the ratio is to the annotation `old_logprobs` [T], or 1 without it. With
-    `is_cap` in it, the truncated importance weight against the annotation `rollout_logprobs` [T].
-    `self_distillation`: keyword arguments for the kernels' divergence between two rows of the same
-    sequence, in nats, or None. A token's teacher is the row that is `teacher_distance` [T] before
-    its own, 0 for none; it counts by `kl_weights` [T].
-    `kl_beta`: adds this times the k3 estimate of KL(policy || reference), from the annotation
-        `reference_logprobs` [T].
-    `divergence`: a full-vocabulary objective's keyword arguments for the kernels, or None; it needs
-    the teacher's `head` and the annotation `teacher_hidden` [T, H_teacher]."""
+    Attributes:
+        policy_gradient: uses the policy gradient of `reward` and the annotation `advantages` [T].
+        cross_entropy: uses cross-entropy, weighted by the annotation `ce_weights` [T].
+        divergence: a full-vocabulary objective's keyword arguments for the kernels, or None. It
+            needs `teacher_head` and the annotation `teacher_hidden` [T, H_teacher].
+        self_distillation: keyword arguments for the kernels' divergence between two rows of one
+            sequence, in nats, or None. `teacher_distance[t]` = d > 0 says that the hidden state d
+            positions earlier teaches token t; 0 says that none does. `kl_weights[t]` multiplies
+            the token's term.
+        reward: a token reward (rewards/token.py) for the policy gradient. None: `advantages` alone.
+        objective: the kernels' keyword arguments for another objective than REINFORCE, as PPO's
+            with its clip bounds. The ratio is to the annotation `old_logprobs` [T], and is 1
+            without it. `is_cap` adds the truncated importance weight against the annotation
+            `rollout_logprobs` [T].
+        kl_beta: adds this times the k3 estimate of KL(policy || reference), from the annotation
+            `reference_logprobs` [T].
+        teacher_head: the teacher's head (weight [V, H_teacher]), for `divergence`.
+        temperature: logits are divided by it, the teacher's too.
+        vocab: the valid vocabulary; rows past it are padding. None: all rows are valid.
+
+    Raises:
+        ValueError: cross-entropy together with `objective` or `kl_beta`.
+    """
 
     policy_gradient: bool = False
     cross_entropy: bool = False
-    divergence: dict | None = None
-    self_distillation: dict | None = None
-    reward: object | None = None
-    objective: dict = field(default_factory=dict)
+    divergence: dict[str, Any] | None = None
+    self_distillation: dict[str, Any] | None = None
+    reward: Any = None
+    objective: dict[str, Any] = field(default_factory=dict)
     kl_beta: float = 0.0
-    teacher_head: object | None = None
+    teacher_head: Any = None
     temperature: float = 1.0
-    vocab: int | None = None  # valid vocabulary: rows past it are padding
+    vocab: int | None = None
 
     def __post_init__(self):
         if self.cross_entropy and (self.objective or self.kl_beta):
@@ -70,158 +82,131 @@ class Loss:
         Args:
             head: the policy's head (weight [V, H]).
             hidden: [T, H], differentiable.
-            batch: a `MicroBatch` with the annotations the primitives need.
+            batch: a `MicroBatch` with the annotations that the primitives need.
             denominator: N above.
 
         Returns:
             `loss` (scalar), and [T] float32: `logprobs`, `entropy` (nats), `rewards`, `divergence`,
             `kl` (nats), `clipped` (0 or 1) as they apply.
         """
-        notes = batch.annotations
-        shared = dict(
-            mask=batch.mask,
-            denominator=denominator,
-            weights=notes.get("weights"),
-            **head_options(head, self.temperature, self.vocab),
-        )
         output: dict[str, torch.Tensor] = {}
+        arguments = head, hidden, batch, denominator, output
         terms = []
-        custom = self.reward is not None and self.reward.fused is None and not self.reward.window
-        if self.policy_gradient and (custom or self.kl_beta):
-            terms.append(self._unfused(head, hidden, batch, shared, output))
+        if self.policy_gradient and self._differentiates_logprobs:
+            terms.append(self._policy_gradient_of_logprobs(*arguments))
         elif self.policy_gradient or self.cross_entropy:
-            kind = (
-                self.reward.fused
-                if self.policy_gradient and self.reward and self.reward.fused
-                else {"reward": None}
-            )
-            advantages = notes.get("advantages") if self.policy_gradient else None
-            # its own weights add to the advantages: REINFORCE with A = 1 is cross-entropy
-            if self.cross_entropy:
-                weights = notes["ce_weights"]
-                advantages = weights if advantages is None else advantages + weights
-            result = kernels.fused_linear_opd_loss(
-                hidden,
-                head.weight,
-                batch.targets,
-                notes.get("teacher_logprobs") if kind["reward"] else None,
-                advantages=advantages,
-                old_logprobs=notes.get("old_logprobs"),
-                rollout_logprobs=notes.get("rollout_logprobs"),
-                return_entropy=True,
-                **self.objective,
-                **kind,
-                **shared,
-            )
-            output |= {"logprobs": result.logprobs, "entropy": result.entropy}
-            if self.policy_gradient:
-                output["rewards"] = (
-                    result.rewards if advantages is None else result.rewards + advantages
-                )
-            terms.append(result.loss)
-        if "old_logprobs" in notes and self.objective.get("objective") == "ppo_clip":
-            ratio, gain = (output["logprobs"] - notes["old_logprobs"]).exp(), output["rewards"]
-            output["clipped"] = torch.where(
-                gain > 0,
-                ratio > 1 + self.objective["clip_high"],
-                (gain < 0) & (ratio < 1 - self.objective["clip_low"]),
-            ).float()
+            terms.append(self._fused_policy_gradient(*arguments))
+        if self.objective.get("objective") == "ppo_clip" and "old_logprobs" in batch.annotations:
+            output["clipped"] = self._clipped(batch, output)
         if self.divergence:
-            terms.append(self._divergence(head, hidden, batch, shared, output))
-        if self.self_distillation and "teacher_distance" in notes:
-            terms.append(self._self_distillation(head, hidden, batch, denominator, output))
+            terms.append(self._divergence(*arguments))
+        if self.self_distillation and "teacher_distance" in batch.annotations:
+            terms.append(self._self_distillation(*arguments))
         output["loss"] = sum(terms)
         return output
 
-    def _unfused(self, head, hidden, batch, shared, output) -> torch.Tensor:
-        """Any registered reward, or a KL to the reference: log-probs, then reward, then the policy
-        gradient.
-
-        The KL goes through autograd on the log-probs, not into the advantages: there a clipped
-        ratio would scale it."""
-        notes, weights, denominator = batch.annotations, shared["weights"], shared["denominator"]
-        options = {
-            name: value for name, value in shared.items() if name not in ("denominator", "weights")
-        }
-        scored = kernels.fused_linear_logprobs(
-            hidden, head.weight, batch.targets, return_entropy=True, **options
+    @property
+    def _differentiates_logprobs(self) -> bool:
+        """Whether the one-pass kernel does not know the reward, or a KL is added."""
+        reward = self.reward
+        return bool(self.kl_beta) or (
+            reward is not None and reward.fused is None and not reward.window
         )
-        rewards = notes.get("advantages")
+
+    def _head_options(self, head) -> dict[str, Any]:
+        return head_options(head, self.temperature, self.vocab)
+
+    def _fused_policy_gradient(
+        self, head, hidden, batch, denominator: float, output
+    ) -> torch.Tensor:
+        """Policy gradient or cross-entropy, or their sum, in one pass over the head."""
+        annotations = batch.annotations
+        fused = self.reward.fused if self.policy_gradient and self.reward is not None else None
+        reward = fused or {"reward": None}
+        advantages = self._advantages(annotations)
+        result = kernels.fused_linear_opd_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            annotations.get("teacher_logprobs") if reward["reward"] else None,
+            advantages=advantages,
+            old_logprobs=annotations.get("old_logprobs"),
+            rollout_logprobs=annotations.get("rollout_logprobs"),
+            return_entropy=True,
+            **self.objective,
+            **reward,
+            **_token_weights(batch, denominator),
+            **self._head_options(head),
+        )
+        output |= {"logprobs": result.logprobs, "entropy": result.entropy}
+        if self.policy_gradient:
+            # The kernel's rewards are without the advantages.
+            output["rewards"] = (
+                result.rewards if advantages is None else result.rewards + advantages
+            )
+        return result.loss
+
+    def _advantages(self, annotations: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """[T], the advantages with the weights of the cross-entropy; None without either."""
+        advantages = annotations.get("advantages") if self.policy_gradient else None
+        if not self.cross_entropy:
+            return advantages
+        # REINFORCE with A = 1 is cross-entropy, so its weights add to the advantages.
+        weights = annotations["ce_weights"]
+        return weights if advantages is None else advantages + weights
+
+    def _policy_gradient_of_logprobs(
+        self, head, hidden, batch, denominator: float, output
+    ) -> torch.Tensor:
+        """Policy gradient of any reward, with a KL to the reference: log-probs, reward, loss."""
+        annotations = batch.annotations
+        scored = kernels.fused_linear_logprobs(
+            hidden,
+            head.weight,
+            batch.targets,
+            mask=batch.mask,
+            return_entropy=True,
+            **self._head_options(head),
+        )
+        logprobs = scored.logprobs.detach()
+        rewards = annotations.get("advantages")
         if self.reward is not None:
-            own = self.reward(notes["teacher_logprobs"], scored.logprobs.detach()).detach()
-            rewards = own if rewards is None else own + rewards
-        output |= {
-            "logprobs": scored.logprobs.detach(),
-            "entropy": scored.entropy.detach(),
-            "rewards": rewards,
-        }
+            token_rewards = self.reward(annotations["teacher_logprobs"], logprobs).detach()
+            rewards = token_rewards if rewards is None else token_rewards + rewards
+        output |= {"logprobs": logprobs, "entropy": scored.entropy.detach(), "rewards": rewards}
         loss = kernels.policy_gradient_loss(
             scored.logprobs,
             rewards,
-            mask=batch.mask,
-            weights=weights,
-            old_logprobs=notes.get("old_logprobs"),
-            denominator=denominator,
-            rollout_logprobs=notes.get("rollout_logprobs"),
+            old_logprobs=annotations.get("old_logprobs"),
+            rollout_logprobs=annotations.get("rollout_logprobs"),
+            **_token_weights(batch, denominator),
             **self.objective,
         ).loss
         if self.kl_beta:
-            kl = k3(scored.logprobs, notes["reference_logprobs"]).masked_fill(~batch.mask, 0)
-            output["kl"] = kl.detach()
-            loss = (
-                loss + self.kl_beta * (kl if weights is None else kl * weights).sum() / denominator
-            )
+            # In the advantages, a clipped ratio would scale the KL.
+            loss = loss + self._reference_kl(scored.logprobs, batch, denominator, output)
         return loss
 
-    def _self_distillation(self, head, hidden, batch, denominator: float, output) -> torch.Tensor:
-        distance = batch.annotations["teacher_distance"]
-        rows = ((distance > 0) & batch.mask).nonzero().flatten()
-        result = kernels.fused_linear_self_distillation_kl(
-            hidden.index_select(0, rows),
-            hidden.detach().index_select(0, rows - distance[rows]),
-            head.weight,
-            denominator=denominator,
-            weights=batch.annotations["kl_weights"][rows],
-            **self.self_distillation,
-            **head_options(head, self.temperature, self.vocab),
-        )
-        output["divergence"] = hidden.new_zeros(
-            len(hidden), dtype=result.divergence.dtype
-        ).index_copy(0, rows, result.divergence)
-        return result.loss
+    def _reference_kl(self, logprobs, batch, denominator: float, output) -> torch.Tensor:
+        reference = batch.annotations["reference_logprobs"]
+        weights = batch.annotations.get("weights")
+        kl = k3(logprobs, reference).masked_fill(~batch.mask, 0)
+        output["kl"] = kl.detach()
+        return self.kl_beta * (kl if weights is None else kl * weights).sum() / denominator
 
-    def _divergence(self, head, hidden, batch, shared, output) -> torch.Tensor:
-        kind = dict(self.divergence)
-        teacher_hidden = batch.annotations["teacher_hidden"].to(self.teacher_head.weight.dtype)
-        counted = {name: shared[name] for name in ("mask", "denominator", "weights")}
-        if "top_k" in kind:
-            result = self._top_k(head, hidden, teacher_hidden, kind, shared)
-            with torch.no_grad():  # for the metrics
-                scored = kernels.fused_linear_logprobs(
-                    hidden.detach(),
-                    head.weight.detach(),
-                    batch.targets,
-                    mask=batch.mask,
-                    return_entropy=True,
-                    **head_options(head, self.temperature, self.vocab),
-                )
-        else:
-            result = scored = kernels.fused_linear_distillation_divergence(
-                hidden,
-                head.weight,
-                teacher_hidden,
-                self.teacher_head.weight,
-                token_ids=batch.targets,
-                student_bias=head.bias,
-                student_logit_softcap=head.softcap,
-                teacher_bias=self.teacher_head.bias,
-                teacher_logit_softcap=self.teacher_head.softcap,
-                temperature=self.temperature,
-                valid_vocab_size=self.vocab,
-                return_entropy=True,
-                **kind,
-                **counted,
-            )
+    def _clipped(self, batch, output) -> torch.Tensor:
+        """[T] float32: 1 where PPO's bound holds the ratio, so that the token has no gradient."""
+        # The kernels' own clip fractions are means over one micro-batch; the metric needs tokens.
+        ratio = (output["logprobs"] - batch.annotations["old_logprobs"]).exp()
+        gain = output["rewards"]
+        above = (gain > 0) & (ratio > 1 + self.objective["clip_high"])
+        below = (gain < 0) & (ratio < 1 - self.objective["clip_low"])
+        return (above | below).float()
+
+    def _divergence(self, head, hidden, batch, denominator: float, output) -> torch.Tensor:
+        """A divergence between the teacher's distribution and the policy's, of all or K tokens."""
+        compute = self._topk_divergence if "top_k" in self.divergence else self._full_divergence
+        result, scored = compute(head, hidden, batch, denominator)
         output |= {
             "logprobs": scored.logprobs,
             "entropy": scored.entropy,
@@ -230,34 +215,110 @@ class Loss:
         }
         return result.loss
 
-    def _top_k(self, head, hidden, teacher_hidden, kind: dict, shared: dict):
-        top_k, support = kind.pop("top_k"), kind.pop("support")
-        teacher_side = head_options(self.teacher_head, self.temperature, self.vocab)
+    def _teacher_hidden(self, batch) -> torch.Tensor:
+        return batch.annotations["teacher_hidden"].to(self.teacher_head.weight.dtype)
+
+    def _full_divergence(self, head, hidden, batch, denominator: float):
+        teacher = self.teacher_head
+        result = kernels.fused_linear_distillation_divergence(
+            hidden,
+            head.weight,
+            self._teacher_hidden(batch),
+            teacher.weight,
+            token_ids=batch.targets,
+            student_bias=head.bias,
+            student_logit_softcap=head.softcap,
+            teacher_bias=teacher.bias,
+            teacher_logit_softcap=teacher.softcap,
+            temperature=self.temperature,
+            valid_vocab_size=self.vocab,
+            return_entropy=True,
+            **self.divergence,
+            **_token_weights(batch, denominator),
+        )
+        return result, result
+
+    def _topk_divergence(self, head, hidden, batch, denominator: float):
+        options = dict(self.divergence)
+        k, support = options.pop("top_k"), options.pop("support")
+        student = self._head_options(head)
+        student_weight, student_hidden = head.weight.detach(), hidden.detach()
+        teacher = self._head_options(self.teacher_head)
+        teacher_weight, teacher_hidden = self.teacher_head.weight, self._teacher_hidden(batch)
         if support == "teacher":
             ids, teacher_logprobs, _ = kernels.fused_linear_topk_logprobs(
-                teacher_hidden, self.teacher_head.weight, top_k, **teacher_side
+                teacher_hidden, teacher_weight, k, **teacher
             )
         else:
-            ids = kernels.fused_linear_topk_logprobs(
-                hidden.detach(),
-                head.weight.detach(),
-                top_k,
-                **head_options(head, self.temperature, self.vocab),
-            )[0]
+            ids, _, _ = kernels.fused_linear_topk_logprobs(
+                student_hidden, student_weight, k, **student
+            )
             teacher_logprobs = kernels.fused_linear_logprobs(
-                teacher_hidden, self.teacher_head.weight, ids, **teacher_side
+                teacher_hidden, teacher_weight, ids, **teacher
             ).logprobs
-        return kernels.topk_distillation_divergence(
-            hidden, head.weight, ids, teacher_logprobs, **kind, **shared
+        result = kernels.topk_distillation_divergence(
+            hidden,
+            head.weight,
+            ids,
+            teacher_logprobs,
+            **options,
+            **_token_weights(batch, denominator),
+            **student,
         )
+        # The top-k kernel returns no log-probs of the sampled tokens; the metrics need them.
+        with torch.no_grad():
+            scored = kernels.fused_linear_logprobs(
+                student_hidden,
+                student_weight,
+                batch.targets,
+                mask=batch.mask,
+                return_entropy=True,
+                **student,
+            )
+        return result, scored
+
+    def _self_distillation(self, head, hidden, batch, denominator: float, output) -> torch.Tensor:
+        """A divergence between a token's row and the earlier, detached row that teaches it."""
+        annotations = batch.annotations
+        distance = annotations["teacher_distance"]
+        rows = ((distance > 0) & batch.mask).nonzero().flatten()
+        result = kernels.fused_linear_self_distillation_kl(
+            hidden.index_select(0, rows),
+            hidden.detach().index_select(0, rows - distance[rows]),
+            head.weight,
+            denominator=denominator,
+            weights=annotations["kl_weights"][rows],
+            **self.self_distillation,
+            **self._head_options(head),
+        )
+        divergence = hidden.new_zeros(len(hidden), dtype=result.divergence.dtype)
+        output["divergence"] = divergence.index_copy(0, rows, result.divergence)
+        return result.loss
+
+
+def _token_weights(batch, denominator: float) -> dict[str, Any]:
+    """The kernels' keyword arguments that say which tokens count, and for how much."""
+    return {
+        "mask": batch.mask,
+        "weights": batch.annotations.get("weights"),
+        "denominator": denominator,
+    }
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) from sampled tokens [T], nats: exp(r) - r - 1 with r =
-    reference - logprobs.
+    """The k3 estimate of KL(policy || reference) from sampled tokens, in nats.
 
-    GRPO's, arXiv 2402.03300 eq. 4; never negative. Its gradient by the log-prob is 1 - exp(r),
-    which is in expectation that of the *forward* KL (docs/specification.md, 7): GRPO as it is published, and
-    harmless at its small beta."""
+    It is exp(r) - r - 1 with r = reference - logprobs: GRPO's, arXiv 2402.03300 eq. 4, never
+    negative. Its gradient by the log-prob is 1 - exp(r). In expectation, that is the gradient of
+    the *forward* KL (docs/specification.md, 7). GRPO is published so, and its small beta makes it
+    harmless.
+
+    Args:
+        logprobs: [T], of the policy.
+        reference: [T], of the reference.
+
+    Returns:
+        [T].
+    """
     gap = (reference - logprobs).clamp(max=MAX_GAP)
     return torch.expm1(gap) - gap

@@ -1,23 +1,25 @@
-"""How far a written text lags behind the reading: of one sentence, from counts of source units.
+"""How far the text written for one sentence lags behind the reading, from counts of source units.
 
-phi(t) is the number of source units read when target word t = 1..L was written, M the length of the
-source; a unit is a word, a token or a millisecond. phi may be 0, of a word written before anything
-was read.
+phi(t) is the number of source units read when target word t = 1..L was written. M is the length of
+the source. A unit is a word, a token or a millisecond. phi is 0 for a word that was written before
+anything was read.
 
 RCO and AIL are those of ProactiveLLM (arXiv 2606.00523). AL (arXiv 1810.08398) and LAAL (arXiv
 2204.06028, 2206.05807) are SimulEval's `ALScorer` and `LAALScorer`. SimulEval's value of a corpus
-is the mean over its sentences, those without a target word left out."""
+is the mean over its sentences, without those that have no target word.
+"""
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 
 def rco(delays: Sequence[float], source: float) -> float:
-    """The share of the source that was read, mean over target words: mean(phi(t) / M), in [0, 1]; 1
-    reads all first.
+    """The share of the source that was read, mean over target words: mean(phi(t) / M).
+
+    It is in [0, 1]. A text that is written after all was read has 1.
 
     Args:
         delays: phi, [L], not decreasing, 0 to M.
@@ -31,30 +33,30 @@ def rco(delays: Sequence[float], source: float) -> float:
 
 
 def ail(delays: Sequence[float], source: float) -> float:
-    """Lag behind the ideal pace, in source units, mean over all target words: mean(phi(t) - (t - 1)
-    M / L).
+    """Lag behind the ideal pace, in source units, mean over target words.
 
-    The ideal pace spreads the L words that were written evenly over the source. Arguments and
-    errors as in `rco`."""
+    It is mean(phi(t) - (t - 1) M / L). The ideal pace spreads the L words that were written evenly
+    over the source. Arguments and errors are those of `rco`.
+    """
     phi = _read(delays, source)
-    return float((phi - np.arange(len(phi)) * source / len(phi)).mean())
+    ideal = np.arange(len(phi)) * source / len(phi)
+    return float((phi - ideal).mean())
 
 
 def average_lagging(
     delays: Sequence[float], source: float, reference_length: int | None = None
 ) -> float:
-    """AL in source units: mean of phi(t) - (t - 1) / gamma over t = 1..tau, gamma = reference
-    length / M.
+    """AL in source units: the mean of phi(t) - (t - 1) M / R over t = 1..tau.
 
-    tau is the first word written with the whole source read; L, where none was. Words after it wait
-    for nothing. As in SimulEval, delays may pass the end of the source, as times may; a first one
-    that does is itself the result. A text longer than its reference gets a smaller AL, below 0
-    even: `laal` does not reward that.
+    R is the length of the reference. tau is the first word written with the whole source read, or L
+    where none was. Words after it wait for nothing. As in SimulEval, delays may pass the end of the
+    source, as times may. A first delay that does is itself the result. A text longer than its
+    reference gets a smaller AL, even below 0. `laal` does not reward that.
 
     Args:
         delays: phi, [L], not decreasing, 0 or more.
         source: M, above 0.
-        reference_length: words of the reference; None counts those that were written, as SimulEval
+        reference_length: R, in words. None counts the words that were written, as SimulEval does
             without references.
 
     Raises:
@@ -65,22 +67,28 @@ def average_lagging(
     length = len(phi) if reference_length is None else reference_length
     if length < 1:
         raise ValueError(
-            f"AL needs a reference of 1 word or more, not {length}; give None to count those written"
+            f"AL needs a reference of 1 word or more, not {length}; "
+            "give None to count those written"
         )
-    # t = 1..tau; one word, where already the first is past the end
+    # t = 1..tau: a single word, if the first is already past the end.
     phi = phi[: np.searchsorted(phi, source) + 1]
-    return float((phi - np.arange(len(phi)) * source / length).mean())
+    ideal = np.arange(len(phi)) * source / length
+    return float((phi - ideal).mean())
 
 
 def laal(delays: Sequence[float], source: float, reference_length: int) -> float:
-    """Length-adaptive AL, in source units: `average_lagging` by the longer of the reference and the
-    text written."""
+    """Length-adaptive AL, in source units: R is the longer of the reference and the text written.
+
+    Arguments and errors are those of `average_lagging`.
+    """
     return average_lagging(delays, source, max(len(delays), reference_length))
 
 
 def lags(delays: Sequence[float], source: float, reference_length: int) -> dict[str, float]:
-    """All four of one sentence: `rco` in [0, 1], `ail`, `al` and `laal` in source units; errors of
-    `rco` and AL."""
+    """All four of one sentence: `rco` in [0, 1]; `ail`, `al` and `laal` in source units.
+
+    Arguments and errors are those of `rco` and `average_lagging`.
+    """
     return {
         "rco": rco(delays, source),
         "ail": ail(delays, source),
@@ -90,28 +98,31 @@ def lags(delays: Sequence[float], source: float, reference_length: int) -> dict[
 
 
 def _checked(delays: Sequence[float], source: float) -> np.ndarray:
+    """phi [L], for AL, whose delays may pass the source. Raises ValueError: as in `rco`."""
     phi = np.asarray(delays, float)
     if not phi.size or source <= 0:
         raise ValueError(
             "a lag needs at least one target word and a source, "
             f"not {phi.size} words of a source of {source}"
         )
-    wrong = ~(np.diff(phi, prepend=0) >= 0)  # of NaN too
+    # The negated comparison finds NaN too.
+    wrong = ~(np.diff(phi, prepend=0) >= 0)
     if wrong.any():
-        raise ValueError(
-            f"delays must be 0 or more and never decrease: {_around(phi, wrong.argmax())}"
-        )
+        place = _around(phi, int(wrong.argmax()))
+        raise ValueError(f"delays must be 0 or more and never decrease: {place}")
     return phi
 
 
 def _read(delays: Sequence[float], source: float) -> np.ndarray:
+    """phi [L], at most M. Raises ValueError: as in `rco`."""
     phi = _checked(delays, source)
     if phi[-1] > source:
-        raise ValueError(
-            f"delays must not pass the source of {source} units: {_around(phi, (phi > source).argmax())}"
-        )
+        place = _around(phi, int((phi > source).argmax()))
+        raise ValueError(f"delays must not pass the source of {source} units: {place}")
     return phi
 
 
 def _around(phi: np.ndarray, t: int) -> str:
-    return f"word {t + 1} has {phi[t]:g}" + (f" after {phi[t - 1]:g}" if t else "")
+    """The delay at t = 0, 1, … and the one before it, in words."""
+    before = f" after {phi[t - 1]:g}" if t else ""
+    return f"word {t + 1} has {phi[t]:g}{before}"

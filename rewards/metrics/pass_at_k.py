@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,11 +24,11 @@ def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     """The chance that at least one of k completions is correct, averaged over prompts, in [0, 1].
 
-    Unbiased from n >= k completions of which c are correct: 1 - C(n-c, k) / C(n, k) (Chen et al.
-    2021, arXiv 2107.03374), computed as a product, since the binomials overflow.
+    Of n >= k completions, c are correct: 1 - C(n-c, k) / C(n, k) is unbiased (Chen et al. 2021,
+    arXiv 2107.03374). It is computed as a product, since the binomials overflow.
 
     Args:
-        correct: one row per prompt, one entry per completion; rows may differ in length.
+        correct: one row per prompt, one entry per completion. Rows may differ in length.
         k: 1 or more.
 
     Raises:
@@ -36,11 +36,13 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     """
     if not correct or k < 1:
         raise ValueError(f"pass@{k} needs at least one prompt, and k of 1 or more")
-    chances = []
+    chances: list[float] = []
     for row in correct:
         n, c = len(row), int(np.count_nonzero(row))
         if n < k:
             raise ValueError(f"pass@{k} needs {k} completions of each prompt; one has {n}")
-        # C(n-c, k) / C(n, k) is the product of 1 - k/i over i = n-c+1 .. n, and 0 where n-c < k.
-        chances.append(1.0 if n - c < k else 1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+        # The product of 1 - k/i over i = n-c+1 .. n is C(n-c, k) / C(n, k).
+        factors = 1.0 - k / np.arange(n - c + 1, n + 1)
+        # Fewer than k wrong ones: every choice of k holds a correct one.
+        chances.append(1.0 if n - c < k else 1.0 - float(np.prod(factors)))
     return float(np.mean(chances))

@@ -1,13 +1,12 @@
-"""How good written texts are against references: BLEU and chrF of a corpus, F1 and exact match of
-answers."""
+"""How good texts are against references: BLEU and chrF of a corpus, F1 and exact match."""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Sequence
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
@@ -17,12 +16,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """sacrebleu's BLEU of the corpus, 0 to 100, and its signature; the settings are sacrebleu's own
-    (13a, exp).
+    """sacrebleu's BLEU of the corpus, 0 to 100, and its signature.
+
+    The settings are sacrebleu's defaults (tokenizer 13a, smoothing exp).
 
     Args:
         texts: [N], not tokenised.
-        references: [N] lists of one or more; their numbers may differ, which the signature calls
+        references: [N] lists of one or more. Their numbers may differ, which the signature calls
             `nrefs:var`.
 
     Raises:
@@ -32,18 +32,24 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[flo
 
 
 def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """sacrebleu's chrF2 of the corpus, 0 to 100, and its signature: 6-grams of characters, no
-    words. Else as `bleu`."""
+    """sacrebleu's chrF2 of the corpus, 0 to 100, and its signature.
+
+    It counts 6-grams of characters and no words. Arguments and errors are those of `bleu`.
+    """
     return _corpus(CHRF(), texts, references)
 
 
 def f1(text: str, references: Sequence[str]) -> float:
-    """Overlap of words with the closest reference, in [0, 1]: the harmonic mean of precision and
-    recall.
+    """Overlap of words with the closest reference, in [0, 1].
 
-    As SQuAD's evaluation script: both sides in lower case, without ASCII punctuation and articles;
-    repeated words count as often as both have them. Where a side has no words left, both must have
-    none (its version 2; version 1 says 0).
+    It is the harmonic mean of precision and recall, as in SQuAD's evaluation script. Both sides are
+    in lower case, without ASCII punctuation and articles. Repeated words count as often as both
+    have them. If a side has no words left, both must have none. That is the script's version 2;
+    version 1 says 0.
+
+    Args:
+        text: one answer.
+        references: one or more.
 
     Raises:
         ValueError: no references.
@@ -52,19 +58,24 @@ def f1(text: str, references: Sequence[str]) -> float:
 
 
 def exact(text: str, references: Sequence[str]) -> float:
-    """1.0 if the text is one of the references, both in the form that `f1` compares, else 0.0;
-    errors as there."""
-    return float(any(_words(text) == _words(reference) for reference in _some(references)))
+    """1.0 if the text is one of the references, both in the form that `f1` compares, else 0.0.
+
+    Arguments and errors are those of `f1`.
+    """
+    words = _words(text)
+    return float(any(words == _words(reference) for reference in _some(references)))
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu` and `chrf` of the corpus, 0 to 100; `f1` and `exact`, means over texts, in [0, 1];
-    errors of `bleu`."""
-    return {
-        "bleu": bleu(texts, references)[0],
-        "chrf": chrf(texts, references)[0],
-        "f1": float(np.mean([f1(*pair) for pair in zip(texts, references)])),
-        "exact": float(np.mean([exact(*pair) for pair in zip(texts, references)])),
+    """`bleu` and `chrf` of the corpus, 0 to 100; `f1` and `exact`, means over texts, in [0, 1].
+
+    Arguments and errors are those of `bleu`.
+    """
+    corpus = {"bleu": bleu(texts, references)[0], "chrf": chrf(texts, references)[0]}
+    pairs = list(zip(texts, references))
+    return corpus | {
+        "f1": float(np.mean([f1(text, some) for text, some in pairs])),
+        "exact": float(np.mean([exact(text, some) for text, some in pairs])),
     }
 
 
@@ -76,13 +87,15 @@ def _corpus(
             f"{type(metric).__name__} needs at least one text, and a list of references for each; "
             f"there are {len(texts)} texts and {len(references)} lists"
         )
-    # sacrebleu takes the first references of all texts, then the second ones; None where a text has
-    # no such one.
-    score = metric.corpus_score(texts, list(zip_longest(*map(_some, references)))).score
+    # sacrebleu takes the first references of all texts, then the second ones. None stands where a
+    # text has no second one.
+    streams = list(zip_longest(*map(_some, references)))
+    score = metric.corpus_score(texts, streams).score
     return score, str(metric.get_signature())
 
 
 def _some(references: Sequence[str]) -> Sequence[str]:
+    """The references. Raises ValueError: there are none, or they are one text."""
     # A text in place of the list would be taken for a list of its characters.
     if isinstance(references, str) or not references:
         raise ValueError(
@@ -92,21 +105,19 @@ def _some(references: Sequence[str]) -> Sequence[str]:
 
 
 def _words(text: str) -> list[str]:
-    # In the script's order: an article is one only after the punctuation is gone ("A." is, "a-b" is
-    # not).
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    # The script's order. Articles count once the punctuation is gone: "A." is one, "a-b" is not.
+    bare = text.lower().translate(_PUNCTUATION)
+    return _ARTICLES.sub(" ", bare).split()
 
 
 def _f1(words: list[str], reference: list[str]) -> float:
+    if not words or not reference:
+        return float(words == reference)
     common = (Counter(words) & Counter(reference)).total()
     # 2 P R / (P + R) with P = common / words and R = common / reference.
-    return (
-        2 * common / (len(words) + len(reference))
-        if words and reference
-        else float(words == reference)
-    )
+    return 2 * common / (len(words) + len(reference))
 
 
 def exact_answer(text: str, answer: str) -> float:
-    """`exact` against one answer, as a verifier."""
+    """`exact` against one answer, as a verifier: 0.0 or 1.0."""
     return exact(text, [answer])

@@ -57,9 +57,9 @@ def test_wait_k_lags_k_behind_a_text_of_equal_length(k, n):
 
 @pytest.mark.parametrize("source, length, reference", [(1, 1, 1), (7, 3, 5), (7, 12, 5)])
 def test_a_text_written_after_all_was_read_lags_by_the_whole_source(source, length, reference):
-    found = lags([source] * length, source, reference)
-    assert found["al"] == found["laal"] == source and found["rco"] == 1
-    assert found["ail"] == pytest.approx(source * (length + 1) / (2 * length))
+    lag = lags([source] * length, source, reference)
+    assert lag["al"] == lag["laal"] == source and lag["rco"] == 1
+    assert lag["ail"] == pytest.approx(source * (length + 1) / (2 * length))
 
 
 def test_corner_cases_of_simuleval():
@@ -81,19 +81,15 @@ def test_against_the_formula_and_the_bounds():
     for _ in range(300):
         source, length, reference = rng.integers(1, 15, 3)
         delays = np.sort(rng.integers(0, source + 1, length))
-        found = lags(delays, source, reference)
-        assert found["al"] == pytest.approx(simuleval(delays, source, reference))
-        assert found["laal"] == pytest.approx(simuleval(delays, source, max(length, reference)))
-        assert (
-            found["al"] <= found["laal"] + 1e-9
-            and found["laal"] <= source
-            and 0 <= found["rco"] <= 1
-        )
+        lag = lags(delays, source, reference)
+        assert lag["al"] == pytest.approx(simuleval(delays, source, reference))
+        assert lag["laal"] == pytest.approx(simuleval(delays, source, max(length, reference)))
+        assert lag["al"] <= lag["laal"] + 1e-9 and lag["laal"] <= source and 0 <= lag["rco"] <= 1
         late = np.sort(np.append(delays, source))[1:]  # each word at the delay of the next one
-        assert rco(late, source) >= found["rco"] and ail(late, source) >= found["ail"]
+        assert rco(late, source) >= lag["rco"] and ail(late, source) >= lag["ail"]
         scaled = lags(10 * delays, 10 * source, reference)  # units ten times as small
         assert scaled == pytest.approx(
-            {key: value * (1 if key == "rco" else 10) for key, value in found.items()}
+            {key: value * (1 if key == "rco" else 10) for key, value in lag.items()}
         )
 
 
@@ -109,12 +105,12 @@ def test_against_the_formula_and_the_bounds():
     ],
 )
 def test_errors(delays, source, said):
-    for call in (rco, ail, lambda *given: lags(*given, 3)):
+    for call in (rco, ail, lambda *arguments: lags(*arguments, 3)):
         with pytest.raises(ValueError, match=said) as error:
             call(delays, source)
         assert "\n" not in str(error.value)
     if "pass the source" not in said:
-        for call in (average_lagging, lambda *given: laal(*given, 3)):
+        for call in (average_lagging, lambda *arguments: laal(*arguments, 3)):
             with pytest.raises(ValueError, match=said):
                 call(delays, source)
 

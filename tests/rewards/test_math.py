@@ -103,7 +103,7 @@ def test_wrong(completion, answer):
 
 
 @pytest.mark.parametrize(
-    "completion, found",
+    "completion, content",
     [
         (r"\boxed{\frac{a}{b}}", r"\frac{a}{b}"),
         (r"{ \boxed{ 1 } }}", "1"),
@@ -115,8 +115,8 @@ def test_wrong(completion, answer):
         (r"\mbox{4}", None),
     ],
 )
-def test_extract_boxed(completion, found):
-    assert extract_boxed(completion) == found
+def test_extract_boxed(completion, content):
+    assert extract_boxed(completion) == content
 
 
 def test_extract_answer_without_a_box_reads_the_end():

@@ -23,13 +23,12 @@ def stages(tokenizer):
     def make(slots, deep, score=1.0, finish="stop", forced=()):
         """`slots` and `deep` are texts with their marks; the opening is <SEP> <EOQ>."""
         parts = [tokenizer(text).input_ids for text in ("<SEP><EOQ>", *slots, deep)]
+        ids = [token for part in parts for token in part]
         numbers = np.repeat(np.arange(-1, len(parts) - 1), [len(p) for p in parts])
         sampled = numbers >= 0
         for slot in forced:
             sampled[np.flatnonzero(numbers == slot)[-1]] = False
-        trajectory = Trajectory(
-            0, 0, [1], sum(parts, []), finish, score=score, sampled=sampled, slots=numbers
-        )
+        trajectory = Trajectory(0, 0, [1], ids, finish, score=score, sampled=sampled, slots=numbers)
         return score_stages(
             trajectory, Protocol.of(tokenizer), tokenizer.decode, [tokenizer.eos_token_id], 10, 40
         )
@@ -41,25 +40,28 @@ DEEP = "7 <EOR> \\boxed{7}.<EOA>"
 
 
 def test_a_good_completion_by_hand(stages, tokenizer):
-    made = stages(["<skip>", "1 2 3<EOT>"], DEEP)
+    result = stages(["<skip>", "1 2 3<EOT>"], DEEP)
     deep = len(tokenizer(DEEP).input_ids)
     assert (
-        made.lengths.tolist() == [1, 4]
-        and made.skipped.tolist() == [True, False]
-        and made.deep_length == deep
+        result.lengths.tolist() == [1, 4]
+        and result.skipped.tolist() == [True, False]
+        and result.deep_length == deep
     )
-    assert made.closed.all() and made.deep_format == made.streaming_format == made.format == 1
-    np.testing.assert_allclose(made.thoughts, [0.9, 0.6])  # 1 - 1/10, 1 - 4/10; together 1 - 5/20
-    assert made.deep_thought == pytest.approx(1 - deep / 40)
+    assert (
+        result.closed.all() and result.deep_format == result.streaming_format == result.format == 1
+    )
+    # 1 - 1/10 and 1 - 4/10; together 1 - 5/20.
+    np.testing.assert_allclose(result.thoughts, [0.9, 0.6])
+    assert result.deep_thought == pytest.approx(1 - deep / 40)
     brevity = 0.5 * (1 - deep / 40)
-    assert made.rewards(OPTIONS) == pytest.approx(
+    assert result.rewards(OPTIONS) == pytest.approx(
         (1.2, 0.2 + 0.3 * 0.75 + 0.8 * brevity, 0.2 + 1 + brevity)
     )
     np.testing.assert_allclose(
-        made.sentence_rewards(OPTIONS),
+        result.sentence_rewards(OPTIONS),
         [0.2 + 0.3 * 0.9 + 0.8 * brevity, 0.2 + 0.3 * 0.6 + 0.8 * brevity],
     )
-    assert made.sentence_rewards(OPTIONS).mean() == pytest.approx(made.rewards(OPTIONS)[1])
+    assert result.sentence_rewards(OPTIONS).mean() == pytest.approx(result.rewards(OPTIONS)[1])
 
 
 def test_a_wrong_answer_earns_its_format_alone(stages):
@@ -85,12 +87,13 @@ def test_without_weights_accuracy_is_all(stages):
     ],
 )
 def test_the_form_of_a_slot(stages, slot, forced, right):
-    made = stages([slot, "<skip>"], DEEP, forced=forced)
+    result = stages([slot, "<skip>"], DEEP, forced=forced)
     assert (
-        made.closed.tolist() == [right, True] and made.streaming_format == (2 if right else 1) / 2
+        result.closed.tolist() == [right, True]
+        and result.streaming_format == (2 if right else 1) / 2
     )
-    assert made.rewards(OPTIONS)[0] == pytest.approx(1 + 0.2 * made.streaming_format)
-    assert made.skipped.tolist() == [slot == "<skip>", True]
+    assert result.rewards(OPTIONS)[0] == pytest.approx(1 + 0.2 * result.streaming_format)
+    assert result.skipped.tolist() == [slot == "<skip>", True]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +115,9 @@ def test_the_form_of_a_slot(stages, slot, forced, right):
     ],
 )
 def test_the_form_of_the_deep_segment(stages, deep, finish, right):
-    made = stages(["<skip>"], deep, finish=finish)
-    assert made.deep_format == made.format == right
-    assert made.rewards(OPTIONS)[2] == pytest.approx(0.2 * right + 1 + 0.5 * made.deep_thought)
+    result = stages(["<skip>"], deep, finish=finish)
+    assert result.deep_format == result.format == right
+    assert result.rewards(OPTIONS)[2] == pytest.approx(0.2 * right + 1 + 0.5 * result.deep_thought)
 
 
 def test_the_source_between_thoughts_does_not_count(tokenizer):
@@ -130,5 +133,5 @@ def test_the_source_between_thoughts_does_not_count(tokenizer):
         slots=np.array([0, 0, -1, -1, 1, 2, 2]),
         sampled=np.array([1, 1, 0, 0, 1, 1, 1], dtype=bool),
     )
-    made = score_stages(trajectory, protocol, tokenizer.decode, [], 10, 40)
-    assert made.lengths.tolist() == [2, 1] and made.deep_length == 2 and made.closed.all()
+    result = score_stages(trajectory, protocol, tokenizer.decode, [], 10, 40)
+    assert result.lengths.tolist() == [2, 1] and result.deep_length == 2 and result.closed.all()
