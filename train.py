@@ -1,7 +1,10 @@
-"""Entry point: compose the config, check everything, load the models, train.
+"""The entry point.
 
-torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
-python train.py recipe=poweropd …            the same with one rank
+It composes the config, checks everything, loads the models and trains. One rank needs no torchrun.
+
+    torchrun --nproc_per_node=N train.py recipe=poweropd key=value …
+    python train.py recipe=poweropd …
+    python train.py [recipe=NAME] --help
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ from scripts.cli import next_steps, print_error, quiet_libraries, quiet_torch
 
 
 def main(overrides: list[str]) -> int:
-    """Run; returns the exit status. A mistake of the user's ends in one line on stderr and status
-    1."""
+    """Run; returns the exit status. A mistake of the user's ends in one line on stderr."""
     from recipes.compose import compose, to_yaml
     from recipes.errors import OnstreamError
 
     rank = int(os.environ.get("RANK", "0"))
     try:
+        if {"--help", "-h"} & set(overrides):
+            from recipes.help import help_text
+
+            print(help_text([text for text in overrides if not text.startswith("-")]))
+            return 0
         config = compose(overrides)
         quiet_torch()
         from trainers.prepare import prepare
@@ -28,7 +35,7 @@ def main(overrides: list[str]) -> int:
         run = prepare(config)
         if config.dry_run:
             if rank == 0:
-                print(to_yaml(config), end="")
+                print(to_yaml(run.config), end="")
                 print(
                     f"# ok: {len(run.prompts)} prompts, sequences of up to {run.max_length} tokens"
                 )
