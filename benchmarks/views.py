@@ -25,7 +25,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     import kernels
-    from kernels.bench.memory import MIB, peak_bytes, start_watch
+    from benchmarks.kernels.memory import MIB, peak_bytes, start_watch
     from recipes.compose import compose
     from rollouts.data.examples import Example
     from rollouts.data.load import load_examples

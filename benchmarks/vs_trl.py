@@ -110,7 +110,7 @@ def fetch_trl(folder: Path) -> str:
     Raises:
         SystemExit: it is in neither, and cannot be downloaded; the message is one line.
     """
-    from kernels.bench import peers
+    from benchmarks.kernels import peers
 
     try:
         return str(peers.locate(*peers.WHEELS["trl"], folder, install=True).resolve())

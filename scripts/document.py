@@ -1,6 +1,8 @@
 """Writes the pages that are made from the code: docs/config.md and docs/metrics.md.
 
-python -m scripts.document
+The pages name keys, defaults and metrics; a test compares them with the code.
+
+    python -m scripts.document
 """
 
 from __future__ import annotations
