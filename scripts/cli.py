@@ -1,4 +1,7 @@
-"""What the commands share: quiet libraries, and errors that are the last line on the screen."""
+"""What the commands share: KEY=VALUE arguments, `--help`, and errors of one line.
+
+Each script's `main(arguments)` returns the exit status, so tests call it in their own process.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-# Waits, up to a minute, for the end of the process it is given (a zombie has ended), then prints a
-# line.
+from recipes.errors import ConfigError, OnstreamError
+
+HELP_FLAGS = ("--help", "-h")
+# A program for another process. It waits for the end of a process, for a minute at most, and then
+# prints a line. A zombie counts as ended.
 PRINT_AFTER = """
 import os, select, sys
 try:
@@ -20,9 +27,91 @@ print(sys.argv[2], file=sys.stderr, flush=True)
 """
 
 
+def launch(main: Callable[[list[str]], int]) -> None:
+    """Run a script's `main` on the command line, and end the process with its status."""
+    quiet_libraries()
+    sys.exit(main(sys.argv[1:]))
+
+
+def run_command(
+    command: Callable[[list[str]], None],
+    arguments: list[str],
+    docstring: str,
+    keys: Mapping[str, str],
+) -> int:
+    """Run a command, or print its help where the arguments ask for it.
+
+    Args:
+        command: does the work. An OnstreamError that it raises becomes one line on stderr.
+        docstring: that of the command's module.
+        keys: the command's own keys; each with the config key that it stands for, or its meaning.
+
+    Returns:
+        the exit status: 0, or 1 after an error.
+    """
+    try:
+        if any(flag in arguments for flag in HELP_FLAGS):
+            # The schema of the config takes a moment to load; only help needs it here.
+            from recipes.help import command_help
+
+            print(command_help(docstring, keys))
+        else:
+            command(arguments)
+    except OnstreamError as error:
+        print_error(error)
+        return 1
+    return 0
+
+
+def key_values(
+    arguments: list[str],
+    short_keys: Mapping[str, str],
+    module: str,
+    usage: str = "",
+    required: Sequence[str] = (),
+) -> dict[str, str]:
+    """Parse arguments of the form KEY=VALUE; short keys become those of the config.
+
+    Args:
+        short_keys: the config key of each short key.
+        module: the script's module, for messages.
+        usage: arguments that work, for the message on a missing key.
+        required: keys that must be given, as the user writes them.
+
+    Raises:
+        ConfigError: an argument has another form, or a required key is missing.
+    """
+    values = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines"
+            )
+        values[short_keys.get(key, key)] = value
+    for key in required:
+        if short_keys.get(key, key) not in values:
+            raise ConfigError(f"{key}=… is missing: python -m {module} {usage}")
+    return values
+
+
+def compose_values(values: Mapping[str, str]):
+    """The config with these values.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value.
+    """
+    # Hydra takes a moment to load; help and argument errors do not need it.
+    from recipes.compose import compose
+
+    return compose([f"{key}={value}" for key, value in values.items()])
+
+
 def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and start-up remarks out of the output. To be called before
-    they load."""
+    """Keep the libraries' progress bars and start-up remarks out of the output.
+
+    It has an effect only on libraries that are loaded later.
+    """
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -33,14 +122,14 @@ def quiet_libraries() -> None:
 
 
 def quiet_torch() -> None:
-    """The same for what can only be told when torch is loaded."""
+    """Silence the remarks that can be silenced only when torch is loaded."""
     import logging
 
     import torch
 
-    # it remarks that there is no Triton
+    # Without this, torch remarks that there is no Triton.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    # else it warns it guessed
+    # Without this, DeepSpeed warns that it guessed the accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from transformers.utils import logging as transformers_logging
 
@@ -50,17 +139,18 @@ def quiet_torch() -> None:
 def print_error(error: Exception) -> None:
     """Print an error's one line on stderr.
 
-    torchrun follows a failed rank with a report of its own. So under torchrun the line is printed once more when that
-    is over, as the last one on the screen.
+    After a failed rank, torchrun prints a report of its own. Under torchrun the line is therefore
+    printed again after that report, as the last line on the screen.
     """
     rank = os.environ.get("RANK", "0")
     place = "" if rank == "0" else f" (rank {rank})"
     line = f"error{place}: {error}"
     print(line, file=sys.stderr, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # In a session of its own: torchrun ends what is left of its ranks' sessions.
+        torchrun = os.getppid()
+        # The session is new, because torchrun ends the processes left in its ranks' sessions.
         subprocess.Popen(
-            [sys.executable, "-S", "-c", PRINT_AFTER, str(os.getppid()), line],
+            [sys.executable, "-S", "-c", PRINT_AFTER, str(torchrun), line],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -68,26 +158,31 @@ def print_error(error: Exception) -> None:
 
 
 def next_steps(config, run_dir: Path) -> str:
-    """What to do with a finished run: lines with commands that work as they are, from the
-    checkout."""
+    """What to do with a finished run: lines with commands that work in the checkout as they are."""
     python = ".venv/bin/python" if sys.prefix.endswith("/.venv") else "python"
-    run, model = str(run_dir), run_dir / "checkpoints" / f"step_{config.train.steps}" / "model"
-    lines = ["next", f"  open {shlex.quote(run)}/report.html in a browser"]
+    run = shlex.quote(str(run_dir))
+    lines = ["next", f"  open {run}/report.html in a browser"]
     if config.recipe == "poweropd" and config.data.path == "stories":
-        other = shlex.quote(f"{run}-opd")
+        baseline = shlex.quote(f"{run_dir}-opd")
         lines += [
             "  compare with vanilla on-policy distillation, at its own best learning rate",
-            f"    {python} train.py recipe=opd run.dir={other}",
-            f"    {python} -m scripts.report {shlex.quote(run)} {other}",
+            f"    {python} train.py recipe=opd run.dir={baseline}",
+            f"    {python} -m scripts.report {run} {baseline}",
             "  train your own: put your folders and file in the place of these",
             f"    {python} train.py recipe=poweropd model.path=stories-student "
             "teacher.path=stories-teacher data.path=stories",
         ]
+    model = run_dir / "checkpoints" / f"step_{config.train.steps}" / "model"
     data = config.eval.path or config.data.path
-    streams = getattr(getattr(config, "streaming", None), "layout", None) is not None
-    if not streams and data in ("stories", "translation") and model.is_dir():
+    if not reads_in_steps(config) and data in ("stories", "translation") and model.is_dir():
         lines += [
             "  measure what was saved",
             f"    {python} -m scripts.evaluate model={shlex.quote(str(model))} data={data} k=4",
         ]
     return "\n".join(lines)
+
+
+def reads_in_steps(config) -> bool:
+    """Whether a run's model reads in steps, which `scripts.evaluate` must be told by a mode."""
+    streaming = getattr(config, "streaming", None)
+    return getattr(streaming, "layout", None) is not None

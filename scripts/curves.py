@@ -1,57 +1,67 @@
-"""Latency-quality curves of a simultaneous model: its decision heads swept over their settings.
+"""Measures latency-quality curves of a simultaneous model: decision heads over their settings.
 
-    python -m scripts.curves model=DIR data=NAME_OR_FILE [heads=batch,wait_k,entropy] [out=FILE] [KEY=VALUE …]
+    python -m scripts.curves model=DIR data=NAME_OR_FILE
+    python -m scripts.curves model=DIR data=NAME_OR_FILE heads=batch,wait_k,entropy out=FILE
 
-Keys are those of `scripts.evaluate`. wait_k, ratio and edatt are swept over fixed values, entropy
-and attention over quantiles of their scores on the calibration set (`proactive.calibration_path`;
-else `data`, of split `data.split`). The figures go to `out` (default: curves.json in the run that
-the model is a checkpoint of, else here), from which a run's report draws them, and to stdout as
-JSON; curves of the same model and data that are there stay. Training ends with the same, for the
-heads in `proactive.curve`."""
+The keys of `scripts.evaluate` work, and every other key of the config. wait_k, ratio and edatt are
+swept over fixed values. entropy and attention are swept over quantiles of their scores on the
+calibration set: `proactive.calibration_path`, or `data` of split `data.split`.
+
+The figures also go to stdout as JSON. Curves of the same model and data that the file holds stay.
+A run's report draws them. Training ends with the same sweep, for the heads in `proactive.curve`.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from scripts.cli import print_error, quiet_libraries
+from recipes.errors import ConfigError
+from scripts.cli import compose_values, key_values, launch, run_command
+from scripts.evaluate import SHORT_KEYS
 
 HEADS = "batch,wait_k,entropy"
+OWN_KEYS = {
+    "heads": f"Decision heads to sweep, with commas between them; default: {HEADS}.",
+    "out": "File that receives the figures; default: curves.json in the run that the model is a "
+    "checkpoint of, else in this folder.",
+}
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
-    from recipes.compose import compose
-    from recipes.errors import OnstreamError
-    from scripts.evaluate import SHORT, key_values
+    """Sweep the heads that the arguments name; returns the exit status."""
+    return run_command(print_curves, arguments, __doc__, SHORT_KEYS | OWN_KEYS)
 
-    try:
-        given = key_values(
-            arguments, SHORT, "scripts.curves", "model=DIR data=NAME_OR_FILE", ("model", "data")
-        )
-        heads, out = given.pop("heads", HEADS), given.pop("out", None)
-        defaults = {
-            "recipe": "proactivellm",
-            "log.wandb": "disabled",
-            "data.path": given["eval.path"],
-            "proactive.curve": f"[{heads}]",
-        }
-        config = compose([f"{key}={value}" for key, value in (defaults | given).items()])
-        print(json.dumps(sweep(config, out)))
-        return 0
-    except OnstreamError as error:
-        print_error(error)
-        return 1
+
+def print_curves(arguments: list[str]) -> None:
+    values = key_values(
+        arguments,
+        SHORT_KEYS,
+        module="scripts.curves",
+        usage="model=DIR data=NAME_OR_FILE",
+        required=("model", "data"),
+    )
+    heads = values.pop("heads", HEADS)
+    out = values.pop("out", None)
+    defaults = {
+        "recipe": "proactivellm",
+        "log.wandb": "disabled",
+        "data.path": values["eval.path"],
+        "proactive.curve": f"[{heads}]",
+    }
+    config = compose_values(defaults | values)
+    print(json.dumps(sweep(config, out)))
 
 
 def sweep(config, out: str | None) -> dict:
     """Sweep `proactive.curve` for `model.path`, and write the curves.
 
+    Args:
+        out: the file to write; None for the default one.
+
     Raises:
         OnstreamError: a head, the model or the data cannot be used.
     """
-    from recipes.errors import ConfigError
     from rollouts.simultaneous.decision import check_heads
     from trainers.evaluation import evaluate
     from trainers.modes.curves import write_curves
@@ -68,12 +78,13 @@ def sweep(config, out: str | None) -> dict:
 
 
 def default_file(model: Path) -> Path:
-    """curves.json in the run that a model is a checkpoint of, else here."""
+    """curves.json in the run that a model is a checkpoint of, else in this folder."""
+    # RUN/checkpoints/step_N/model
     parents = model.resolve().parents
     run = parents[2] if len(parents) > 2 else model
-    return (run if (run / "metrics.jsonl").is_file() else Path()) / "curves.json"
+    folder = run if (run / "metrics.jsonl").is_file() else Path()
+    return folder / "curves.json"
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    sys.exit(main(sys.argv[1:]))
+    launch(main)

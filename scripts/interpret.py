@@ -3,9 +3,10 @@
     python -m scripts.interpret model=DIR data=NAME_OR_FILE < sentences.txt
     python -m scripts.interpret model=DIR file=sentences.txt head=wait_k setting=3
 
-Each line of the text is a source of its own. A head with a threshold is given it (`setting=0.5`),
-or calibrated on `data`, which is anything that `data.path` takes. Short keys are `model`, `data`,
-`head`, `setting`, `quantile` and `dtype`; every other key of the config works too."""
+Each line of the text is a source of its own. A decision head with a threshold takes it from
+`setting=0.5`, or is calibrated on `data`, which is anything that `data.path` takes. Every other key
+of the config works too.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.cli import print_error, quiet_libraries
+from recipes.errors import ConfigError, DataError
+from scripts.cli import compose_values, key_values, launch, run_command
 
-SHORT = {
+SHORT_KEYS = {
     "model": "model.path",
     "data": "data.path",
     "head": "proactive.head",
@@ -23,55 +25,68 @@ SHORT = {
     "quantile": "proactive.quantile",
     "dtype": "model.dtype",
 }
+OWN_KEYS = {"file": "Text with a source on each line; default: standard input."}
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
-    from recipes.components import DECISION_HEADS
-    from recipes.compose import compose
-    from recipes.errors import ConfigError, OnstreamError
-    from rollouts.simultaneous.decision import check_heads
-    from scripts.evaluate import key_values
+    """Show a model at work on a text; returns the exit status."""
+    return run_command(print_traces, arguments, __doc__, SHORT_KEYS | OWN_KEYS)
 
-    try:
-        given = key_values(arguments, SHORT, "scripts.interpret", "model=DIR file=PATH", ("model",))
-        file = given.pop("file", None)
-        given = {"recipe": "proactivellm", "log.wandb": "disabled"} | given
-        config = compose([f"{key}={value}" for key, value in given.items()])
-        options, head = config.proactive, config.proactive.head
-        if config.streaming.layout != "scheduled":
-            raise ConfigError(
-                f"streaming.layout={config.streaming.layout} is not simultaneous; use recipe=proactivellm"
-            )
-        check_heads(options)
-        if (
-            DECISION_HEADS.resolve(head).calibrated
-            and options.setting is None
-            and options.calibration_path is None
-            and "data.path" not in given
-        ):
-            raise ConfigError(
-                f"proactive.head={head} needs a threshold: give setting=…, or data=… to calibrate it on"
-            )
-        for text in interpret(config, read_lines(file)):
-            print(text, flush=True)
-        return 0
-    except OnstreamError as error:
-        print_error(error)
-        return 1
+
+def print_traces(arguments: list[str]) -> None:
+    values = key_values(
+        arguments,
+        SHORT_KEYS,
+        module="scripts.interpret",
+        usage="model=DIR file=PATH",
+        required=("model",),
+    )
+    file = values.pop("file", None)
+    config = compose_values({"recipe": "proactivellm", "log.wandb": "disabled"} | values)
+    check_decisions(config, calibrates="data.path" in values)
+    for text in demo_simultaneous(config, read_lines(file)):
+        print(text, flush=True)
+
+
+def check_decisions(config, calibrates: bool) -> None:
+    """Refuse a config whose decision head cannot decide.
+
+    Args:
+        calibrates: whether the user gave data to calibrate a threshold on.
+
+    Raises:
+        ConfigError: the mode is another one, or the head has no setting that it can use.
+    """
+    from recipes.components import DECISION_HEADS
+    from rollouts.simultaneous.decision import check_heads
+
+    if config.streaming.layout != "scheduled":
+        raise ConfigError(
+            f"streaming.layout={config.streaming.layout} is not simultaneous; "
+            "use recipe=proactivellm"
+        )
+    options = config.proactive
+    check_heads(options)
+    if not DECISION_HEADS.resolve(options.head).calibrated or calibrates:
+        return
+    if options.setting is None and options.calibration_path is None:
+        raise ConfigError(
+            f"proactive.head={options.head} needs a threshold: "
+            "give setting=…, or data=… to calibrate it on"
+        )
 
 
 def read_lines(file: str | None) -> list[str]:
-    """The lines that are not blank. Raises DataError: there are none, or the file cannot be
-    read."""
-    from recipes.errors import DataError
+    """The lines of a file, or of standard input, that are not blank.
 
+    Raises:
+        DataError: there are none, or the file cannot be read.
+    """
     try:
-        text = (
-            sys.stdin.read()
-            if file is None
-            else Path(file).expanduser().read_text(encoding="utf-8")
-        )
+        if file is None:
+            text = sys.stdin.read()
+        else:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"file={file} cannot be read as text: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -81,9 +96,8 @@ def read_lines(file: str | None) -> list[str]:
     return lines
 
 
-def interpret(config, lines: list[str]) -> Iterator[str]:
-    """For each line, a text with its units in one column and what was written after each in
-    another.
+def demo_simultaneous(config, lines: list[str]) -> Iterator[str]:
+    """For each line, the `trace` of what the model reads and writes.
 
     Raises:
         OnstreamError: the model, the head or a line cannot be used.
@@ -118,27 +132,23 @@ def interpret(config, lines: list[str]) -> Iterator[str]:
 
 
 def trace(prompt, trajectory, tokenizer) -> str:
-    """A line per unit: it, and what was written when it was the last one read."""
-    units = [
-        tokenizer.decode(unit, skip_special_tokens=True).strip() for unit in prompt.segments[1:]
-    ]
+    """A line per unit: the unit, and what was written while it was the last one read."""
+
+    def decode(ids) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    # The first segment is what comes before the source.
+    units = [decode(unit) for unit in prompt.segments[1:]]
+    written: list[list[int]] = [[] for _ in units]
+    tokens = zip(trajectory.completion_ids, trajectory.reads, trajectory.sampled)
+    for token, units_read, sampled in tokens:
+        # A token that was forced, not sampled, is no decision of the model's.
+        if sampled and 1 <= units_read <= len(units):
+            written[units_read - 1].append(token)
     width = max(map(len, units))
-    texts = [
-        tokenizer.decode(
-            [
-                token
-                for token, read, sampled in zip(
-                    trajectory.completion_ids, trajectory.reads, trajectory.sampled
-                )
-                if sampled and read == place + 1
-            ],
-            skip_special_tokens=True,
-        ).strip()
-        for place in range(len(units))
-    ]
-    return "".join(f"{unit:<{width}}  {text}".rstrip() + "\n" for unit, text in zip(units, texts))
+    lines = [f"{unit:<{width}}  {decode(ids)}".rstrip() for unit, ids in zip(units, written)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    sys.exit(main(sys.argv[1:]))
+    launch(main)

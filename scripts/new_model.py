@@ -1,43 +1,64 @@
-"""Makes an untrained model for some data: a Qwen3 decoder with random weights, and a tokenizer
-learned from its texts.
+"""Makes an untrained model for some data: a Qwen3 decoder and a tokenizer learned from its texts.
 
-    python -m scripts.new_model out=DIR data=translation [vocab=8000 hidden=256 layers=4 heads=4 seed=0]
+    python -m scripts.new_model out=DIR data=translation
+    python -m scripts.new_model out=DIR data=translation vocab=4000 hidden=128 layers=2 heads=4
     python -m scripts.new_model out=DIR data=FOLDER data.prompt_column=en data.target_column=de
 
-`data` is anything `data.path` takes, and every other key of the config's `data` works too.
-`model.path=DIR` then trains it. The tokenizer is a byte-level BPE of at most `vocab` tokens for
-sources and targets together; a word with the space before it is encoded by itself, and so is each
-digit. It has one special token, <|endoftext|>, which ends and pads texts; none begins them
-(bos_token is None), and there is no chat template."""
+`data` is anything that `data.path` takes, and every other key of the config's `data` works too.
+`model.path=DIR` then trains the model.
+
+The tokenizer is a byte-level BPE. A word with the space before it is encoded by itself, and so is
+each digit. The one special token, <|endoftext|>, ends and pads texts. No token begins them
+(bos_token is None), and there is no chat template.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from scripts.cli import print_error, quiet_libraries
+from recipes.errors import ConfigError
+from recipes.registry import nearest
+from scripts.cli import compose_values, key_values, launch, run_command
 
 END = "<|endoftext|>"
-SIZES = {"vocab": 8000, "hidden": 256, "layers": 4, "heads": 4}  # and their defaults
-SMALLEST = 257  # tokens: one per byte, and the end token
+SHORT_KEYS = {"data": "data.path"}
+OWN_KEYS = {
+    "out": "New folder for the model.",
+    "vocab": "The most tokens of the tokenizer, for sources and targets together; default: 8000.",
+    "hidden": "Width of the model, an even multiple of heads; default: 256.",
+    "layers": "Number of layers; default: 4.",
+    "heads": "Number of attention heads in a layer; default: 4.",
+    "seed": "Seed of the random weights; default: 0.",
+}
+SMALLEST_VOCAB = 257  # a token per byte, and the end token
 CONTEXT = 2048  # tokens
+# Words with the space before them, single digits, runs of other signs, white space.
+WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model, under the names of their keys, with their defaults."""
+
+    vocab: int = 8000
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
-    from recipes.errors import OnstreamError
+    """Make the model that the arguments describe; returns the exit status."""
+    return run_command(print_new_model, arguments, __doc__, SHORT_KEYS | OWN_KEYS)
 
-    try:
-        print(make(arguments))
-        return 0
-    except OnstreamError as error:
-        print_error(error)
-        return 1
+
+def print_new_model(arguments: list[str]) -> None:
+    print(make(arguments))
 
 
 def make(arguments: list[str]) -> str:
-    """Write the model that the arguments ask for; returns a line on it.
+    """Write the model that the arguments describe; returns a line about it.
 
     Raises:
         ConfigError: an unknown or missing key, or an impossible value.
@@ -46,81 +67,88 @@ def make(arguments: list[str]) -> str:
     import torch
     from transformers import Qwen3ForCausalLM
 
-    from recipes.errors import ConfigError
-
-    folder, sizes, config = read(arguments)
+    folder, sizes, config = parse(arguments)
     texts = list(texts_of(config))
-    tokenizer = learn_tokenizer(texts, sizes["vocab"])
+    tokenizer = learn_tokenizer(texts, sizes.vocab)
     torch.manual_seed(config.seed)
-    model = Qwen3ForCausalLM(
-        qwen3(tokenizer, hidden=sizes["hidden"], layers=sizes["layers"], heads=sizes["heads"])
-    )
+    shape = qwen3(tokenizer, hidden=sizes.hidden, layers=sizes.layers, heads=sizes.heads)
+    model = Qwen3ForCausalLM(shape)
     try:
         save(folder, model, tokenizer)
     except OSError as error:
         raise ConfigError(
             f"out={folder}: cannot be written: {error}; choose another folder"
         ) from error
-    words = sum(len(text.split()) for text in texts)
-    tokens = sum(map(len, tokenizer(texts).input_ids))
+    word_count = sum(len(text.split()) for text in texts)
+    token_count = sum(map(len, tokenizer(texts).input_ids))
     return (
         f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, "
-        f"{tokens / words:.2f} of them per word of {len(texts)} texts"
+        f"{token_count / word_count:.2f} of them per word of {len(texts)} texts"
     )
 
 
-def read(arguments: list[str]):
-    """(folder, the sizes, the config of the data and the seed)."""
-    from recipes.compose import compose, schema_keys
-    from recipes.errors import ConfigError
-    from recipes.registry import nearest
-    from scripts.evaluate import key_values
+def parse(arguments: list[str]):
+    """The new folder, the sizes, and the config with the data and the seed.
 
-    given = key_values(
+    Raises:
+        ConfigError: an unknown or missing key, or an impossible value.
+    """
+    values = key_values(
         arguments,
-        {"data": "data.path"},
-        "scripts.new_model",
-        "out=DIR data=NAME_OR_FILE",
-        ("out", "data"),
+        SHORT_KEYS,
+        module="scripts.new_model",
+        usage="out=DIR data=NAME_OR_FILE",
+        required=("out", "data"),
     )
-    valid = {
-        "out",
-        "data",
-        "seed",
-        *SIZES,
-        *(key for key in schema_keys() if key.startswith("data.")),
-    }
-    if odd := next((key for key in given if key not in valid), None):
-        raise ConfigError(f"there is no key '{odd}'{nearest(odd, valid)}")
-    folder = Path(given.pop("out")).expanduser()
+    check_keys(values)
+    folder = Path(values.pop("out")).expanduser()
     if folder.exists():
         raise ConfigError(f"out={folder} exists; give a new folder, or delete it")
-    sizes = {}
-    for key, default in SIZES.items():
-        value = given.pop(key, str(default))
+    sizes = take_sizes(values)
+    return folder, sizes, compose_values({"recipe": "sft"} | values)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raises ConfigError: a key is no size and none of the config's `data`."""
+    from recipes.compose import schema_keys
+
+    sizes = {field.name for field in fields(Sizes)}
+    data_keys = {key for key in schema_keys() if key.startswith("data.")}
+    valid = {"out", "data", "seed"} | sizes | data_keys
+    for key in keys:
+        if key not in valid:
+            raise ConfigError(f"there is no key '{key}'{nearest(key, valid)}")
+
+
+def take_sizes(values: dict[str, str]) -> Sizes:
+    """Remove the sizes from the arguments, and return them.
+
+    Raises:
+        ConfigError: a size is no whole number, or the sizes do not fit together.
+    """
+    given = {}
+    for field in fields(Sizes):
+        value = values.pop(field.name, str(field.default))
         if not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"{key}={value} must be a whole number, 1 or more")
-        sizes[key] = int(value)
-    if sizes["vocab"] < SMALLEST:
+            raise ConfigError(f"{field.name}={value} must be a whole number, 1 or more")
+        given[field.name] = int(value)
+    sizes = Sizes(**given)
+    if sizes.vocab < SMALLEST_VOCAB:
         raise ConfigError(
-            f"vocab={sizes['vocab']} must be {SMALLEST} or more: one token per byte, and the end token"
+            f"vocab={sizes.vocab} must be {SMALLEST_VOCAB} or more: "
+            "one token per byte, and the end token"
         )
-    if sizes["hidden"] % (2 * sizes["heads"]):  # rotary positions turn pairs
-        raise ConfigError(
-            f"hidden={sizes['hidden']} must be an even multiple of heads={sizes['heads']}"
-        )
-    return (
-        folder,
-        sizes,
-        compose(["recipe=sft", *(f"{key}={value}" for key, value in given.items())]),
-    )
+    # Rotary positions turn pairs of a head's channels.
+    if sizes.hidden % (2 * sizes.heads):
+        raise ConfigError(f"hidden={sizes.hidden} must be an even multiple of heads={sizes.heads}")
+    return sizes
 
 
 def texts_of(config) -> Iterator[str]:
-    """The sources and targets of the data. Generated data is that of seed 0: the seed is of the
-    weights alone."""
+    """The sources and targets of the data."""
     from rollouts.data.load import configured_examples
 
+    # The user's seed is that of the weights; generated data is always that of seed 0.
     for example in configured_examples(config.data, seed=0):
         yield from (message["content"] for message in example.messages)
         if example.solution is not None:
@@ -130,37 +158,46 @@ def texts_of(config) -> Iterator[str]:
 def learn_tokenizer(
     texts: Iterable[str], vocab: int, special: Sequence[str] = (END,), end: str = END
 ):
-    """A byte-level BPE of at most `vocab` tokens, padded by the first special one; any text
-    encodes, and decodes as it was. Letters, a digit or other signs, with a space before them, are
-    encoded by themselves, so a text's ids are those of its words joined."""
+    """A byte-level BPE tokenizer that encodes any text, and decodes it as it was.
+
+    A text's ids are those of its words joined: a word with the space before it is encoded by
+    itself. So are each digit and each run of other signs.
+
+    Args:
+        vocab: the most tokens.
+        special: the special tokens; the first one pads.
+        end: the special token that ends texts.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    word_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, word_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab,
-            special_tokens=list(special),
-            show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(special),
+        show_progress=False,
+        # Every byte has a token, so that any text encodes.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token=special[0], model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=special[0],
+        model_max_length=CONTEXT,
     )
 
 
 def qwen3(tokenizer, *, hidden: int, layers: int, heads: int, vocab: int = 0):
-    """The config of a small Qwen3 decoder; `vocab`: rows of its embedding, 0 for as many as there
-    are tokens."""
+    """The config of a small Qwen3 decoder.
+
+    Args:
+        vocab: the rows of its embedding; 0 for as many as there are tokens.
+    """
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -181,7 +218,7 @@ def qwen3(tokenizer, *, hidden: int, layers: int, heads: int, vocab: int = 0):
 
 
 def save(folder: Path, model, tokenizer) -> None:
-    """Write a model folder, whose generation ends on the tokenizer's end token."""
+    """Write a model folder, in which generation ends on the tokenizer's end token."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(
@@ -192,5 +229,4 @@ def save(folder: Path, model, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    sys.exit(main(sys.argv[1:]))
+    launch(main)

@@ -8,32 +8,37 @@ DIR/text is a Qwen2 model for `model.path`. DIR/speech is the speech encoder wit
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from scripts.cli import print_error
+from recipes.errors import ConfigError, ModelError
+from scripts.cli import key_values, launch, run_command
+
+OWN_KEYS = {
+    "model": "Qwen2-Audio model: a folder, or a name on the Hugging Face hub.",
+    "out": "New folder, in which the two folders are written.",
+}
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status; an error is one line on stderr."""
-    from recipes.errors import ConfigError, OnstreamError
-    from scripts.evaluate import key_values
+    """Split the model that the arguments name; returns the exit status."""
+    return run_command(split_command, arguments, __doc__, OWN_KEYS)
 
-    try:
-        options = key_values(
-            arguments, {}, "scripts.split_qwen2_audio", "model=DIR out=DIR", ("model", "out")
-        )
-        if unknown := sorted(options.keys() - {"model", "out"}):
-            raise ConfigError(f"there is no key '{unknown[0]}'; the keys are model and out")
-        out = Path(options["out"]).expanduser()
-        if out.exists():
-            raise ConfigError(f"out={out} exists; give a new folder, or delete it")
-        split(options["model"], out)
-        print(f"{out}/text  {out}/speech")
-        return 0
-    except OnstreamError as error:
-        print_error(error)
-        return 1
+
+def split_command(arguments: list[str]) -> None:
+    values = key_values(
+        arguments,
+        {},
+        module="scripts.split_qwen2_audio",
+        usage="model=DIR out=DIR",
+        required=tuple(OWN_KEYS),
+    )
+    if unknown := sorted(values.keys() - OWN_KEYS.keys()):
+        raise ConfigError(f"there is no key '{unknown[0]}'; the keys are model and out")
+    out = Path(values["out"]).expanduser()
+    if out.exists():
+        raise ConfigError(f"out={out} exists; give a new folder, or delete it")
+    split(values["model"], out)
+    print(f"{out}/text  {out}/speech")
 
 
 def split(model: str, out: Path) -> None:
@@ -51,8 +56,6 @@ def split(model: str, out: Path) -> None:
 def load_whole(model: str):
     """The config, the tokenizer and the model of a Qwen2-Audio folder or hub name."""
     from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
-
-    from recipes.errors import ModelError
 
     try:
         config = AutoConfig.from_pretrained(model)
@@ -94,4 +97,4 @@ def write_speech(config, whole, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    launch(main)

@@ -1,22 +1,30 @@
-"""Makes the embedded models of recipes/models from seeds, by the project's own recipes, and checks
-the files there.
+"""Makes the embedded models of recipes/models from seeds, by the project's own recipes.
 
-`stories-student` is trained from random weights on the stories' worked solutions and stopped early.
-`stories-teacher` goes on from it for much longer. As with a base student and a chat teacher, they
-share a vocabulary but end on different tokens: the student on <|endoftext|>, the teacher on
-<|im_end|>. `stories-verbose`, whose answers are there to be shortened, learns solutions with
-redundant steps. `stories-streaming` thinks while it reads, in many ways: the recipe `streaming_sft`
-makes it from the student, which calculates right about half of the time. `translation-untrained`
-has random weights, and words of the invented languages of `data.path=translation`.
+    python -m scripts.tiny_models                     check the files, and list the models
+    python -m scripts.tiny_models --remake            make all models again
+    python -m scripts.tiny_models --remake NAME …     make these again, with their manifest entries
+        --out DIR          there, instead of in recipes/models
+        --steps N          with at most N training steps, to see that the command works
+        --vocab-size V     with embeddings padded to V rows, e.g. 151936
 
-    python -m scripts.tiny_models                        check the files against the manifest, and list the models
-    python -m scripts.tiny_models --remake [NAME …]      make them again, and their entries of the manifest
-        --out DIR           there instead of in recipes/models
-        --steps N           shortened, to see that the command works
-        --vocab-size V      with embeddings padded to V rows, e.g. 151936
+The models are:
 
-A model depends on the rounding of the machine, and so on its number of threads: made elsewhere, it
-differs. That is why the files come with the project."""
+    stories-student         trained from random weights on the stories' worked solutions, and
+                            stopped early
+    stories-teacher         goes on from the student for much longer
+    stories-verbose         learns solutions with redundant steps; its answers are there to be
+                            shortened
+    stories-streaming       thinks while it reads, in many ways; recipe=streaming_sft makes it from
+                            the student, which calculates right about half of the time
+    translation-untrained   random weights, and the words of the invented languages of
+                            data.path=translation
+
+The student and the teacher share a vocabulary but end on different tokens, as a base student and a
+chat teacher do: the student on <|endoftext|>, the teacher on <|im_end|>.
+
+A model depends on the rounding of the machine, and so on its number of threads. A model made
+elsewhere differs. That is why the files come with the project.
+"""
 
 from __future__ import annotations
 
@@ -33,37 +41,51 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from recipes import embedded
-from recipes.errors import ModelError, OnstreamError
+from recipes.errors import ModelError
 from recipes.registry import nearest
-from scripts.cli import print_error, quiet_libraries
+from scripts.cli import launch, run_command
 from scripts.new_model import learn_tokenizer, qwen3, save
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+HEAD_SIZE = 32
+TEXTS = 2000  # generated ones, which a tokenizer is learned from
+EVALUATION_PROMPTS = 400
+SHORTENED_PROMPTS = 40  # the evaluation prompts of a shortened remake
 
 
 @dataclass(frozen=True)
 class TinyModel:
     """How one tiny model is made."""
 
-    end: str  # its end token
-    steps: int  # of supervised fine-tuning
+    # Its end token.
+    end: str
+    # Steps of supervised fine-tuning.
+    steps: int
     seed: int
-    start: str | None = None  # the model it goes on from; None: random weights
+    # The model that it goes on from; None for random weights.
+    start: str | None = None
     hidden: int = 128
     layers: int = 3
     lr: float = 5e-3
-    schedule: str = "cosine"  # of the learning rate, after 20 steps of warm-up
-    prompts: int = 48  # per step
+    # Of the learning rate, after 20 steps of warm-up.
+    schedule: str = "cosine"
+    # Prompts per step.
+    prompts: int = 48
     recipe: str = "sft"
-    verbose: bool = False  # learns solutions with redundant steps
-    difficulty: int = 3  # of the stories it learns
-    vocab_size: int = 0  # of the embedding; 0: the tokenizer's
-    # arguments of scripts.evaluate; (): it has no accuracy
+    # Whether it learns solutions with redundant steps.
+    verbose: bool = False
+    # Of the stories that it learns.
+    difficulty: int = 3
+    # Rows of the embedding; 0 for as many as the tokenizer has tokens.
+    vocab_size: int = 0
+    # Arguments of scripts.evaluate; none for a model without an accuracy.
     evaluation: tuple[str, ...] = ("data=stories",)
 
 
@@ -102,36 +124,38 @@ MODELS = {
 }
 
 
-def make(name: str, spec: TinyModel, out: Path, prompts: int = 400) -> Path:
-    """Make a model as OUT/NAME, from its start there or among the embedded models, and note it in
-    OUT/manifest.json.
+def make(name: str, spec: TinyModel, out: Path, prompts: int = EVALUATION_PROMPTS) -> Path:
+    """Make a model as OUT/NAME, and note it in OUT/manifest.json.
 
-    Its weights are trained in float32 and written in bfloat16; it is evaluated on so many held-out
-    prompts.
+    Its weights are trained in float32 and written in bfloat16. The model that it goes on from is
+    the one in OUT, else the embedded one.
+
+    Args:
+        prompts: the number of held-out prompts that it is evaluated on.
 
     Raises:
         ModelError: training or evaluating it failed.
     """
     start = None
     if spec.start is not None:
-        start = out / spec.start if (out / spec.start).is_dir() else embedded.FOLDER / spec.start
+        remade = out / spec.start
+        start = remade if remade.is_dir() else embedded.FOLDER / spec.start
     how = f"{spec.steps} steps of recipe={spec.recipe}" if spec.steps else "random weights"
     print(f"making {name} ({how}) in {out}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="onstream-") as folder:
-        work = Path(folder)
-        made = work / "start"
-        initialise(made, spec, start)
+    with tempfile.TemporaryDirectory(prefix="onstream-") as temporary:
+        work = Path(temporary)
+        model = work / "start"
+        initialise(model, spec, start)
         if spec.steps:
             train(work, spec)
-            made = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model"
-        store(made, out / name)
+            model = work / "run" / "checkpoints" / f"step_{spec.steps}" / "model"
+        store(model, out / name)
     note(name, spec, out, prompts)
     return out / name
 
 
 def train(work: Path, spec: TinyModel) -> None:
     """Run the spec's recipe on WORK/start into WORK/run, in a process of one rank."""
-    stories = max(spec.steps * spec.prompts, 1)
     arguments = {
         "recipe": spec.recipe,
         "model.path": work / "start",
@@ -141,7 +165,8 @@ def train(work: Path, spec: TinyModel) -> None:
         "train.lr": spec.lr,
         "train.schedule": spec.schedule,
         "train.prompts_per_step": spec.prompts,
-        "data.stories": stories,
+        # Each story is seen once.
+        "data.stories": spec.steps * spec.prompts,
         "data.difficulty": spec.difficulty,
         "data.verbose": spec.verbose,
         "engine": "zero0",
@@ -157,27 +182,43 @@ def train(work: Path, spec: TinyModel) -> None:
 
 
 def command(arguments: list[str], failure: str) -> str:
-    """Run a command of the project; what it prints is passed on, and the last line returned."""
+    """Run a command of the project, and pass on what it prints; returns its last line.
+
+    Args:
+        failure: what to say of the model where the command fails.
+
+    Raises:
+        ModelError: the command failed.
+    """
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    environment.setdefault("OMP_NUM_THREADS", str(cpu_cores()))
     process = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     line = ""
     for line in process.stdout:
         print(f"  {line}", end="", flush=True)
-    if process.wait():
-        raise ModelError(
-            f"the model {failure} (exit status {process.returncode}); what it printed says why"
-        )
+    status = process.wait()
+    if status:
+        raise ModelError(f"the model {failure} (exit status {status}); what it printed says why")
     return line
 
 
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def store(source: Path, folder: Path) -> None:
-    """Write the model of a folder as `folder`, in bfloat16."""
+    """Write the model of a folder as another folder, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # The folder appears under its name only when it is whole.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
@@ -188,46 +229,58 @@ def store(source: Path, folder: Path) -> None:
 
 def note(name: str, spec: TinyModel, out: Path, prompts: int) -> None:
     """Evaluate OUT/NAME, and write its entry of OUT/manifest.json."""
-    import torch
-    import transformers
-
     entry = {
         "command": f"python -m scripts.tiny_models --remake {name}",
         "made": f"{datetime.date.today()}",
         "commit": commit(),
-        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "machine": machine(),
         "spec": asdict(spec),
     }
     if spec.evaluation:
-        engine = "streaming" if spec.recipe == "streaming_sft" else "hf"
-        arguments = [
-            f"model={out / name}",
-            "k=8",
-            f"engine={engine}",
-            f"size={prompts}",
-            *spec.evaluation,
-        ]
-        scores = json.loads(
-            command(["-m", "scripts.evaluate", *arguments], "could not be evaluated")
-        )
-        entry["evaluation"] = {
-            "command": " ".join(["python -m scripts.evaluate", f"model={name}", *arguments[1:]]),
-            "prompts": scores["prompts"],
-            "avg@8": round(scores["avg@8"], 4),
-            "length_mean": round(scores["length_mean"], 2),
-        }
+        entry["evaluation"] = measure(name, spec, out, prompts)
     entry["files"] = {
         file.name: [file.stat().st_size, checksum(file)] for file in sorted((out / name).iterdir())
     }
-    path = out / embedded.MANIFEST
-    entries = embedded.manifest(out) if path.exists() else {}
-    path.write_text(json.dumps(entries | {name: entry}, indent=1, sort_keys=True) + "\n")
+    manifest = out / embedded.MANIFEST
+    entries = embedded.manifest(out) if manifest.exists() else {}
+    entries[name] = entry
+    manifest.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+
+def measure(name: str, spec: TinyModel, out: Path, prompts: int) -> dict:
+    """Evaluate OUT/NAME; returns the scores, and the command that measures them.
+
+    Raises:
+        ModelError: evaluating it failed.
+    """
+    engine = "streaming" if spec.recipe == "streaming_sft" else "hf"
+    arguments = ["k=8", f"engine={engine}", f"size={prompts}", *spec.evaluation]
+    last_line = command(
+        ["-m", "scripts.evaluate", f"model={out / name}", *arguments], "could not be evaluated"
+    )
+    scores = json.loads(last_line)
+    return {
+        "command": " ".join(["python -m scripts.evaluate", f"model={name}", *arguments]),
+        "prompts": scores["prompts"],
+        "avg@8": round(scores["avg@8"], 4),
+        "length_mean": round(scores["length_mean"], 2),
+    }
+
+
+def machine() -> str:
+    """What a model's rounding depends on: cores, threads and libraries."""
+    import torch
+    import transformers
+
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return (
+        f"{cpu_cores()} CPU cores, {threads} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
 
 
 def commit() -> str:
-    """The commit of the checkout, with a plus where files differ from it; "unknown" without git."""
+    """The commit of the checkout, or "unknown" without git; a plus: files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
         cwd=ROOT,
@@ -242,31 +295,36 @@ def checksum(file: Path) -> str:
 
 
 def check(folder: Path) -> dict:
-    """The manifest of a folder of models, every file of which is as it says.
+    """Compare a folder of models with its manifest; returns the manifest.
 
     Raises:
         ModelError: a file is missing, changed, or not in the manifest; the message names it.
     """
-    path, entries = folder / embedded.MANIFEST, embedded.manifest(folder)
-    there = {file.relative_to(folder) for file in folder.glob("*/*")}
+    manifest = folder / embedded.MANIFEST
+    entries = embedded.manifest(folder)
+    unlisted = set(folder.glob("*/*"))
     for name, entry in entries.items():
-        for file, (size, digest) in entry["files"].items():
-            place = folder / name / file
-            if not place.is_file():
-                raise ModelError(f"{place} is missing; take it from the repository again")
-            if place.stat().st_size != size or checksum(place) != digest:
+        for file_name, (size, digest) in entry["files"].items():
+            file = folder / name / file_name
+            if not file.is_file():
+                raise ModelError(f"{file} is missing; take it from the repository again")
+            if file.stat().st_size != size or checksum(file) != digest:
                 raise ModelError(
-                    f"{place} is not the file that {path} lists; take it from the repository again"
+                    f"{file} is not the file that {manifest} lists; "
+                    "take it from the repository again"
                 )
-            there.discard(place.relative_to(folder))
-    if there:
-        raise ModelError(f"{folder / sorted(there)[0]} is not in {path}; delete it")
+            unlisted.discard(file)
+    if unlisted:
+        raise ModelError(f"{min(unlisted)} is not in {manifest}; delete it")
     return entries
 
 
 def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None:
-    """Write the untrained model and its tokenizer: random weights, or those of `start`, with
-    `spec.end`."""
+    """Write a model that is to be trained, and its tokenizer.
+
+    Args:
+        start: the model folder whose weights it has; None for random weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
@@ -279,7 +337,7 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
         tokenizer,
         hidden=spec.hidden,
         layers=spec.layers,
-        heads=spec.hidden // 32,
+        heads=spec.hidden // HEAD_SIZE,
         vocab=spec.vocab_size,
     )
     if start is None:
@@ -290,12 +348,11 @@ def initialise(folder: Path, spec: TinyModel, start: Path | None = None) -> None
 
 
 def make_tokenizer(end: str, verbose: bool = False):
-    """A byte-level BPE of up to 512 tokens learned from stories, each digit a token of its own; any
-    text encodes."""
+    """A byte-level BPE of up to 512 tokens, learned from stories; each digit is a token."""
     from rollouts.data.stories import story
 
     texts = []
-    for index in range(2000):
+    for index in range(TEXTS):
         sample = story(0, index, "train", difficulty=4, verbose=verbose)
         texts += [f"user\n{sample.prompt}\nassistant\n", sample.solution]
     tokenizer = learn_tokenizer(texts, 512, SPECIAL, end)
@@ -304,53 +361,73 @@ def make_tokenizer(end: str, verbose: bool = False):
 
 
 def translation_tokenizer():
-    """One of the invented languages of `data.path=translation`, in which every word is a token."""
+    """A tokenizer in which every word of `data.path=translation` is a token."""
     from rollouts.data.translation import translation
 
-    made = [translation(0, index, "train") for index in range(2000)]
-    return learn_tokenizer([text for one in made for text in (one.source, one.target)], 700)
+    texts = []
+    for index in range(TEXTS):
+        sample = translation(0, index, "train")
+        texts += [sample.source, sample.target]
+    return learn_tokenizer(texts, 700)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.tiny_models", description="check, list or make the embedded models"
-    )
-    parser.add_argument(
-        "--remake", nargs="*", metavar="NAME", help="make these; without a name, all"
-    )
-    parser.add_argument("--out", type=Path, default=embedded.FOLDER, help="the folder they go to")
-    parser.add_argument("--steps", type=int, help="of training, instead of what each takes")
-    parser.add_argument(
-        "--vocab-size", type=int, default=0, help="pad the embedding to so many rows"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        if options.remake is None:
-            for name, entry in check(options.out).items():
-                size = sum(size for size, _ in entry["files"].values())
-                accuracy = "untrained"
-                if "evaluation" in entry:
-                    accuracy = f"avg@8 {entry['evaluation']['avg@8']:.3f}"
-                print(
-                    f"{name:24} {size / 2**20:.2f} MiB  {accuracy:12} made {entry['made']} at "
-                    f"{entry['commit']}"
-                )
-            return 0
-        for name in options.remake:
-            if name not in MODELS:
-                raise ModelError(f"there is no model '{name}'{nearest(name, MODELS)}")
-        for name in options.remake or MODELS:
-            spec, prompts = replace(MODELS[name], vocab_size=options.vocab_size), 400
-            if options.steps is not None:
-                spec, prompts = replace(spec, steps=min(spec.steps, options.steps)), 40
-            print(make(name, spec, options.out, prompts))
-        return 0
-    except OnstreamError as error:
-        print_error(error)
-        return 1
+    """Check, list or make the embedded models; returns the exit status."""
+    return run_command(check_or_remake, arguments, __doc__, keys={})
+
+
+def check_or_remake(arguments: list[str]) -> None:
+    options = parse(arguments)
+    if options.remake is None:
+        list_models(options.out)
+    else:
+        remake(options)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    # The module's docstring is the help, so the parser has none of its own.
+    parser = argparse.ArgumentParser(prog="python -m scripts.tiny_models", add_help=False)
+    parser.add_argument("--remake", nargs="*", metavar="NAME")
+    parser.add_argument("--out", type=Path, default=embedded.FOLDER)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--vocab-size", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def list_models(folder: Path) -> None:
+    """Print a line per model of a folder, whose files are checked.
+
+    Raises:
+        ModelError: a file is not as the manifest says.
+    """
+    for name, entry in check(folder).items():
+        size = sum(size for size, _ in entry["files"].values())
+        accuracy = "untrained"
+        if "evaluation" in entry:
+            accuracy = f"avg@8 {entry['evaluation']['avg@8']:.3f}"
+        print(
+            f"{name:24} {size / 2**20:.2f} MiB  {accuracy:12} "
+            f"made {entry['made']} at {entry['commit']}"
+        )
+
+
+def remake(options: argparse.Namespace) -> None:
+    """Make the models that the options name, or all.
+
+    Raises:
+        ModelError: a name is unknown, or training or evaluating a model failed.
+    """
+    for name in options.remake:
+        if name not in MODELS:
+            raise ModelError(f"there is no model '{name}'{nearest(name, MODELS)}")
+    for name in options.remake or MODELS:
+        spec = replace(MODELS[name], vocab_size=options.vocab_size)
+        prompts = EVALUATION_PROMPTS
+        if options.steps is not None:
+            spec = replace(spec, steps=min(spec.steps, options.steps))
+            prompts = SHORTENED_PROMPTS
+        print(make(name, spec, options.out, prompts))
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    sys.exit(main(sys.argv[1:]))
+    launch(main)

@@ -48,9 +48,8 @@ def test_the_first_column_is_the_text_and_the_second_what_was_written_then(model
         ["a", "small", "dog", "runs"],
     ]
     assert all(not any(texts[:-1]) and texts[-1] for _, texts in whole)
-    for units, texts in (
-        columns(block) for block in shown(capsys, *common, "head=wait_k", "setting=2")
-    ):
+    for block in shown(capsys, *common, "head=wait_k", "setting=2"):
+        _, texts = columns(block)
         assert texts[0] == "" and texts[1]
 
 
@@ -72,7 +71,8 @@ def test_standard_input_and_a_head_that_is_calibrated(model, monkeypatch, capsys
     [
         (
             (),
-            "proactive.head=entropy needs a threshold: give setting=…, or data=… to calibrate it on",
+            "proactive.head=entropy needs a threshold: "
+            "give setting=…, or data=… to calibrate it on",
         ),
         (("setting=-1",), "proactive.setting=-1 must be 0 or more (nats) for this head"),
         (("head=wait_k",), "proactive.head=wait_k needs proactive.setting: 1 or more (units)"),

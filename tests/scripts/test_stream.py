@@ -11,7 +11,7 @@ import torch
 from recipes.compose import compose
 from rollouts.data.examples import Example
 from rollouts.streaming.prompts import streaming_prompts
-from scripts.stream import arrive, main, sentences_of
+from scripts.stream import THOUGHT_STYLE, TokenPrinter, arrive, main, sentences_of
 from trainers.core.policy import check_model
 from trainers.core.rollout import make_engine
 from trainers.modes import reading_mode
@@ -21,8 +21,8 @@ QUESTION = "How many pens has he now?"
 SENTENCES = ("Dr. Lee has 3.5 boxes.", '"Take two," he said.', "It rains!")
 TEXT = f"{SENTENCES[0]} {SENTENCES[1]}\n{QUESTION} {SENTENCES[2]}\n"
 LAST = re.compile(
-    r"3 sentences, \d <skip>; (\d+) tokens streamed, (\d+) deep; answer (\d+\.\d\d) s after the last "
-    r"word\n$"
+    r"3 sentences, \d <skip>; (\d+) tokens streamed, (\d+) deep; "
+    r"answer (\d+\.\d\d) s after the last word\n$"
 )
 
 
@@ -138,7 +138,8 @@ def test_sentences_are_found_as_they_arrive():
         ("1. He left.", 8.0),
         ("Then it rained", 10.0),
     ]
-    quoted = iter([(f"{word} ", 0.0) for word in '"Go. Run!" he said. They ran.'.split()])
+    text = '"Go. Run!" he said. They ran.'
+    quoted = iter([(f"{word} ", 0.0) for word in text.split()])
     assert [sentence for sentence, _ in sentences_of(quoted, None, "text")] == [
         '"Go. Run!" he said.',
         "They ran.",
@@ -155,6 +156,23 @@ def test_words_keep_coming_while_nobody_looks():
     times += [when for _, when in arriving]
     assert len(times) == 4 and times[-1] < woke
     assert min(after - before for before, after in zip([started, *times], times)) > 0.045
+
+
+def test_a_character_of_several_tokens_is_printed_when_it_is_whole(streaming_model, capsys):
+    tokenizer, _ = check_model("model", str(streaming_model))
+    end = tokenizer.eos_token_id
+    printer = TokenPrinter(tokenizer, {end}, THOUGHT_STYLE)
+    first, *middle, last = tokenizer("中").input_ids
+    for token in (first, *middle):
+        printer.add(token)
+    assert capsys.readouterr().out == ""
+    printer.add(last)
+    assert capsys.readouterr().out == "中"
+    printer.add(first)
+    printer.add(end)
+    assert capsys.readouterr().out == ""
+    printer.flush()
+    assert capsys.readouterr().out == "\ufffd"
 
 
 @pytest.mark.parametrize(
