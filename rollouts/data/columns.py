@@ -1,24 +1,25 @@
-"""Rows to examples: which column is what.
+"""Rows to examples: which column holds what.
 
 Columns that are not named are looked for in a fixed order, once per file:
 
 - prompt: `prompt`, `messages`, `conversations`, `question`, `problem`, `instruction` (with the
-  `input` that it is about), `input`; text, or a list of chat turns, of which a final one of the
-  assistant is no part;
-- answer: `reward_model.ground_truth`, `answer`, `final_answer`, `ground_truth`, `solution`;
-- solution, the target of supervised training: that final assistant turn, else the worked text that
-  the answer was taken from, else `solution`, `output`, `response`, `completion`, `chosen`; text, or
-  one turn of the assistant.
+  `input` that it is about), `input`. It is text or a list of chat turns. A final turn of the
+  assistant is no part of the prompt.
+- answer: `reward_model.ground_truth`, `answer`, `final_answer`, `ground_truth`, `solution`.
+- solution, the target of supervised training: that final turn of the assistant. Else it is the
+  worked text that the answer was taken from. Else it is `solution`, `output`, `response`,
+  `completion` or `chosen`: text, or one turn of the assistant.
 
-An answer column may hold a worked text: `… #### 42` (GSM8K) gives the answer 42 and the solution
-before it, and a `\\boxed{…}` the content of the last box. A list of answers is joined with commas.
-A text to write that is named with `target_column`, as a translation is, becomes the answer and the
-solution as it is."""
+An answer column may hold a worked text. `… #### 42` (GSM8K) gives the answer 42 and the solution
+before it. A `\\boxed{…}` gives the content of the last box. A list of answers is joined with
+commas. The text in a `target_column`, as a translation is, becomes answer and solution as it is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from recipes.errors import DataError
@@ -26,7 +27,7 @@ from rewards.math import BOX, extract_boxed
 from rollouts.data.conversations import chat_turn, instruction_text, refuse_tools, target_text
 from rollouts.data.examples import Example, Message
 from rollouts.data.frames import as_frames
-from rollouts.data.readers import Row
+from rollouts.data.readers import PlacedRow, Row
 from rollouts.data.squad import is_squad, squad
 from rollouts.data.streaming_cot import is_segmented, segmented
 
@@ -42,79 +43,123 @@ PROMPT_COLUMNS = (
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution")
 SOLUTION_COLUMNS = ("solution", "output", "response", "completion", "chosen")
 
+# A worked text that ends in its answer, as GSM8K's do.
+GSM8K = re.compile(r"(?P<worked>.*)####\s*(?P<answer>\S[^\n]*)", re.DOTALL)
+ONLY_A_BOX = re.compile(rf"\$*{BOX}[^\n]*\}}\$*\.?")
+THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3})")
+
+
+@dataclass(frozen=True)
+class NamedColumns:
+    """Columns that the user names, or dotted paths into them. None: found by their names."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one file. None: the file has no such column."""
+
+    prompt: str
+    answer: str | None
+    solution: str | None
+    named: NamedColumns
+
 
 def row_examples(
-    source: str,
-    rows: list[tuple[str, Row]],
-    prompt_column: str | None,
-    answer_column: str | None,
-    target_column: str | None,
-    first_index: int,
+    source: str, rows: Sequence[PlacedRow], named: NamedColumns, first_index: int
 ) -> Iterator[Example]:
+    """The examples of one file.
+
+    Args:
+        source: the file's name.
+        rows: of the file, with their places.
+        named: the columns that the user names.
+        first_index: the index of the first example.
+
+    Raises:
+        DataError: a named column is missing, none is known to hold prompts, or a row cannot be
+            used.
+    """
     if not rows:
         return
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    fields = _fields_reader(source, [row for _, row in rows], named)
+    for index, (place, row) in enumerate(rows, first_index):
+        yield Example(index, **fields(row, f"{source} {place}"))
 
-    def first_of(names: Iterable[str]) -> str | None:
-        return next(
-            (name for name in names if any(_cell(row, name) is not None for _, row in rows)), None
-        )
 
-    named = {
-        "prompt_column": prompt_column,
-        "answer_column": answer_column,
-        "target_column": target_column,
-    }
-    fields = (
-        segmented
-        if is_segmented(columns) and not (prompt_column or target_column)
-        else squad
-        if is_squad(rows[0][1]) and not any(named.values())
-        else None
+def _fields_reader(
+    source: str, rows: list[Row], named: NamedColumns
+) -> Callable[[Row, str], dict[str, Any]]:
+    """What turns a row and its place into the fields of an `Example`, all but the index."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if is_segmented(names) and not (named.prompt or named.target):
+        return segmented
+    if is_squad(rows[0]) and not (named.prompt or named.answer or named.target):
+        return squad
+    return partial(
+        _table_fields, source=source, columns=_choose_columns(source, rows, names, named)
     )
-    if fields is not None:
-        for index, (place, row) in enumerate(rows, first_index):
-            yield Example(index, **fields(row, f"{source} {place}"))
-        return
-    for key, column in named.items():
+
+
+def _choose_columns(source: str, rows: list[Row], names: list[str], named: NamedColumns) -> Columns:
+    def first_of(columns: Iterable[str]) -> str | None:
+        """The first column that has a value in any row."""
+        filled = (
+            column for column in columns if any(_cell(row, column) is not None for row in rows)
+        )
+        return next(filled, None)
+
+    for part in ("prompt", "answer", "target"):
+        column = getattr(named, part)
         if column is not None and first_of([column]) is None:
             raise DataError(
-                f"{source}: no column '{column}' (data.{key}); its columns: {', '.join(columns)}"
+                f"{source}: no column '{column}' (data.{part}_column); "
+                f"its columns: {', '.join(names)}"
             )
-    prompt = prompt_column or first_of(PROMPT_COLUMNS)
+    prompt = named.prompt or first_of(PROMPT_COLUMNS)
     if prompt is None:
         raise DataError(
-            f"{source}: none of its columns is known to hold prompts: {', '.join(columns)}; "
+            f"{source}: none of its columns is known to hold prompts: {', '.join(names)}; "
             "set data.prompt_column to the one that does"
         )
-    answers = answer_column or first_of(ANSWER_COLUMNS)
-    solutions = first_of(SOLUTION_COLUMNS)
-    for index, (place, row) in enumerate(rows, first_index):
-        frames = as_frames(_cell(row, prompt), source) if prompt_column else None
-        refuse_tools(row, f"{source} {place}")
-        asked = (
-            instruction_text(row)
-            if prompt == "instruction" and not prompt_column
-            else _cell(row, prompt)
-        )
-        messages, target = _chat(
-            "frames" if frames is not None else asked, f"{source} {place}", prompt
-        )
-        answer, worked = _answer(
-            _cell(row, answers), is_text=answers == "solution" and answer_column is None
-        )
-        solution = (
-            target
-            or worked
-            or _text(target_text(_cell(row, solutions), f"{source} {place}", solutions))
-        )
-        if answer is None:
-            answer = _answer(solution, is_text=True)[0]
-        if target_column is not None:
-            answer = solution = (
-                cell if isinstance(cell := _cell(row, target_column), str) else _text(cell)
-            )
-        yield Example(index, messages, answer, solution, frames=frames)
+    answer = named.answer or first_of(ANSWER_COLUMNS)
+    return Columns(prompt, answer, first_of(SOLUTION_COLUMNS), named)
+
+
+def _table_fields(row: Row, where: str, source: str, columns: Columns) -> dict[str, Any]:
+    frames = as_frames(_cell(row, columns.prompt), source) if columns.named.prompt else None
+    refuse_tools(row, where)
+    # A source of frames has no text; the word stands in for one.
+    prompt = _prompt(row, columns) if frames is None else "frames"
+    messages, reply = _chat(prompt, where, columns.prompt)
+    answer, solution = _answer_and_solution(row, where, columns, reply)
+    if columns.named.target is not None:
+        answer = solution = _verbatim(_cell(row, columns.named.target))
+    return {"messages": messages, "answer": answer, "solution": solution, "frames": frames}
+
+
+def _prompt(row: Row, columns: Columns) -> Any:
+    if columns.prompt == "instruction" and not columns.named.prompt:
+        return instruction_text(row)
+    return _cell(row, columns.prompt)
+
+
+def _answer_and_solution(
+    row: Row, where: str, columns: Columns, reply: str | None
+) -> tuple[str | None, str | None]:
+    """`reply` is the final turn of the assistant, which comes before all other solutions."""
+    # A column `solution` that nobody named as the answer is a worked text.
+    is_text = columns.answer == "solution" and columns.named.answer is None
+    answer, worked = _answer(_cell(row, columns.answer), is_text)
+    solution = reply or worked
+    if not solution:
+        solution = _text(target_text(_cell(row, columns.solution), where, columns.solution))
+    if answer is None:
+        answer, _ = _answer(solution, is_text=True)
+    return answer, solution
 
 
 def _cell(row: Row, column: str | None) -> Any:
@@ -128,7 +173,7 @@ def _cell(row: Row, column: str | None) -> Any:
 
 
 def _chat(value: Any, where: str, column: str) -> tuple[list[Message], str | None]:
-    """The turns up to the last one of the user, and the assistant's that followed it."""
+    """The turns up to the last one of the user, and the assistant's reply to it."""
     if value is None:
         raise DataError(f"{where}: no '{column}'; give every row a prompt, or drop the row")
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
@@ -137,10 +182,10 @@ def _chat(value: Any, where: str, column: str) -> tuple[list[Message], str | Non
             f"{where}: '{column}' is neither text nor a list of turns with role and content text"
         )
     turns = [chat_turn(turn, where, column) for turn in turns]
-    target = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+    reply = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
     if not turns or not turns[-1]["content"].strip():
         raise DataError(f"{where}: '{column}' is empty; give every row a prompt, or drop the row")
-    return turns, target
+    return turns, reply
 
 
 def _text(value: Any) -> str | None:
@@ -148,22 +193,29 @@ def _text(value: Any) -> str | None:
     if isinstance(value, list):
         value = value[0] if value else None
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of integers with a gap comes back as floats
+        # A column of integers with a gap comes back as floats.
+        value = int(value)
     text = "" if value is None else str(value).strip()
     return text or None
 
 
+def _verbatim(value: Any) -> str | None:
+    return value if isinstance(value, str) else _text(value)
+
+
 def _answer(value: Any, is_text: bool) -> tuple[str | None, str | None]:
-    """The answer in a cell, and the worked text it was taken from. `is_text`: no mark, no
-    answer."""
+    """The answer in a cell, and the worked text that it was taken from.
+
+    Args:
+        is_text: the cell is a worked text, which has no answer without a mark.
+    """
     if isinstance(value, list) and not is_text:
         value = ", ".join(filter(None, map(_text, value)))
     text = _text(value)
     if text is None:
         return None, None
-    if gsm8k := re.fullmatch(r"(.*)####\s*(\S[^\n]*)", text, re.DOTALL):
-        return re.sub(r"(?<=\d),(?=\d{3})", "", gsm8k[2]), gsm8k[1].strip() or None
+    if marked := GSM8K.fullmatch(text):
+        return THOUSANDS_COMMA.sub("", marked["answer"]), marked["worked"].strip() or None
     if boxed := extract_boxed(text):
-        only_a_box = re.fullmatch(rf"\$*{BOX}[^\n]*\}}\$*\.?", text)
-        return boxed, None if only_a_box else text
+        return boxed, None if ONLY_A_BOX.fullmatch(text) else text
     return (None, text) if is_text else (text, None)

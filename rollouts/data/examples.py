@@ -1,4 +1,4 @@
-"""Examples as they come from data, prompts as a model reads them, and which prompts a step takes."""
+"""Examples, the prompts made of them, and the order in which a run takes the prompts."""
 
 from __future__ import annotations
 
@@ -13,63 +13,94 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem. The last message is the user's; what a dataset does not have is None."""
+    """One problem of a data set. A field is None where the data set has nothing for it.
 
-    index: int  # the row of the dataset, over all its files
-    messages: list[Message]  # chat turns, each with `role` and `content`
+    The fields from `sentences` to `deep` belong to a text that is cut into sentences. Its target is
+    a thought per sentence, then `deep`, then `final`.
+    """
+
+    # The row of the data set, counted from 0 over all its files.
+    index: int
+    # Chat turns, each with `role` and `content`. The last one is the user's.
+    messages: list[Message]
+    # What a verifier compares a completion with.
     answer: str | None = None
-    solution: str | None = None  # a supervised target
-    # The parts of a text that is cut into sentences, for streaming: a thought per sentence (<skip>:
-    # none), then `deep` reasoning, then `final`, which holds the answer.
+    # The target of supervised training.
+    solution: str | None = None
+    # The source, in the order in which it is read.
     sentences: tuple[str, ...] | None = None
+    # One per sentence; <skip> where there is nothing to think.
     thoughts: tuple[str, ...] | None = None
+    # What is asked of the sentences, or of `context`.
     question: str | None = None
+    # The end of the target, which holds the answer.
     final: str | None = None
+    # The reasoning after the last thought.
     deep: str | None = None
-    context: str | None = None  # the text that is read unit by unit; None: the last message is
-    # [F, D] float32: the source, where it is no text (rollouts/simultaneous/frames.py)
+    # The text that is read unit by unit. None: the last message is.
+    context: str | None = None
+    # [F, D] float32: a source that is no text.
     frames: np.ndarray | None = None
-    references: tuple[str, ...] | None = None  # all answers that are right, where there are several
+    # All right answers, where the data set has several.
+    references: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt; `index` is that of its example."""
+    """A tokenized prompt."""
 
+    # That of the example.
     index: int
-    token_ids: tuple[int, ...]
+    token_ids: Ids
+    # What the ids spell.
     text: str
     example: Example
-    # streaming: what is read step by step; joined they are `token_ids`
-    segments: tuple[tuple[int, ...], ...] = ()
-    # streaming: what the answer opens with, before the first thought
-    opening: tuple[tuple[int, ...], ...] = ()
+    # What a streaming model reads step by step. Joined, the segments are `token_ids`.
+    segments: tuple[Ids, ...] = ()
+    # What the completion of a streaming model begins with, before anything is sampled.
+    opening: tuple[Ids, ...] = ()
 
 
 class PromptSampler:
-    """Which prompts each step takes: each once per epoch, in that epoch's order; steps may straddle
-    epochs.
+    """Which prompts each step takes: each prompt once per epoch, in that epoch's order.
 
-    It has no state to save: a resumed run asks for step n and gets what an uninterrupted one got.
+    A step may straddle two epochs. There is no state to save: a resumed run asks for step n, and
+    gets what an uninterrupted run got.
+
+    Args:
+        count: the number of prompts, 1 or more.
+        per_step: how many of them a step takes; it may exceed `count`.
+        seed: of the orders.
+
+    Raises:
+        ValueError: `count` or `per_step` is below 1.
     """
 
     def __init__(self, count: int, per_step: int, seed: int):
-        """`count` prompts, of which a step takes `per_step` (which may be more than `count`)."""
         if count < 1 or per_step < 1:
             raise ValueError(f"cannot sample {per_step} of {count} prompts")
-        self.count, self.per_step, self.seed = count, per_step, seed
-        self._cached: tuple[int, list[int]] = (-1, [])
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
+        # Steps go up, so one epoch's order at a time is enough.
+        self._epoch = -1
+        self._order: list[int] = []
 
     def indices(self, step: int) -> list[int]:
-        """The prompts of a step, `per_step` numbers in 0 .. count - 1; steps count from 0."""
+        """The prompts of a step, counted from 0: `per_step` numbers in 0 .. count - 1.
+
+        Raises:
+            ValueError: the step is below 0.
+        """
         if step < 0:
             raise ValueError(f"step {step} is below 0")
         places = range(step * self.per_step, (step + 1) * self.per_step)
-        return [self._order(place // self.count)[place % self.count] for place in places]
+        return [self._epoch_order(place // self.count)[place % self.count] for place in places]
 
-    def _order(self, epoch: int) -> list[int]:
-        if self._cached[0] != epoch:  # places go up, so one epoch at a time is enough
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._epoch != epoch:
             order = list(range(self.count))
+            # A string seeds by its SHA-512, so the order is the same in every process.
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._cached = epoch, order
-        return self._cached[1]
+            self._epoch, self._order = epoch, order
+        return self._order

@@ -1,6 +1,6 @@
 """Reads sources of frames, as speech is.
 
-The encoder of frames is in `rollouts.simultaneous.frames`."""
+`rollouts.simultaneous.frames` has the encoder that turns them into embeddings."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ import numpy as np
 
 from recipes.errors import DataError
 
+FRAMES_FILE = re.compile(r"\S+\.npy")
+
 
 def as_frames(cell, source: str) -> np.ndarray | None:
-    """[F, D] float32 of a cell that holds frames; None where it holds something else.
+    """The frames in a cell of a table.
+
+    Args:
+        cell: a list of lists of numbers, the path of a .npy file, or anything else.
+        source: the table's file. The .npy file lies beside it.
+
+    Returns:
+        [F, D] float32; None where the cell holds something else.
 
     Raises:
-        DataError: they cannot be read, or are no table of numbers.
+        DataError: the frames cannot be read, or are no table of numbers.
     """
-    numbers = isinstance(cell, list) and bool(cell) and isinstance(cell[0], list)
-    if not numbers and not (isinstance(cell, str) and re.fullmatch(r"\S+\.npy", cell)):
+    is_table = isinstance(cell, list) and bool(cell) and isinstance(cell[0], list)
+    is_file = isinstance(cell, str) and bool(FRAMES_FILE.fullmatch(cell))
+    if not is_table and not is_file:
         return None
     try:
-        frames = np.asarray(
-            cell if numbers else np.load(Path(source).parent / cell), dtype=np.float32
-        )
+        numbers = np.load(Path(source).parent / cell) if is_file else cell
+        frames = np.asarray(numbers, dtype=np.float32)
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{source}: frames that cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source}: frames that cannot be read: {reason}") from error
     if frames.ndim != 2 or not len(frames):
         raise DataError(
             f"{source}: frames of shape {frames.shape}; a source is [frames, numbers per frame]"

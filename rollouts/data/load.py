@@ -1,4 +1,4 @@
-"""Turns a name, a file or a folder into examples."""
+"""Turns the name of a data set, a file or a folder into examples."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import islice
 
 from recipes.errors import DataError
 from recipes.schema import DataConfig
-from rollouts.data.columns import row_examples
+from rollouts.data.columns import NamedColumns, row_examples
 from rollouts.data.examples import Example
 from rollouts.data.readers import sources
-from rollouts.data.stories import stories, story
+from rollouts.data.stories import Story, stories, story
 from rollouts.data.translation import translation
 
 
@@ -32,56 +32,56 @@ def load_examples(
     """The examples of a data set.
 
     Args:
-        path: `stories` or `translation`; a .jsonl, .json (SQuAD's too), .parquet or .csv file, or a
-            folder of them (searched in depth); a folder without these, of line-aligned text
-            (`rollouts.data.parallel_text`), or FOLDER/NAME of its files NAME.LANG; or a Hugging Face dataset,
-            as `name` or `name:config`.
-        split: of generated data or the Hugging Face dataset. In a folder, files whose name or
-            subfolder says another split (train, validation, test, …) are left out; a file given by
-            itself is taken whole.
-        prompt_column, answer_column: a column, or a dotted path into one; None: found by name, as
-            `rollouts.data.columns` says. A column named here whose text has neither `####` nor a box is taken as
-            the answer itself.
-        target_column: the column of the text to write; it is answer and solution, whatever else the
-            row has.
-        limit: the first rows only.
-        seed, size: of the stories and the translation; difficulty, verbose, distractors, varied: of
-            the stories (`rollouts.data.stories.story`). None for the size and the difficulty: the
-            defaults of `data.stories` and `data.difficulty`.
+        path: one of
+            - `stories` or `translation`, which are generated;
+            - a .jsonl, .json (also SQuAD's), .parquet or .csv file;
+            - a folder of these, searched in depth;
+            - a folder of line-aligned text, or FOLDER/NAME of its files NAME.LANG
+              (`rollouts.data.parallel_text`);
+            - a Hugging Face dataset, as `name` or `name:config`.
+        split: of generated data or the Hugging Face dataset. In a folder, files are left out whose
+            name or subfolder says another split (train, validation, test, …). A file that is
+            named by itself is taken whole.
+        prompt_column, answer_column: a column, or a dotted path into one. None: found by name, as
+            `rollouts.data.columns` says. The text of an answer column that is named here is the
+            answer itself, where it has neither `####` nor a box.
+        target_column: the column of the text to write. It is answer and solution, whatever else
+            the row has.
+        limit: the number of rows to take, from the first on. None: all.
+        seed: of generated data.
+        size: the number of generated examples. None: the default of `data.stories`.
+        difficulty, verbose, distractors, varied: of the stories (`rollouts.data.stories.story`).
+            None for the difficulty: the default of `data.difficulty`.
 
     Raises:
         DataError: one line that says what is wrong with which file and row.
     """
     if path in ("stories", "translation"):
-        size = DataConfig.stories if size is None else size
-        size = size if limit is None else min(size, limit)
+        count = DataConfig.stories if size is None else size
+        count = count if limit is None else min(count, limit)
         if path == "translation":
-            return _translations(size, seed, split)
+            return _translations(count, seed, split)
         difficulty = DataConfig.difficulty if difficulty is None else difficulty
         return _stories(
-            size, seed, split, difficulty, verbose=verbose, distractors=distractors, varied=varied
+            count, seed, split, difficulty, verbose=verbose, distractors=distractors, varied=varied
         )
-    examples: list[Example] = []
-    for source, rows in sources(path, split):
-        left = None if limit is None else limit - len(examples)
-        if left == 0:
-            break
-        examples += row_examples(
-            source,
-            list(islice(rows, left)),
-            prompt_column,
-            answer_column,
-            target_column,
-            len(examples),
-        )
-    if not examples:
-        raise DataError(f"{path}: there are no rows in it; give data with at least one")
-    return examples
+    return _read_examples(
+        path, split, NamedColumns(prompt_column, answer_column, target_column), limit
+    )
 
 
 def configured_examples(data, seed: int, path: str | None = None, **changes) -> Sequence[Example]:
-    """`load_examples` with the options of a config's section `data`, but for `path` and
-    `changes`."""
+    """`load_examples` with the options of a config.
+
+    Args:
+        data: the section `data` of a config.
+        seed: of generated data.
+        path: in place of `data.path`.
+        changes: options of `load_examples` in place of the config's.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
     options = {
         "split": data.split,
         "prompt_column": data.prompt_column,
@@ -97,51 +97,79 @@ def configured_examples(data, seed: int, path: str | None = None, **changes) -> 
     return load_examples(path or data.path, seed=seed, **options | changes)
 
 
+def _read_examples(
+    path: str, split: str, named: NamedColumns, limit: int | None
+) -> Sequence[Example]:
+    examples: list[Example] = []
+    for source, rows in sources(path, split):
+        room = None if limit is None else limit - len(examples)
+        if room == 0:
+            break
+        examples += row_examples(source, list(islice(rows, room)), named, len(examples))
+    if not examples:
+        raise DataError(f"{path}: there are no rows in it; give data with at least one")
+    return examples
+
+
 class Generated(Sequence[Example]):
-    """Examples that are made each time they are looked at, by a function of their index."""
+    """Examples that are computed each time they are looked at.
+
+    Args:
+        count: the number of examples.
+        make: an example from its index.
+    """
 
     def __init__(self, count: int, make: Callable[[int], Example]):
-        self.count, self.make = count, make
+        self.count = count
+        self.make = make
         if count:
-            make(0)  # wrong arguments are an error here, not at the first use
+            # Wrong arguments of the generator are an error here, not at the first use.
+            make(0)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index):
-        chosen = range(self.count)[index]  # negative numbers and IndexError as in a list
-        return [self.make(i) for i in chosen] if isinstance(chosen, range) else self.make(chosen)
+        # A range takes negative numbers and slices, and raises IndexError, as a list does.
+        place = range(self.count)[index]
+        if isinstance(place, range):
+            return [self.make(i) for i in place]
+        return self.make(place)
 
 
 def _stories(count: int, seed: int, split: str, difficulty: int, **options) -> Generated:
-    """Those for training are made when they are looked at; held-out ones, which are all different,
-    at once."""
-    held_out = (
-        None
-        if split == "train"
-        else stories(count, seed=seed, split=split, difficulty=difficulty, **options)
-    )
+    if split == "train":
 
-    def example(index: int) -> Example:
-        made = held_out[index] if held_out else story(seed, index, split, difficulty, **options)
-        return Example(
-            index,
-            [{"role": "user", "content": made.prompt}],
-            made.answer,
-            made.solution,
-            made.sentences,
-            made.thoughts,
-            made.question,
-            made.final,
-            made.deep,
-        )
+        def example(index: int) -> Example:
+            return _story_example(index, story(seed, index, split, difficulty, **options))
+    else:
+        # Each held-out story differs from those before it, so they are drawn together.
+        held_out = stories(count, seed=seed, split=split, difficulty=difficulty, **options)
+
+        def example(index: int) -> Example:
+            return _story_example(index, held_out[index])
 
     return Generated(count, example)
 
 
+def _story_example(index: int, source: Story) -> Example:
+    return Example(
+        index,
+        messages=[{"role": "user", "content": source.prompt}],
+        answer=source.answer,
+        solution=source.solution,
+        sentences=source.sentences,
+        thoughts=source.thoughts,
+        question=source.question,
+        final=source.final,
+        deep=source.deep,
+    )
+
+
 def _translations(count: int, seed: int, split: str) -> Generated:
     def example(index: int) -> Example:
-        made = translation(seed, index, split)
-        return Example(index, [{"role": "user", "content": made.source}], made.target, made.target)
+        pair = translation(seed, index, split)
+        messages = [{"role": "user", "content": pair.source}]
+        return Example(index, messages, answer=pair.target, solution=pair.target)
 
     return Generated(count, example)

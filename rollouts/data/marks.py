@@ -1,6 +1,6 @@
 """The marks of the streaming protocol, as text.
 
-They are no ids: `rollouts.streaming.tokens` gives a model the tokens."""
+`rollouts.streaming.tokens` says what they mean, and gives a vocabulary their tokens."""
 
 SKIP = "<skip>"
 TOKENS = ("<SEP>", "<EOQ>", "<EOS>", "<EOT>", "<EOR>", "<EOA>", SKIP)

@@ -1,6 +1,6 @@
 """Files, folders and Hugging Face datasets as rows: one reader per type of file.
 
-A row comes with its place, as in `row 3`, which its errors name."""
+A row comes with its place in the file, as in `row 3`, for the errors that it may cause."""
 
 from __future__ import annotations
 
@@ -16,14 +16,33 @@ from recipes.errors import DataError
 from rollouts.data.parallel_text import aligned, aligned_rows
 from rollouts.data.squad import squad_rows
 
-VALIDATION = frozenset(("validation", "valid", "val", "dev"))  # of line-aligned text, one split
-SPLIT_WORDS = {"train", "test", "heldout", "eval", *VALIDATION}
-NOT_DATA = {"dataset_info.json", "dataset_infos.json"}  # beside the files of a downloaded dataset
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
+
+# Words that name the validation split of line-aligned text.
+VALIDATION = frozenset(("validation", "valid", "val", "dev"))
+SPLIT_WORDS = frozenset(("train", "test", "heldout", "eval")) | VALIDATION
+# Files of a downloaded dataset that describe it.
+NOT_DATA = frozenset(("dataset_info.json", "dataset_infos.json"))
+# The most characters of another library's message in one of ours.
+MAX_REASON = 300
 
 
-def sources(path: str, split: str) -> Iterator[tuple[str, Iterator[tuple[str, Row]]]]:
-    """Pairs of a file's name and its rows; a row comes with its place, as in `row 3`."""
+def sources(path: str, split: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
+    """The files of a data set, each with its rows.
+
+    Args:
+        path: a file, a folder, FOLDER/NAME of line-aligned files NAME.LANG, or a Hugging Face
+            dataset as `name` or `name:config`.
+        split: of the Hugging Face dataset. In a folder, files whose names say another split are
+            left out.
+
+    Yields:
+        The name of a file or dataset, and its rows with their places.
+
+    Raises:
+        DataError: there is no such data, or no file of the split.
+    """
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix not in READERS:
@@ -33,47 +52,80 @@ def sources(path: str, split: str) -> Iterator[tuple[str, Iterator[tuple[str, Ro
             )
         yield str(local), _read(local)
     elif local.is_dir():
-        files = sorted(
-            file
-            for file in local.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(local).parts)
-        )
-        tables = [file for file in files if file.suffix in READERS and file.name not in NOT_DATA]
-        texts = {} if tables else aligned(files)
-        if not tables and not texts:
-            raise DataError(
-                f"{local}: no {', '.join(READERS)} file in this folder, and no line-aligned NAME.LANG "
-                "files; check data.path"
-            )
-        for file in _of_split(local, tables, split):
-            yield str(file), _read(file)
-        for name in _of_split(local, list(texts), split, VALIDATION):
-            yield str(name), aligned_rows(texts[name])
-    elif texts := aligned(sorted(local.parent.glob(f"{glob.escape(local.name)}.*"))).get(local):
-        yield path, aligned_rows(texts)
+        yield from _sources_in_folder(local, split)
+    elif languages := _languages_of(local):
+        yield path, aligned_rows(languages)
     elif path.startswith(("/", "./", "../", "~")) or local.suffix in READERS or path.count("/") > 1:
+        # No dataset of the Hub has such a name.
         raise DataError(f"{path}: no such file or folder; check data.path")
     else:
         yield path, _read_hub(path, split)
 
 
+def one_line(error: Exception) -> str:
+    """An error's message as the end of a line: without line breaks or a final stop, 300 characters
+    at most."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message.rstrip(".")[:MAX_REASON]
+
+
+# Folders
+
+
+def _sources_in_folder(folder: Path, split: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
+    files = sorted(file for file in folder.rglob("*") if not _is_hidden(file, folder))
+    tables = [file for file in files if file.suffix in READERS and file.name not in NOT_DATA]
+    texts = {} if tables else aligned(files)
+    if not tables and not texts:
+        raise DataError(
+            f"{folder}: no {', '.join(READERS)} file in this folder, and no line-aligned "
+            "NAME.LANG files; check data.path"
+        )
+    for file in _of_split(folder, tables, split):
+        yield str(file), _read(file)
+    for name in _of_split(folder, list(texts), split, synonyms=VALIDATION):
+        yield str(name), aligned_rows(texts[name])
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _languages_of(name: Path) -> dict[str, Path] | None:
+    """The files of each language of one line-aligned text, FOLDER/NAME; None: there are none."""
+    files = sorted(name.parent.glob(f"{glob.escape(name.name)}.*"))
+    return aligned(files).get(name)
+
+
 def _of_split(
-    folder: Path, paths: list[Path], split: str, same: frozenset[str] = frozenset()
+    folder: Path, paths: list[Path], split: str, synonyms: frozenset[str] = frozenset()
 ) -> list[Path]:
-    """The paths whose words say this split, or none; `same`: words that say one split."""
+    """The paths whose words name this split, or no split.
 
-    def words(path: Path) -> set[str]:
-        found = SPLIT_WORDS & set(re.split("[^a-z]+", str(path.relative_to(folder)).lower()))
-        return found | same if found & same else found
+    Args:
+        folder: the words are those below it.
+        synonyms: words that name one and the same split.
 
-    chosen = [path for path in paths if split in words(path) or not words(path)]
-    if paths and not chosen:
-        there = sorted(set.union(*map(words, paths)))
-        raise DataError(f"{folder}: no file of split '{split}'; choose one of: {', '.join(there)}")
-    return chosen
+    Raises:
+        DataError: all paths name other splits.
+    """
+    splits = {path: _split_words(path.relative_to(folder), synonyms) for path in paths}
+    matching = [path for path, words in splits.items() if split in words or not words]
+    if paths and not matching:
+        known = sorted(set().union(*splits.values()))
+        raise DataError(f"{folder}: no file of split '{split}'; choose one of: {', '.join(known)}")
+    return matching
 
 
-def _read(file: Path) -> Iterator[tuple[str, Row]]:
+def _split_words(path: Path, synonyms: frozenset[str]) -> frozenset[str]:
+    words = SPLIT_WORDS.intersection(re.split("[^a-z]+", str(path).lower()))
+    return words | synonyms if words & synonyms else words
+
+
+# One reader per type of file
+
+
+def _read(file: Path) -> Iterator[PlacedRow]:
     import pyarrow
 
     try:
@@ -81,25 +133,42 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason}); convert it") from error
     except (OSError, csv.Error, pyarrow.ArrowException) as error:
-        reason = one_line(error)
         raise DataError(
-            f"{file}: cannot be read as {file.suffix}: {reason}; check the file"
+            f"{file}: cannot be read as {file.suffix}: {one_line(error)}; check the file"
         ) from error
 
 
-def _read_lines(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_lines(file: Path) -> Iterator[PlacedRow]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"line {number}", _json_row(file, line, number)
+                yield f"line {number}", _json_row(line, f"{file} line {number}")
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
+def _json_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: malformed JSON, {error.msg}; give one object per line, or "
+            "one list of objects in a .json file"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object; each line must be one")
+    return row
+
+
+def _read_json(file: Path) -> Iterator[PlacedRow]:
+    """A list of objects, SQuAD's articles, or an object per line."""
     text = file.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        rows = squad_rows(text, str(file))
-        yield from _read_lines(file) if rows is None else rows
+    if text.lstrip().startswith("["):
+        yield from _read_list(text, file)
         return
+    rows = squad_rows(text, str(file))
+    yield from _read_lines(file) if rows is None else rows
+
+
+def _read_list(text: str, file: Path) -> Iterator[PlacedRow]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
@@ -112,20 +181,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
         yield f"row {number}", row
 
 
-def _json_row(file: Path, line: str, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file} line {number}: malformed JSON, {error.msg}; give one object per line, or "
-            "one list of objects in a .json file"
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(f"{file} line {number}: not a JSON object; each line must be one")
-    return row
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(file: Path) -> Iterator[PlacedRow]:
     import pyarrow.parquet
 
     number = 0
@@ -136,9 +192,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
                 yield f"row {number}", row
 
 
-def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_csv(file: Path) -> Iterator[PlacedRow]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+            # DictReader puts cells beyond the header under None, and None into missing ones.
             if None in row or None in row.values():
                 raise DataError(
                     f"{file} row {number}: not as many cells as the header has; fix the row"
@@ -149,13 +206,13 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
 READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
 
 
-def _read_hub(path: str, split: str) -> Iterator[tuple[str, Row]]:
+def _read_hub(path: str, split: str) -> Iterator[PlacedRow]:
     import datasets
 
     name, _, config = path.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
-    # the hub, the network, the dataset: many kinds, all the user's to read
+    # The hub, the network and the dataset's own code raise errors of many kinds.
     except Exception as error:
         raise DataError(
             f"{path}: no such file or folder, and loading split '{split}' of a Hugging Face "
@@ -163,7 +220,3 @@ def _read_hub(path: str, split: str) -> Iterator[tuple[str, Row]]:
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"row {number}", row
-
-
-def one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")[:300]

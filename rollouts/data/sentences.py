@@ -1,10 +1,15 @@
-"""Cuts English text into sentences."""
+"""Cuts English text into sentences.
+
+`sentencex` would rather leave two sentences together than break one."""
 
 from __future__ import annotations
 
 import re
 
-SENTENCE_ENDS, QUESTION_ENDS, CLOSING = (*".!?…。！？؟।",), (*"?？؟",), "\"'”’»)]*"
+SENTENCE_ENDS = tuple(".!?…。！？؟।")
+QUESTION_ENDS = tuple("?？؟")
+# What may follow the end of a sentence: quotation marks and brackets.
+CLOSING = "\"'”’»)]*"
 LIST_NUMBER = re.compile(r"\(?\d{1,3}[.)]")
 
 
@@ -12,9 +17,10 @@ def split_sentences(text: str) -> list[str]:
     """The sentences of an English text, in order, without the white space around them."""
     from sentencex import segment
 
-    found: list[str] = []
+    sentences: list[str] = []
     for sentence in filter(None, map(str.strip, segment("en", text))):
-        if found and LIST_NUMBER.fullmatch(found[-1]):  # as in "1. Add the salt."
-            sentence = f"{found.pop()} {sentence}"
-        found.append(sentence)
-    return found
+        # The number of a list belongs to what follows it, as in "1. Add the salt."
+        if sentences and LIST_NUMBER.fullmatch(sentences[-1]):
+            sentence = f"{sentences.pop()} {sentence}"
+        sentences.append(sentence)
+    return sentences

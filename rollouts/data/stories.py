@@ -2,23 +2,29 @@
 
 A story is a start sentence, one sentence per operation and one question. Its solution has one
 thought per sentence, so that a streaming reasoner can think after each, and a boxed answer. Story
-`index` of a seed is computed directly, so a data set of any size costs nothing to make, and nothing
-to store."""
+`index` of a seed is computed directly, so a data set of any size costs nothing to make or store."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipes.errors import DataError
 from rollouts.data.marks import SKIP
 
 SPLITS = ("train", "validation", "heldout")
-HELDOUT_PERCENT = 15  # of the arithmetic chains; what results are reported on
-VALIDATION_PERCENT = 10  # what settings are chosen on
-HARD = 4  # from this difficulty on: multiplication, and numbers up to 999 instead of 99
-SMALL = 20  # the largest amount added or taken below that: tiny models learn it in a minute
+# Of the arithmetic chains. Results are reported on the held-out ones.
+HELDOUT_PERCENT = 15
+# Settings are chosen on these.
+VALIDATION_PERCENT = 10
+# From this difficulty on there is multiplication, and numbers go up to 999 instead of 99.
+HARD = 4
+# The largest amount added or taken below that difficulty. Tiny models learn it in a minute.
+SMALL = 20
+# So many repeats in a row end the search for chains that differ.
+PATIENCE = 1000
 
 NAMES = (
     *(
@@ -73,12 +79,12 @@ EXPLANATIONS = {
     "*": "so we multiply {before} by {n}",
 }
 INVERSE = {"+": "-", "-": "+", "*": "/"}
-# Chance of each redundant sentence of a verbose solution; one of these, equally often, holds for a
-# whole solution. So there are short ones to select: with 0.8 throughout, fewer than 1 in 100 has
-# under half the mean length. No 1.0: a fixed form is learned better than a varied one, and then the
-# short answers would be the worse ones.
+# The chance of each redundant sentence of a verbose solution. One of these, equally often, holds
+# for a whole solution, so that there are short solutions to select: with 0.8 throughout, fewer than
+# 1 in 100 has under half the mean length. There is no 1.0: a fixed form is learned better than a
+# varied one, and then the short answers would be the worse ones.
 REDUNDANT = (0.3, 0.8, 0.8)
-# Sentences that change nothing; the last three have numbers that do not matter.
+# Sentences that change nothing. The last three have numbers that do not matter.
 DISTRACTORS = (
     "The sun is shining.",
     "It starts to rain.",
@@ -90,37 +96,42 @@ DISTRACTORS = (
     "It is {n} degrees outside.",
     "The bus leaves in {n} minutes.",
 )
-# Varied solutions. Chance that a relevant sentence is followed by a thought, drawn per solution;
-# chance that a distractor is followed by one nonetheless, and that the deep segment works out
-# everything once more.
+# Of varied solutions: the chance that a relevant sentence is followed by a thought. It is drawn per
+# solution, all equally often.
 THINKS = (0.4, 0.8, 1.0, 1.0)
-IDLE, AGAIN = 0.25, 0.3
-CATCH_UP = 2  # the most steps in a thought, so that it fits the limit of tokens per sentence
+# The chance that a distractor is followed by a thought nonetheless.
+IDLE = 0.25
+# The chance that the deep segment works out everything once more.
+AGAIN = 0.3
+# The most steps in a thought, so that it fits the limit of tokens per sentence.
+CATCH_UP = 2
 NOTHING = "Nothing changes."
 
 
 @dataclass(frozen=True)
 class Story:
-    """One problem. It has as many thoughts as sentences, <skip> where there is nothing to think.
-    After them come `deep` reasoning, which only varied solutions have, and `final` with the boxed
-    answer."""
+    """One problem with its solution."""
 
     sentences: tuple[str, ...]
     question: str
+    # One per sentence; <skip> where there is nothing to think.
     thoughts: tuple[str, ...]
+    # The end of the solution, with the boxed answer.
     final: str
     answer: str
+    # The reasoning after the last thought, which only varied solutions have.
     deep: str = ""
 
     @property
     def prompt(self) -> str:
+        """The sentences and the question."""
         return " ".join((*self.sentences, self.question))
 
     @property
     def solution(self) -> str:
-        return " ".join(
-            text for text in (*self.thoughts, self.deep, self.final) if text not in ("", SKIP)
-        )
+        """The thoughts, the deep reasoning and the answer, without what is skipped."""
+        parts = (*self.thoughts, self.deep, self.final)
+        return " ".join(text for text in parts if text not in ("", SKIP))
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,14 @@ class Step:
     sign: str
     n: int
     after: int
+
+    @property
+    def equation(self) -> str:
+        return f"{self.before} {self.sign} {self.n} = {self.after}."
+
+    @property
+    def check(self) -> str:
+        return f"Check: {self.after} {INVERSE[self.sign]} {self.n} = {self.before}."
 
 
 def story(
@@ -144,162 +163,210 @@ def story(
 ) -> Story:
     """Story `index` of a seed and split, the same in every process.
 
+    A chain is a start number with its operations. The hash of a chain says to which split it
+    belongs, whatever the names, the items, the seed or the difficulty. So no two splits share a
+    problem.
+
     Args:
         seed, index: any integers.
-        split: `train`, `validation` or `heldout`. A chain (start number, operations) belongs to one
-            of them by its hash, whatever the names, the items, the seed or the difficulty, so no
-            two share a problem.
+        split: `train`, `validation` or `heldout`.
         difficulty: stories have 1 to this many operations, equally often. Below 4 these are + and -
-            of 1 to 20, on numbers 0 to 99; from 4 on also * by 2 to 5, on numbers 0 to 999.
-        verbose: the same story, solved with redundant sentences (restated, explained, checked by
-            the inverse operation), each present with a probability that is drawn for the solution.
+            of 1 to 20, on numbers 0 to 99. From 4 on there is also * by 2 to 5, on numbers 0 to
+            999.
+        verbose: the same story, solved with redundant sentences: restated, explained, checked by
+            the inverse operation. Each is present with a probability that is drawn for the
+            solution.
         distractors: 0 to this many sentences that change nothing come between the others, equally
             often.
-        varied: for the cold start of streaming reasoners, the same story, solved in one of many
-            ways: some thoughts are left out, a later one or the deep segment catches up, and some
-            things are thought without need.
+        varied: the same story, solved in one of many ways, for the cold start of streaming
+            reasoners. Some thoughts are left out, and a later one or the deep segment catches up.
+            Some things are thought without need.
 
     Raises:
         DataError: an unknown split, or a difficulty below 1.
     """
-    rng, start, steps = _draw(seed, index, split, difficulty)
-    (name, who), item = rng.choice(NAMES), rng.choice(ITEMS)
-    others = [other for other, _ in NAMES if other != name]
-    sentences = [f"{name} has {start} {item}."]
-    for step in steps:
-        sentences.append(
-            rng.choice(SENTENCES[step.sign]).format(who=who, n=step.n, other=rng.choice(others))
-        )
-    thoughts = [f"Start: {start}."] + [f"{s.before} {s.sign} {s.n} = {s.after}." for s in steps]
+    rng, start, steps = _draw_chain(seed, index, split, difficulty)
+    name, pronoun = rng.choice(NAMES)
+    item = rng.choice(ITEMS)
+    sentences = [f"{name} has {start} {item}.", *_step_sentences(rng, steps, name, pronoun)]
+    thoughts = [f"Start: {start}.", *(step.equation for step in steps)]
     answer = str(steps[-1].after)
     final = f"The answer is \\boxed{{{answer}}}."
     if verbose:
         rate = rng.choice(REDUNDANT)
-        thoughts = [
-            _pad(rng, rate, [sentences[0], f"So we begin with {start}."], thoughts[0], [])
-        ] + [
-            _pad(
-                rng,
-                rate,
-                [f"{sentence[:-1]}, {EXPLANATIONS[s.sign].format(n=s.n, before=s.before)}."],
-                thought,
-                [f"Check: {s.after} {INVERSE[s.sign]} {s.n} = {s.before}."],
-            )
-            for s, sentence, thought in zip(steps, sentences[1:], thoughts[1:])
-        ]
+        thoughts = _verbose_thoughts(rng, rate, steps, sentences, thoughts)
         final = _pad(rng, rate, [f"So {name} has {answer} {item} now."], final, [])
-    if distractors:  # after all other draws: without them the story is the same
-        other_items = [other for other in ITEMS if other != item]
-        for _ in range(rng.randint(0, distractors)):
-            place = rng.randint(0, len(sentences))
-            sentences.insert(
-                place,
-                rng.choice(DISTRACTORS).format(
-                    name=name, n=rng.randint(2, 20), other_item=rng.choice(other_items)
-                ),
-            )
-            thoughts.insert(place, SKIP)
+    if distractors:
+        # They are drawn last: without them the story is the same.
+        _insert_distractors(rng, distractors, name, item, sentences, thoughts)
     deep = ""
     if varied:
         thoughts, deep = _vary(rng, thoughts)
-    return Story(
-        tuple(sentences),
-        f"How many {item} does {name} have now?",
-        tuple(thoughts),
-        final,
-        answer,
-        deep,
-    )
+    question = f"How many {item} does {name} have now?"
+    return Story(tuple(sentences), question, tuple(thoughts), final, answer, deep)
 
 
 def stories(count: int, *, seed: int, split: str, difficulty: int, **options) -> list[Story]:
-    """`count` stories of a split, with the options of `story`.
+    """The first `count` stories of a split, with the options of `story`.
 
-    Validation and held-out stories have different chains while enough exist: repeats are passed
-    over until 1,000 in a row were (difficulty 1 has about 500 held-out chains), and allowed from
-    there on. A shorter list is a prefix of a longer one. Training stories are simply those of index
-    0, 1, …
+    Validation and held-out stories have different chains while enough exist. Repeats are passed
+    over until 1,000 in a row were, and are allowed from there on: difficulty 1 has about 500
+    held-out chains. A shorter list is a prefix of a longer one. Training stories are simply those
+    of index 0, 1, …
 
     Raises:
         DataError: as `story`.
     """
     if split == "train":
-        return [story(seed, index, split, difficulty, **options) for index in range(count)]
-    indices, seen, index, missed = [], set(), 0, 0
-    while len(indices) < count and missed < 1000:
-        chain = _chain(*_draw(seed, index, split, difficulty)[1:])
-        missed = missed + 1 if chain in seen else 0
-        if chain not in seen:
-            indices.append(index)
-            seen.add(chain)
-        index += 1
-    indices += range(index, index + count - len(indices))
+        indices = list(range(count))
+    else:
+        indices = _distinct_indices(count, seed, split, difficulty)
     return [story(seed, index, split, difficulty, **options) for index in indices]
 
 
-def _draw(
+def _distinct_indices(count: int, seed: int, split: str, difficulty: int) -> list[int]:
+    """The first `count` indices whose chains differ, then any, where there are not so many."""
+    indices: list[int] = []
+    seen: set[str] = set()
+    index = repeats = 0
+    while len(indices) < count and repeats < PATIENCE:
+        _, start, steps = _draw_chain(seed, index, split, difficulty)
+        chain = _chain(start, steps)
+        if chain in seen:
+            repeats += 1
+        else:
+            repeats = 0
+            seen.add(chain)
+            indices.append(index)
+        index += 1
+    return [*indices, *range(index, index + count - len(indices))]
+
+
+# The chain of numbers
+
+
+def _draw_chain(
     seed: int, index: int, split: str, difficulty: int
 ) -> tuple[random.Random, int, list[Step]]:
+    """The generator after its draws, the start number, and the steps, one or more."""
     if split not in SPLITS:
         raise DataError(f"stories have no split '{split}'; use one of: {', '.join(SPLITS)}")
     if difficulty < 1:
         raise DataError(
             f"stories of difficulty {difficulty} do not exist; data.difficulty must be 1 or more"
         )
-    # a string seeds by its SHA-512, not hash()
+    # A string seeds by its SHA-512, not by hash(), so a story is the same in every process.
     rng = random.Random(f"{seed}/{split}/{difficulty}/{index}")
-    limit = 999 if difficulty >= HARD else 99
+    is_hard = difficulty >= HARD
     while True:
-        start = value = rng.randint(2, limit)
-        steps = []
+        start = rng.randint(2, 999 if is_hard else 99)
+        steps: list[Step] = []
         for _ in range(rng.randint(1, difficulty)):
-            amount = limit if difficulty >= HARD else SMALL
-            largest = {"+": min(limit - value, amount), "-": min(value, amount)}
-            if difficulty >= HARD and 0 < value <= limit // 2:
-                largest["*"] = min(5, limit // value)
-            sign = rng.choice([sign for sign, n in largest.items() if n > 0])
-            n = rng.randint(2 if sign == "*" else 1, largest[sign])
-            after = {"+": value + n, "-": value - n, "*": value * n}[sign]
-            steps.append(Step(value, sign, n, after))
-            value = after
+            steps.append(_draw_step(rng, steps[-1].after if steps else start, is_hard))
         if _split(_chain(start, steps)) == split:
             return rng, start, steps
+
+
+def _draw_step(rng: random.Random, value: int, is_hard: bool) -> Step:
+    limit = 999 if is_hard else 99
+    amount = limit if is_hard else SMALL
+    largest = {"+": min(limit - value, amount), "-": min(value, amount)}
+    if is_hard and 0 < value <= limit // 2:
+        largest["*"] = min(5, limit // value)
+    sign = rng.choice([sign for sign, n in largest.items() if n > 0])
+    n = rng.randint(2 if sign == "*" else 1, largest[sign])
+    after = {"+": value + n, "-": value - n, "*": value * n}[sign]
+    return Step(value, sign, n, after)
 
 
 def _chain(start: int, steps: list[Step]) -> str:
     return str(start) + "".join(f"{step.sign}{step.n}" for step in steps)
 
 
+def _split(chain: str) -> str:
+    percent = hash_percent(chain)
+    if percent < HELDOUT_PERCENT:
+        return "heldout"
+    return "validation" if percent < HELDOUT_PERCENT + VALIDATION_PERCENT else "train"
+
+
 def hash_percent(text: str) -> int:
-    """A hash of a text, 0 to 99: what puts it into a split."""
+    """A hash of a text, 0 to 99, which puts the text into a split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 100
 
 
-def _split(chain: str) -> str:
-    place = hash_percent(chain)
-    if place < HELDOUT_PERCENT:
-        return "heldout"
-    return "validation" if place < HELDOUT_PERCENT + VALIDATION_PERCENT else "train"
+# Its words
+
+
+def _step_sentences(
+    rng: random.Random, steps: list[Step], name: str, pronoun: str
+) -> Iterator[str]:
+    others = [other for other, _ in NAMES if other != name]
+    for step in steps:
+        sentence = rng.choice(SENTENCES[step.sign])
+        yield sentence.format(who=pronoun, n=step.n, other=rng.choice(others))
+
+
+def _verbose_thoughts(
+    rng: random.Random, rate: float, steps: list[Step], sentences: list[str], thoughts: list[str]
+) -> list[str]:
+    """The thoughts with redundant sentences around them, each with the chance `rate`."""
+    start = steps[0].before
+    padded = [_pad(rng, rate, [sentences[0], f"So we begin with {start}."], thoughts[0], [])]
+    for step, sentence, thought in zip(steps, sentences[1:], thoughts[1:]):
+        reason = EXPLANATIONS[step.sign].format(n=step.n, before=step.before)
+        explanation = f"{sentence.removesuffix('.')}, {reason}."
+        padded.append(_pad(rng, rate, [explanation], thought, [step.check]))
+    return padded
+
+
+def _pad(rng: random.Random, rate: float, before: list[str], step: str, after: list[str]) -> str:
+    def some(texts: list[str]) -> list[str]:
+        return [text for text in texts if rng.random() < rate]
+
+    return " ".join([*some(before), step, *some(after)])
+
+
+def _insert_distractors(
+    rng: random.Random,
+    most: int,
+    name: str,
+    item: str,
+    sentences: list[str],
+    thoughts: list[str],
+) -> None:
+    """Put 0 to `most` distractors among the sentences, each with a <skip> among the thoughts."""
+    other_items = [other for other in ITEMS if other != item]
+    for _ in range(rng.randint(0, most)):
+        place = rng.randint(0, len(sentences))
+        distractor = rng.choice(DISTRACTORS)
+        n = rng.randint(2, 20)
+        other_item = rng.choice(other_items)
+        sentences.insert(place, distractor.format(name=name, n=n, other_item=other_item))
+        thoughts.insert(place, SKIP)
 
 
 def _vary(rng: random.Random, ideal: list[str]) -> tuple[list[str], str]:
-    """The thoughts of one way to solve a story, and its deep reasoning, from the ideal thoughts."""
-    rate, thoughts, due = rng.choice(THINKS), [], []  # due: steps that nothing has worked out yet
+    """One way to solve a story: its thoughts and its deep reasoning.
+
+    Args:
+        ideal: a thought per sentence, <skip> after a distractor.
+    """
+    rate = rng.choice(THINKS)
+    thoughts: list[str] = []
+    # Steps that no thought has worked out yet.
+    due: list[str] = []
     for thought in ideal:
         if thought == SKIP:
             thoughts.append(NOTHING if rng.random() < IDLE else SKIP)
             continue
         due.append(thought)
-        done, due = (due[:CATCH_UP], due[CATCH_UP:]) if rng.random() < rate else ([], due)
-        thoughts.append(" ".join(done) or SKIP)
+        if rng.random() < rate:
+            thoughts.append(" ".join(due[:CATCH_UP]))
+            due = due[CATCH_UP:]
+        else:
+            thoughts.append(SKIP)
     if rng.random() < AGAIN:
         due = [thought for thought in ideal if thought != SKIP]
     return thoughts, " ".join(due)
-
-
-def _pad(rng: random.Random, rate: float, before: list[str], step: str, after: list[str]) -> str:
-    def some(parts: list[str]) -> list[str]:
-        return [part for part in parts if rng.random() < rate]
-
-    return " ".join([*some(before), step, *some(after)])
