@@ -1,10 +1,10 @@
-"""Sources of frames, as speech is: a frozen causal encoder turns them into embeddings, which are
-read second by second.
+"""Sources of frames, as speech is: a frozen causal encoder turns them into embeddings.
 
-In token ids a `FRAME` stands for each embedding, so a source of frames has segments, positions and
-masks as any other. `model.encoder` names the encoder: the dotted path of a callable that returns a
-torch module, called without arguments, or with what follows a colon (`module.load:FOLDER`). The
-module has
+The embeddings are read second by second. In token ids a `FRAME` stands for each of them, so a
+source of frames has segments, positions and masks as any other.
+
+`model.encoder` names the encoder: the dotted path of a callable that returns a torch module. It is
+called without arguments, or with what follows a colon (`module.load:FOLDER`). The module has
 
     rate            frames per second
     width           D, numbers per frame
@@ -13,17 +13,18 @@ module has
     forward         [F, D] float32 -> [ceil(F / stride), H], H being the model's hidden size
 
 Frames come in the prompt column: a list of lists of numbers, or the path of a .npy file beside the
-    data's.
+data's (`rollouts.data.frames`).
 
-The encoder has to be causal: an embedding depends on the frames up to its own stride alone, else
-what is read would depend on what is not yet heard. It is not trained here; it is part of what the
-model is given, as a tokenizer is."""
+The encoder has to be causal: an embedding depends on the frames up to the end of its own stride
+alone. Else what is read would depend on what is not yet heard. The encoder is not trained here. It
+is part of what the model is given, as a tokenizer is."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,63 +32,90 @@ import torch
 from recipes.errors import ConfigError, DataError, ModelError, OnstreamError
 
 FRAME = -1
+CPU = torch.device("cpu")
+ATTRIBUTES = ("stride", "rate", "width")
+# The strides of frames on which an encoder is proved causal.
+TRIAL_STRIDES = 5
 
 
 @functools.cache
-def load_encoder(path: str, device: torch.device = torch.device("cpu")):
-    """`model.encoder`, frozen, in float32 and proved causal; the same one each time.
+def load_encoder(path: str, device: torch.device = CPU) -> torch.nn.Module:
+    """The encoder that `model.encoder` names: frozen, in float32, and proved causal.
+
+    The same path and device give the same module each time.
 
     Raises:
         ConfigError: the path does not import.
-        ModelError: it is not causal, or lacks an attribute.
+        ModelError: the encoder cannot be made, is not causal, or lacks an attribute.
     """
     dotted, _, argument = path.partition(":")
-    module, _, name = dotted.rpartition(".")
+    factory = _import_factory(dotted, path)
     try:
-        made = getattr(importlib.import_module(module or dotted), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.encoder={path} cannot be imported: {error}") from error
-    try:
-        encoder = made(argument) if argument else made()
+        encoder = factory(argument) if argument else factory()
     except OnstreamError:
         raise
-    except Exception as error:  # it is the user's
-        raise ModelError(
-            f"model.encoder={path} cannot be made: {' '.join(str(error).split())}"
-        ) from error
+    # The callable is the user's: it may raise errors of any kind.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model.encoder={path} cannot be made: {reason}") from error
     encoder = encoder.float().to(device).eval().requires_grad_(False)
-    for attribute in ("stride", "rate", "width"):
+    for attribute in ATTRIBUTES:
         if not hasattr(encoder, attribute):
             raise ModelError(
-                f"model.encoder={path} has no attribute '{attribute}' (rollouts/simultaneous/frames.py)"
+                f"model.encoder={path} has no attribute '{attribute}' "
+                "(rollouts/simultaneous/frames.py)"
             )
     check_causal(encoder, device)
     return encoder
 
 
+def _import_factory(dotted: str, path: str) -> Callable[..., torch.nn.Module]:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or dotted), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.encoder={path} cannot be imported: {error}") from error
+
+
 @torch.no_grad()
 def check_causal(encoder, device: torch.device) -> None:
-    """Raises ModelError: an embedding changes with a frame after its own stride, or their number is
-    not as promised."""
-    frames = torch.randn(
-        5 * encoder.stride, encoder.width, generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    """Refuse an encoder that looks ahead.
+
+    Args:
+        encoder: as the module says.
+        device: that the encoder is on.
+
+    Raises:
+        ModelError: an embedding changes with a frame after its own stride, or the number of
+            embeddings is not as promised.
+    """
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(TRIAL_STRIDES * encoder.stride, encoder.width, generator=generator)
+    frames = frames.to(device)
     whole = encoder(frames)
-    for count in range(1, 5):
+    for count in range(1, TRIAL_STRIDES):
         part = encoder(frames[: count * encoder.stride])
-        if len(part) != count or len(whole) != 5:
+        if len(part) != count or len(whole) != TRIAL_STRIDES:
             raise ModelError(
-                f"the encoder makes {len(part)} embeddings of {count} strides of frames; make one of each"
+                f"the encoder makes {len(part)} embeddings of {count} strides of frames; "
+                "make one of each"
             )
-        if not torch.allclose(part, whole[:count], rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
+        tolerance = 1e-4 * float(whole.abs().max())
+        if not torch.allclose(part, whole[:count], rtol=1e-3, atol=tolerance):
             raise ModelError("the encoder is not causal: an embedding changes when later frames do")
 
 
 def frame_units(frames: np.ndarray, encoder, seconds: float, where: str) -> list[tuple[int, ...]]:
-    """A `FRAME` per embedding, in units of `seconds` (the last one may be shorter).
+    """The units of a source, with a `FRAME` for each embedding.
+
+    Args:
+        frames: [F, D].
+        encoder: as the module says.
+        seconds: the length of a unit. The last one may be shorter.
+        where: data and row, for errors.
 
     Raises:
-        DataError: they are of another width than the encoder's, or too many for it.
+        DataError: the frames are of another width than the encoder's, or too many for it.
     """
     longest = getattr(encoder, "longest", len(frames))
     if len(frames) > longest:
@@ -100,29 +128,43 @@ def frame_units(frames: np.ndarray, encoder, seconds: float, where: str) -> list
             f"{where} has frames of {frames.shape[1]} numbers; model.encoder reads {encoder.width}"
         )
     size = max(round(seconds * encoder.rate / encoder.stride), 1)
-    count = math.ceil(len(frames) / encoder.stride)
+    count = _embedding_count(frames, encoder)
     return [(FRAME,) * min(size, count - start) for start in range(0, count, size)]
 
 
-def embed(model, encoder, ids: torch.Tensor, frames: list[np.ndarray]) -> torch.Tensor:
+def embed(model, encoder, ids: torch.Tensor, frames: Sequence[np.ndarray]) -> torch.Tensor:
     """Input embeddings of token ids with frames among them.
 
     Args:
         model: the Hugging Face model.
-        ids: [B, n]; in order, its `FRAME`s are the embeddings of `frames`.
-        frames: arrays [F, D].
+        encoder: as the module says.
+        ids: [B, n]; in order, its `FRAME`s stand for the embeddings of `frames`.
+        frames: arrays [F, D], at least one.
 
     Returns:
-        [B, n, H].
+        [B, n, H], in the dtype of the model's embeddings.
+
+    Raises:
+        ModelError: the encoder's embeddings are of another number or width than the model needs.
     """
     embeddings = model.get_input_embeddings()(ids.clamp(min=0))
-    heard = [
-        encoder(torch.as_tensor(array, dtype=torch.float32, device=ids.device)) for array in frames
-    ]
-    for array, made in zip(frames, heard):
-        if made.shape != (wanted := (math.ceil(len(array) / encoder.stride), embeddings.shape[-1])):
-            raise ModelError(
-                f"the encoder makes {tuple(made.shape)} of {len(array)} frames; the model needs {wanted}"
-            )
-    heard = torch.cat(heard)
-    return embeddings.masked_scatter((ids == FRAME)[..., None], heard.to(embeddings.dtype))
+    width = embeddings.shape[-1]
+    heard = [_encode(encoder, source, width, ids.device) for source in frames]
+    is_frame = (ids == FRAME)[..., None]
+    return embeddings.masked_scatter(is_frame, torch.cat(heard).to(embeddings.dtype))
+
+
+def _encode(encoder, frames: np.ndarray, width: int, device: torch.device) -> torch.Tensor:
+    """[embeddings, width] of one source [F, D]."""
+    output = encoder(torch.as_tensor(frames, dtype=torch.float32, device=device))
+    shape = (_embedding_count(frames, encoder), width)
+    if output.shape != shape:
+        raise ModelError(
+            f"the encoder makes {tuple(output.shape)} of {len(frames)} frames; "
+            f"the model needs {shape}"
+        )
+    return output
+
+
+def _embedding_count(frames: np.ndarray, encoder) -> int:
+    return math.ceil(len(frames) / encoder.stride)

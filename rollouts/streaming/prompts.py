@@ -1,19 +1,17 @@
-"""Streaming prompts: a text cut into what is read step by step, and what is to be written after
-each step.
+"""Streaming prompts: what is read step by step, and what is to be written after each step.
 
 The question comes first, then one sentence after the other. Each segment is tokenized by itself and
-ends in its own protocol token; sequences are made by joining ids, so a mask over segments cannot
+ends in its own protocol token. Sequences are made by joining ids, so a mask over segments cannot
 come apart from the tokens. Data that is cut already (`Example.sentences`) is taken as it is; other
-text is cut by `sentencex`, which would rather leave two sentences together than break one."""
+text is cut by `rollouts.data.sentences`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain
 
-from recipes.errors import ConfigError, DataError
-from rollouts.data.chat import chat_frame
+from recipes.errors import DataError
+from rollouts.data.chat import SourceFrame, drop_overlong, text_ids
 from rollouts.data.examples import Example, Ids, Prompt
 from rollouts.data.marks import SKIP, TOKENS
 from rollouts.data.sentences import CLOSING, QUESTION_ENDS, SENTENCE_ENDS, split_sentences
@@ -23,8 +21,8 @@ from rollouts.streaming.tokens import Protocol
 def question_and_sentences(example: Example, where: str) -> tuple[str, list[str]]:
     """What an example asks, and the sentences that tell it.
 
-    In a text, the last sentence that ends in a question mark is the question, else the last
-    sentence is. One sentence alone is both what is asked and what is read.
+    In a text, the question is the last sentence that ends in a question mark, else the last
+    sentence. One sentence alone is both what is asked and what is read.
 
     Args:
         where: the data's name, for errors.
@@ -34,29 +32,40 @@ def question_and_sentences(example: Example, where: str) -> tuple[str, list[str]
             token.
     """
     row = f"{where}: row {example.index}"
-    if example.sentences is not None:
-        question, sentences = example.question or "", list(example.sentences)
-        if not question.strip() or not sentences:
-            raise DataError(
-                f"{row} has no {'sentences' if question.strip() else 'question'}; give it, or drop the row"
-            )
+    if example.sentences is None:
+        question, sentences = _cut_text(example.messages[-1]["content"], row)
     else:
-        sentences = split_sentences(example.messages[-1]["content"])
-        ends = [sentence.rstrip(CLOSING)[-1:] for sentence in sentences]
-        if not sentences or (len(sentences) == 1 and ends[0] not in SENTENCE_ENDS):
-            raise DataError(
-                f"{row}: no sentence end was found in its text, so it cannot be read step by step; end its "
-                "sentences with . ! or ?, or give columns `sentences` and `question`"
-            )
-        asked = max((place for place, end in enumerate(ends) if end in QUESTION_ENDS), default=-1)
-        question = sentences.pop(asked) if len(sentences) > 1 else sentences[0]
+        question, sentences = example.question or "", list(example.sentences)
+        _check_parts(question, sentences, row)
     for place, sentence in enumerate(sentences, 1):
         if not sentence.strip():
             raise DataError(f"{row}: sentence {place} is empty; drop it and its thought")
-    if odd := next(
-        (token for token in TOKENS for text in (question, *sentences) if token in text), None
-    ):
-        raise DataError(f"{row}: its text holds the protocol token {odd}; take it out")
+    for token in TOKENS:
+        if any(token in text for text in (question, *sentences)):
+            raise DataError(f"{row}: its text holds the protocol token {token}; take it out")
+    return question, sentences
+
+
+def _check_parts(question: str, sentences: list[str], row: str) -> None:
+    if question.strip() and sentences:
+        return
+    lacking = "sentences" if question.strip() else "question"
+    raise DataError(f"{row} has no {lacking}; give it, or drop the row")
+
+
+def _cut_text(text: str, row: str) -> tuple[str, list[str]]:
+    """The question of a text, and its other sentences."""
+    sentences = split_sentences(text)
+    ends = [sentence.rstrip(CLOSING)[-1:] for sentence in sentences]
+    if not sentences or (len(sentences) == 1 and ends[0] not in SENTENCE_ENDS):
+        raise DataError(
+            f"{row}: no sentence end was found in its text, so it cannot be read step by step; "
+            "end its sentences with . ! or ?, or give columns `sentences` and `question`"
+        )
+    if len(sentences) == 1:
+        return sentences[0], sentences
+    questions = [place for place, end in enumerate(ends) if end in QUESTION_ENDS]
+    question = sentences.pop(questions[-1] if questions else -1)
     return question, sentences
 
 
@@ -65,8 +74,11 @@ def streaming_prompts(
 ) -> tuple[list[Prompt], int]:
     """Prompts with `segments` and `opening`, for a model that thinks while it reads.
 
+    The segments are (frame, question, sentence 1, …, sentence N). The opening is what the chat
+    template writes before the answer, then the question, or its mark alone.
+
     Args:
-        examples: those of a chat keep its earlier turns; the last one is the text.
+        examples: those of a chat keep its earlier turns. The last turn is the text.
         tokenizer: a Hugging Face tokenizer that has the protocol tokens.
         config: of the run; its sections `data` and `streaming` are read.
         where: the data's name, for errors.
@@ -76,71 +88,58 @@ def streaming_prompts(
         dropped.
 
     Raises:
+        ConfigError: `data.template=chat` without a chat template.
         DataError: an example cannot be streamed, or not one prompt fits.
         ModelError: the tokenizer lacks a protocol token.
     """
-    protocol, data = Protocol.of(tokenizer), config.data
-    instruction = config.streaming.instruction + (data.suffix or "")
-    if data.template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            f"data.template=chat: the tokenizer of {tokenizer.name_or_path} has no chat template; use "
-            "data.template=plain"
-        )
-    chat = data.template != "plain" and bool(tokenizer.chat_template)
-
-    @cache
-    def frame(turns: tuple[tuple[str, str], ...]) -> tuple[str, Ids, Ids]:
-        """The text and ids before the question, and the ids that open the answer."""
-        before, after = (
-            chat_frame(tokenizer, data, turns)
-            if chat
-            else ("\n\n".join([t for _, t in turns] + [""]), "")
-        )
-        first, last = (
-            tuple(tokenizer(text, add_special_tokens=special).input_ids)
-            for text, special in ((before + instruction, not chat), (after, False))
-        )
-        return before + instruction, (*first, protocol.sep), (*last, protocol.sep)
-
+    protocol = Protocol.of(tokenizer)
+    frame = SourceFrame(tokenizer, config.data, config.streaming.instruction)
+    restate_question = config.streaming.restate_question
     examples = list(examples)
-    cut = [question_and_sentences(example, where) for example in examples]
-    texts = [text for question, sentences in cut for text in (question, *sentences)]
-    coded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+    sources = [question_and_sentences(example, where) for example in examples]
+    frames = [frame.around(example) for example in examples]
+    befores = text_ids(
+        tokenizer, (before for before, _ in frames), add_special_tokens=not frame.chat
+    )
+    afters = text_ids(tokenizer, (after for _, after in frames))
+    texts = (text for question, sentences in sources for text in (question, *sentences))
+    ids = text_ids(tokenizer, texts)
     prompts = []
-    for example, (question, sentences) in zip(examples, cut):
-        turns = [(turn["role"], turn["content"]) for turn in example.messages[:-1]]
-        if data.system is not None:
-            turns = [("system", data.system)] + [turn for turn in turns if turn[0] != "system"]
-        head, first, prefix = frame(tuple(turns))
-        asked = (*next(coded), protocol.eoq)
-        segments = (first, asked, *((*next(coded), protocol.eos) for _ in sentences))
-        text = "".join(
-            (head, "<SEP>", question, "<EOQ>", *(sentence + "<EOS>" for sentence in sentences))
+    for example, (before, after), (question, sentences) in zip(examples, frames, sources):
+        question_ids = (*ids[question], protocol.eoq)
+        segments = (
+            (*befores[before], protocol.sep),
+            question_ids,
+            *((*ids[sentence], protocol.eos) for sentence in sentences),
         )
-        opening = (prefix, asked if config.streaming.restate_question else asked[-1:])
-        prompts.append(
-            Prompt(example.index, tuple(chain(*segments)), text, example, segments, opening)
+        opening = (
+            (*afters[after], protocol.sep),
+            question_ids if restate_question else (protocol.eoq,),
         )
-    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= data.max_prompt_tokens]
-    if prompts and not kept:
-        raise DataError(
-            f"{where}: all {len(prompts)} sources are longer than {data.max_prompt_tokens} tokens, the "
-            f"shortest has {min(len(p.token_ids) for p in prompts)}; raise data.max_prompt_tokens"
-        )
-    return kept, len(prompts) - len(kept)
+        sentence_text = "".join(f"{sentence}<EOS>" for sentence in sentences)
+        text = f"{before}<SEP>{question}<EOQ>{sentence_text}"
+        token_ids = tuple(chain(*segments))
+        prompts.append(Prompt(example.index, token_ids, text, example, segments, opening))
+    return drop_overlong(prompts, config.data.max_prompt_tokens, "sources", where)
 
 
 def target_segments(example: Example, tokenizer) -> list[Ids]:
-    """The supervised target, `thoughts` and `final`, after the opening: a segment per thought, then
-    the deep reasoning with the answer."""
+    """The supervised target after the opening, in segments of token ids.
+
+    There is a segment per thought, then one of the deep reasoning with the answer.
+
+    Args:
+        example: has `thoughts` and `final`.
+        tokenizer: a Hugging Face tokenizer that has the protocol tokens.
+
+    Raises:
+        ModelError: the tokenizer lacks a protocol token.
+    """
     protocol = Protocol.of(tokenizer)
-    *thoughts, deep, final = (
-        tuple(ids)
-        for ids in tokenizer(
-            [*example.thoughts, example.deep or "", example.final], add_special_tokens=False
-        ).input_ids
-    )
-    return [
+    texts = [*example.thoughts, example.deep or "", example.final]
+    *thoughts, deep, final = tokenizer(texts, add_special_tokens=False).input_ids
+    segments = [
         (protocol.skip,) if text == SKIP else (*ids, protocol.eot)
         for text, ids in zip(example.thoughts, thoughts)
-    ] + [(*deep, protocol.eor, *final, protocol.eoa)]
+    ]
+    return [*segments, (*deep, protocol.eor, *final, protocol.eoa)]
