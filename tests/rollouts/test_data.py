@@ -1,5 +1,7 @@
+import ast
 import json
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -411,13 +413,13 @@ def test_the_longest_prompt_that_is_kept(examples):
     assert tokenize_prompts(examples, tokenizer, max_prompt_tokens=7)[1] == 0
     assert tokenize_prompts(examples, tokenizer, max_prompt_tokens=6)[1] == 1
     with pytest.raises(
-        DataError, match="all 3 .* longer than 2 tokens, .* has 3; raise data.max_prompt_tok"
+        DataError, match=r"all 3 .* longer than 2 tokens, .* has 3; raise data\.max_prompt_tok"
     ):
         tokenize_prompts(examples, tokenizer, max_prompt_tokens=2)
 
 
 def test_template_errors(examples):
-    with pytest.raises(ConfigError, match="data.template=chat.* no chat template"):
+    with pytest.raises(ConfigError, match=r"data\.template=chat.* no chat template"):
         tokenize_prompts(examples, make_tokenizer(), max_prompt_tokens=9, template="chat")
     refusing = make_tokenizer(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
@@ -461,3 +463,14 @@ def test_sampler_shuffles_evenly():
 def test_sampler_errors(count, per_step, step):
     with pytest.raises(ValueError):
         PromptSampler(count, per_step, 0).indices(step)
+
+
+def test_data_is_below_the_reading_modes():
+    folder = Path(__file__).parents[2] / "rollouts" / "data"
+    files = list(folder.glob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        nodes = ast.walk(ast.parse(file.read_text()))
+        modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        ours = [module for module in modules if module.startswith("rollouts.")]
+        assert all(module.startswith("rollouts.data.") for module in ours), file.name

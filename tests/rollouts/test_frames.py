@@ -100,7 +100,7 @@ def setting(tmp_path_factory):
 
 
 def test_units_are_read_by_the_second(setting):
-    config, tokenizer, examples, prompts = setting
+    _config, tokenizer, examples, prompts = setting
     for example, prompt in zip(examples, prompts):
         count = -(-len(example.frames) // 2)
         units = [sum(token == FRAME for token in segment) for segment in prompt.segments]
@@ -111,7 +111,7 @@ def test_units_are_read_by_the_second(setting):
 
 
 def test_the_sampler_agrees_with_the_masked_forward(setting):
-    config, tokenizer, examples, prompts = setting
+    config, tokenizer, _examples, prompts = setting
     engine = SimultaneousEngine(config.model.path, config, CPU, torch.float32)
     requests = [
         Request(p.index, 0, p.token_ids, p.index, p.segments, p.opening, p.example.frames)
@@ -147,7 +147,7 @@ def test_the_sampler_agrees_with_the_masked_forward(setting):
 
 
 def test_what_is_heard_later_changes_no_earlier_word(setting):
-    config, tokenizer, examples, prompts = setting
+    config, tokenizer, _examples, prompts = setting
     policy = load_policy(
         config.model.path,
         torch.float32,
@@ -178,7 +178,7 @@ def test_what_is_heard_later_changes_no_earlier_word(setting):
 
 
 def test_a_step_of_frames_in_one_batch_is_that_of_each_alone(setting):
-    config, tokenizer, examples, prompts = setting
+    config, tokenizer, _examples, prompts = setting
     policy = load_policy(
         config.model.path, torch.float32, CPU, masked=True, embed=reading_mode(config).embedder(CPU)
     ).double()
@@ -232,8 +232,8 @@ def test_bad_frames(setting, tmp_path, cell, said):
 
 
 def test_frames_without_an_encoder(setting):
-    config, tokenizer, examples, _ = setting
-    with pytest.raises(ConfigError, match="model.encoder"):
+    _config, tokenizer, examples, _ = setting
+    with pytest.raises(ConfigError, match=r"model\.encoder"):
         unit_prompts(examples, tokenizer, compose(["recipe=proactivellm"]), "data")
     with pytest.raises(ConfigError, match="cannot be imported"):
         load_encoder("nowhere.Encoder")

@@ -410,7 +410,7 @@ def test_empty_texts(tokenizer, bad, said):
 
 def test_tokenizers_that_do_not_serve(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="has no chat template; use data.template=plain"):
+    with pytest.raises(ConfigError, match=r"has no chat template; use data\.template=plain"):
         unit_prompts([example("a")], tokenizer, config("data.template=chat"), "d")
     tokenizer.eos_token = None
     for call in (

@@ -191,7 +191,7 @@ def test_a_chat_template_that_does_not_serve(streaming_model, template, said):
     with pytest.raises(DataError, match=said):
         streaming_prompts([example(**STORY)], tokenizer, config(), "d")
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="has no chat template; use data.template=plain"):
+    with pytest.raises(ConfigError, match=r"has no chat template; use data\.template=plain"):
         streaming_prompts([example(**STORY)], tokenizer, config("data.template=chat"), "d")
 
 

@@ -13,8 +13,8 @@ COT = {
         "context": "Ann has 3 pens.<EOS> The sun shines.<EOS> She buys 4.5 more.<EOS>",
         "instruct": "How many pens has Ann?",
     },
-    "streaming_reasoning": "Okay. The question is asking How many pens has Ann?<EOQ>  \nAnn has 3.<EOT>  \n<skip>  \n"
-    "3 + 4.5 = 7.5.<EOT>",
+    "streaming_reasoning": "Okay. The question is asking How many pens has Ann?<EOQ>  \n"
+    "Ann has 3.<EOT>  \n<skip>  \n3 + 4.5 = 7.5.<EOT>",
     "deep_reasoning": "Altogether 7.5.  \n<EOR> Therefore, the answer is \\box{7.5}.<EOA>\n",
     "answer": "\\boxed{7.5}",
 }
