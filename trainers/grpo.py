@@ -1,19 +1,20 @@
-"""GRPO (arXiv 2402.03300): policy gradient with advantages relative to the other samples of a
-prompt.
+"""GRPO (arXiv 2402.03300): policy gradient with advantages relative to a prompt's other samples.
 
 The reward of a completion is its accuracy plus gamma times a length reward. Less the mean of its
-group, over the group's standard deviation, it is the advantage of all its tokens, in PPO's clipped
-objective; a KL to the starting weights is added to the loss. There is no value function and no
-filter: groups without a difference have advantage 0 and only their KL counts. The clip has bounds
-of its own on either side (arXiv 2503.14476); the ratio to the policy that sampled is computed by
-the trainer, before the first of `train.minibatches` updates. With one update per batch it is 1,
-nothing clips, and that pass is left out. `grpo.importance_cap` makes up for a rollout engine whose
-log-probs differ from the trainer's: each token is weighted by the ratio of the two, cut at the cap.
+group, over the group's standard deviation, it is the advantage of all its tokens. The objective is
+PPO's clipped one, and a KL to the starting weights is added to the loss. There is no value function
+and no filter: groups without a difference have advantage 0, and only their KL counts.
 
-The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`: in [0, 1), and only
-for correct answers, so that a short wrong one gains nothing. On-policy SFT's paper, which starts
-from "accuracy + gamma * length", was not at hand for its form; this is the one that HRPO uses for
-each of its stages (docs/specification.md, 4).
+The clip has a bound for either side (arXiv 2503.14476). The trainer computes the log-probs of the
+policy that sampled before the first of `train.minibatches` updates. With one update per batch the
+ratio is 1 and nothing clips, so that pass is left out. `grpo.importance_cap` makes up for a rollout
+engine whose log-probs differ from the trainer's. It weights each token by the ratio of the two, cut
+at the cap.
+
+The length reward is accuracy * (1 - tokens / L), L = `rollout.max_new_tokens`. It is in [0, 1), and
+only for correct answers, so that a short wrong one gains nothing. On-policy SFT's paper starts from
+"accuracy + gamma * length"; it was not at hand for the form. HRPO uses this form for each of its
+stages (docs/specification.md, 4).
 
     torchrun --nproc_per_node=N train.py recipe=grpo [grpo.gamma=0.5] [grpo.kl_beta=0]
 """
@@ -30,7 +31,8 @@ from rollouts.trajectory import Trajectory
 from trainers.base import Trainer, max_new_tokens
 from trainers.losses import Loss
 
-EPSILON = 1e-6  # added to a group's standard deviation
+# Added to a group's standard deviation.
+EPSILON = 1e-6
 
 
 class GRPO(Trainer):
@@ -50,8 +52,8 @@ class GRPO(Trainer):
     def check(cls, config) -> None:
         if config.rollout.samples_per_prompt < 2:
             raise ConfigError(
-                f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: recipe={config.recipe} "
-                "compares samples of one prompt; give 2 or more"
+                f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
+                f"recipe={config.recipe} compares samples of one prompt; give 2 or more"
             )
 
     def draw(self, step: int) -> list[Trajectory]:
@@ -62,11 +64,11 @@ class GRPO(Trainer):
         return trajectories
 
     def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
-        """Each trajectory's advantages [T] float32, from the `reward` that it is given here.
+        """Write each trajectory's `reward`, and return its advantages [T] float32.
 
         Args:
-            trajectories: of a step; those of a prompt are adjacent.
-            limit: that on new tokens.
+            trajectories: of a step. Those of a prompt are adjacent.
+            limit: the most new tokens of a completion.
         """
         for trajectory in trajectories:
             trajectory.reward = length_reward(trajectory, limit, self.config.grpo.gamma)
@@ -78,20 +80,24 @@ class GRPO(Trainer):
 
     def in_groups(self, rewards: Sequence[float]) -> np.ndarray:
         """The advantage of each trajectory of a step [P * n] over the others of its prompt."""
-        groups = np.array(rewards).reshape(-1, self.config.rollout.samples_per_prompt)
-        return group_advantages(groups, self.config.grpo.normalize_std).ravel()
+        advantages = group_advantages(self._groups(rewards), self.config.grpo.normalize_std)
+        return advantages.ravel()
+
+    def _groups(self, rewards: Sequence[float]) -> np.ndarray:
+        """[P, n], a row per prompt."""
+        return np.array(rewards).reshape(-1, self.config.rollout.samples_per_prompt)
 
     def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        rewards = np.array([t.reward for t in trajectories])
-        groups = rewards.reshape(-1, self.config.rollout.samples_per_prompt)
-        return {"reward/equal_groups_frac": float((np.ptp(groups, axis=1) == 0).mean())}
+        groups = self._groups([t.reward for t in trajectories])
+        equal = np.ptp(groups, axis=1) == 0
+        return {"reward/equal_groups_frac": float(equal.mean())}
 
     def token_metrics(
         self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         mask = trajectory.annotations["mask"]
         names = {"kl": "reference/kl", "clipped": "policy/clip_frac"}
-        return {names[key]: (output[key], mask) for key in names.keys() & output.keys()}
+        return {metric: (output[key], mask) for key, metric in names.items() if key in output}
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)
@@ -123,11 +129,11 @@ class GRPO(Trainer):
 
 
 def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:
-    """Rewards less their group's mean, over its standard deviation (of the population) plus 1e-6 if
-    `normalize_std`.
+    """Rewards less their group's mean.
 
     Args:
         rewards: [P, n], a row per prompt.
+        normalize_std: divides by the group's standard deviation (of the population) plus 1e-6.
 
     Returns:
         [P, n]; exactly 0 in a group of one, or of equal rewards.
@@ -135,4 +141,6 @@ def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndar
     advantages = rewards - rewards.mean(1, keepdims=True)
     if normalize_std:
         advantages = advantages / (rewards.std(1, keepdims=True) + EPSILON)
-    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, advantages, 0.0)
+    # Rounding leaves equal rewards a difference to their mean, which the division would blow up.
+    differs = np.ptp(rewards, axis=1, keepdims=True) > 0
+    return np.where(differs, advantages, 0.0)

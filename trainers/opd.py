@@ -1,11 +1,13 @@
-"""On-policy distillation: PowerOPD, vanilla OPD, their baselines, and the full-vocabulary
-objectives.
+"""On-policy distillation: PowerOPD, vanilla OPD, their baselines, the full-vocabulary objectives.
 
-The student samples; the teacher scores the sampled tokens; each token's reward, a bounded function
-of the two probabilities (PowerOPD, arXiv 2606.17199) or their log-ratio (vanilla), weights its
-log-prob in a plain REINFORCE loss. There is one optimizer step per rollout batch, hence no
-importance ratio and no clip; no reference model, value function, discount or advantage
-normalisation, as in the paper: the token reward is dense and already relative to the student.
+The student samples, and the teacher scores the sampled tokens. A token's reward weights its
+log-prob in a plain REINFORCE loss. In PowerOPD (arXiv 2606.17199) the reward is a bounded function
+of the two probabilities; in vanilla OPD it is their log-ratio.
+
+There is one optimizer step per rollout batch, hence no importance ratio and no clip. As in the
+paper, there is no reference model, value function, discount or advantage normalisation: the token
+reward is dense and already relative to the student.
+
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.
 
@@ -14,7 +16,8 @@ the student's samples.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,78 +30,97 @@ from trainers.base import Trainer
 from trainers.core.distributed import world_size
 from trainers.losses import Loss
 
+# Added to the standard deviation of a step's rewards.
+EPSILON = 1e-6
+
 
 class OnPolicyDistillation(Trainer):
-    """`reward.token` and `objective` choose the method; `reward.terminal_stop` how the last stop
-    token counts."""
+    """`reward.token` and `objective` choose the method.
+
+    `reward.terminal_stop` says how the last stop token counts.
+    """
 
     distills = True
 
     def __init__(self, run):
         super().__init__(run)
         self.full = self.config.objective != "policy_gradient"
-        self.reward = (
-            None
-            if self.full
-            else TOKEN_REWARDS.resolve(self.config.reward.token)(self.config.reward)
-        )
+        self.reward = None
+        if not self.full:
+            options = self.config.reward
+            self.reward = TOKEN_REWARDS.resolve(options.token)(options)
 
     @classmethod
     def check(cls, config) -> None:
         TOKEN_REWARDS.resolve(config.reward.token)
-        if config.objective != "policy_gradient" and config.reward.terminal_stop in (
-            "relabel",
-            "cross_eos",
-        ):
+        stop = config.reward.terminal_stop
+        if config.objective != "policy_gradient" and stop in ("relabel", "cross_eos"):
             raise ConfigError(
-                f"reward.terminal_stop={config.reward.terminal_stop} rescores the sampled stop token, and "
+                f"reward.terminal_stop={stop} rescores the sampled stop token, and "
                 f"objective={config.objective} has none; use mask or raw"
             )
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        mode = self.config.reward.terminal_stop
         for trajectory in trajectories:
-            annotate_stop(trajectory, self.config.reward.terminal_stop, self.run.teacher_stop)
+            annotate_stop(trajectory, mode, self.run.teacher_stop)
         self.run.teacher.annotate(trajectories, hidden=self.full)
         if self.reward is not None and self.reward.window:
             self.run.score_policy(trajectories)
             standardise(trajectories, self.reward)
 
     def loss(self) -> Loss:
-        shared = dict(temperature=self.config.rollout.temperature, vocab=self.run.vocab)
+        temperature, vocab = self.config.rollout.temperature, self.run.vocab
         if not self.full:
-            return Loss(policy_gradient=True, reward=self.reward, **shared)
-        kind, options = self.config.objective, self.config.divergence
-        if kind == "topk":
-            divergence = {
-                "divergence": options.top_k_direction,
-                "top_k": options.top_k,
-                "support": options.top_k_support,
-                "tail": options.top_k_tail,
-            }
-        elif kind == "power_full":
-            divergence = {
-                "divergence": "power",
-                "alpha": self.config.reward.alpha,
-                "normalization": self.config.reward.normalization,
-            }
-        elif kind == "jsd":
-            divergence = {"divergence": "jsd", "beta": options.jsd_beta}
-        else:
-            divergence = {"divergence": kind}
-        return Loss(divergence=divergence, teacher_head=self.run.teacher.policy.head, **shared)
+            return Loss(
+                policy_gradient=True, reward=self.reward, temperature=temperature, vocab=vocab
+            )
+        return Loss(
+            divergence=full_objective(self.config),
+            teacher_head=self.run.teacher.policy.head,
+            temperature=temperature,
+            vocab=vocab,
+        )
+
+
+def full_objective(config) -> dict[str, Any]:
+    """The kernels' keyword arguments for the divergence that `objective` names."""
+    name, options, reward = config.objective, config.divergence, config.reward
+    if name == "topk":
+        return {
+            "divergence": options.top_k_direction,
+            "top_k": options.top_k,
+            "support": options.top_k_support,
+            "tail": options.top_k_tail,
+        }
+    if name == "power_full":
+        return {
+            "divergence": "power",
+            "alpha": reward.alpha,
+            "normalization": reward.normalization,
+        }
+    if name == "jsd":
+        return {"divergence": "jsd", "beta": options.jsd_beta}
+    return {"divergence": name}
 
 
 def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
-    """Write `mask`, `targets` and `teacher_targets` [T]: which tokens count, and as which ids each
-    model scores them.
+    """Write `mask` (bool), `targets` and `teacher_targets` (int64), [T].
 
-    A base student ends on another token than its chat teacher, which gives it almost no
-    probability: `raw` lets that punish every correct stop; `mask` leaves a final stop token out of
-    the loss; `relabel` scores it as the teacher's stop in both models; `cross_eos` does so in the
-    teacher only. (PowerOPD's code; docs/specification.md, 1.)"""
-    ids = np.asarray(trajectory.completion_ids, dtype=np.int64)
-    mask, targets, teacher_targets = trajectory.sampled_mask, ids.copy(), ids.copy()
-    if trajectory.finish_reason == "stop" and len(ids):
+    They say which tokens count, and as which ids each model scores them. A base student ends on
+    another token than its chat teacher, which gives that token almost no probability. (PowerOPD's
+    code; docs/specification.md, 1.)
+
+    Args:
+        trajectory: a completion.
+        mode: `raw` lets the teacher punish every correct stop. `mask` leaves a final stop token out
+            of the loss. `relabel` scores it as the teacher's stop in both models. `cross_eos` does
+            so in the teacher only.
+        teacher_stop: the id of the teacher's end token.
+    """
+    targets = np.array(trajectory.completion_ids, dtype=np.int64)
+    mask, teacher_targets = trajectory.sampled_mask, targets.copy()
+    if trajectory.finish_reason == "stop" and len(targets):
         if mode == "mask":
             mask[-1] = False
         elif mode == "relabel":
@@ -109,29 +131,39 @@ def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
 
 
 def standardise(trajectories: Sequence[Trajectory], reward) -> None:
-    """Write `advantages`: the reward standardised over the unmasked tokens of all ranks."""
-    raw = []
+    """Write `advantages` [T] float32: rewards standardised over the step's unmasked tokens.
+
+    A collective. Tokens with an infinite reward do not enter the moments.
+
+    Args:
+        trajectories: this rank's, with `mask`, `teacher_logprobs` and `student_logprobs`.
+        reward: a token reward (rewards/token.py).
+    """
+    rewards, counted = [], [np.zeros(0)]
     for trajectory in trajectories:
-        notes = trajectory.annotations
-        raw.append(
-            reward(
-                torch.from_numpy(notes["teacher_logprobs"]),
-                torch.from_numpy(notes["student_logprobs"]),
-            )
-            .double()
-            .numpy()
+        annotations = trajectory.annotations
+        teacher, student = (
+            torch.from_numpy(annotations[name]) for name in ("teacher_logprobs", "student_logprobs")
         )
-    kept = np.concatenate(
-        [r[t.annotations["mask"]] for r, t in zip(raw, trajectories)] or [np.zeros(0)]
-    )
-    kept = kept[np.isfinite(kept)]
-    moments = torch.tensor([len(kept), kept.sum(), np.square(kept).sum()], dtype=torch.float64)
+        values = reward(teacher, student).double().numpy()
+        rewards.append(values)
+        counted.append(values[annotations["mask"]])
+    mean, std = moments(np.concatenate(counted))
+    for trajectory, values in zip(trajectories, rewards):
+        advantages = (values - mean) / (std + EPSILON)
+        trajectory.annotations["advantages"] = advantages.astype(np.float32)
+
+
+def moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all ranks' finite values [n] float64. A collective."""
+    finite = values[np.isfinite(values)]
+    sums = torch.tensor([len(finite), finite.sum(), np.square(finite).sum()], dtype=torch.float64)
     if world_size() > 1:
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        moments = moments.to(device)
-        dist.all_reduce(moments)
-    count, total, squares = moments.tolist()
-    mean = total / max(count, 1)
-    std = max(squares / max(count, 1) - mean**2, 0) ** 0.5
-    for trajectory, values in zip(trajectories, raw):
-        trajectory.annotations["advantages"] = ((values - mean) / (std + 1e-6)).astype(np.float32)
+        # NCCL reduces tensors on a GPU alone.
+        sums = sums.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(sums)
+    count, total, squares = sums.tolist()
+    # A step may have no finite reward at all.
+    count = max(count, 1)
+    mean = total / count
+    return mean, max(squares / count - mean**2, 0) ** 0.5

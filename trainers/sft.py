@@ -1,16 +1,16 @@
 """Supervised fine-tuning: cross-entropy on the data's own solutions.
 
-The sequences are read, not sampled: prompt from the data, completion = the example's `solution` and
-the end token. It is the cold start of other methods and makes the embedded tiny models; it has no
-packing across examples of a fixed length and no schedule but the loop's, because the loop packs by
-token budget anyway.
+The sequences are read, not sampled. The prompt is from the data; the completion is the example's
+`solution` and the end token. It is the cold start of other methods, and it trains the embedded tiny
+models. Examples are not packed to a fixed length, because the loop packs by token budget anyway.
+There is no schedule but the loop's.
 
     torchrun --nproc_per_node=N train.py recipe=sft data.path=FILE
 """
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,33 +26,33 @@ class CrossEntropyTrainer(Trainer):
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)
         for trajectory in trajectories:
-            trajectory.annotations["ce_weights"] = np.ones(
-                len(trajectory.completion_ids), dtype=np.float32
-            )
+            ones = np.ones(len(trajectory.completion_ids), dtype=np.float32)
+            trajectory.annotations["ce_weights"] = ones
 
     def loss(self) -> Loss:
         return Loss(cross_entropy=True, vocab=self.run.vocab)
 
 
 class SupervisedFineTuning(CrossEntropyTrainer):
-    """Token mean over all completion tokens of the step."""
+    """Cross-entropy on the solutions, averaged over all completion tokens of the step."""
 
     samples = False
     learns = ("solution",)
 
     def draw(self, step: int) -> list[Trajectory]:
-        return [self.read(self.run.prompts[index]) for index in self.run.sampler.indices(step)]
+        indices = self.run.sampler.indices(step)
+        return [self.read(self.run.prompts[index]) for index in indices]
 
     def read(self, prompt: Prompt) -> Trajectory:
-        """The prompt with its target."""
+        """The prompt with its target as the completion."""
         tokenizer, solution = self.run.tokenizer, prompt.example.solution
-        ids = tokenizer(solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        ids = tokenizer(solution, add_special_tokens=False).input_ids
         return Trajectory(
-            prompt.index,
-            0,
-            list(prompt.token_ids),
-            ids,
-            "stop",
+            prompt_index=prompt.index,
+            sample_index=0,
+            prompt_ids=list(prompt.token_ids),
+            completion_ids=[*ids, tokenizer.eos_token_id],
+            finish_reason="stop",
             prompt=prompt.text,
             completion=solution,
             answer=prompt.example.answer,

@@ -1,8 +1,8 @@
 """Streaming SFT, the cold start of streaming reasoners (StreamingThinker, arXiv 2510.17238).
 
-Cross-entropy on thoughts, deep reasoning and answer, each token under the mask and positions that
-it will have when the model writes it while reading (`streaming.layout`). The opening, which is
-forced when the model writes, is not learned. A model without the protocol tokens is given them
+It is cross-entropy on thoughts, deep reasoning and answer. Each token has the mask and the position
+that it will have when the model writes it while reading (`streaming.layout`). The opening is not
+learned, because it is forced when the model writes. A model without the protocol tokens gets them
 first.
 
     torchrun --nproc_per_node=N train.py recipe=streaming_sft data.path=FILE
@@ -19,7 +19,7 @@ from trainers.sft import SupervisedFineTuning
 
 
 class StreamingSFT(SupervisedFineTuning):
-    """Token mean over the step's target tokens."""
+    """Cross-entropy on thoughts and answers, averaged over the target tokens of the step."""
 
     adds_tokens = True
     learns = ("thoughts", "final")
@@ -30,26 +30,31 @@ class StreamingSFT(SupervisedFineTuning):
 
     def read(self, prompt: Prompt) -> Trajectory:
         streaming, tokenizer = self.config.streaming, self.run.tokenizer
-        written = target_segments(prompt.example, tokenizer)
+        targets = target_segments(prompt.example, tokenizer)
+        sequence = arrange(
+            streaming.layout,
+            prompt.segments,
+            prompt.opening,
+            targets,
+            offset=streaming.target_offset,
+        )
         return Trajectory(
-            prompt.index,
-            0,
+            prompt_index=prompt.index,
+            sample_index=0,
             finish_reason="stop",
             prompt=prompt.text,
             answer=prompt.example.answer,
-            completion=tokenizer.decode([token for segment in written for token in segment]),
-            **arrange(
-                streaming.layout,
-                prompt.segments,
-                prompt.opening,
-                written,
-                offset=streaming.target_offset,
-            ),
+            completion=tokenizer.decode([token for segment in targets for token in segment]),
+            **sequence,
         )
 
 
 def check_layout(config) -> None:
-    """Raises ConfigError: a streaming recipe without a layout."""
+    """Refuse a streaming recipe that has no layout.
+
+    Raises:
+        ConfigError: `streaming.layout` is null.
+    """
     if config.streaming.layout is None:
         raise ConfigError(
             f"streaming.layout=null: recipe={config.recipe} needs grouped, interleaved or batch"

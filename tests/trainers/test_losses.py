@@ -28,7 +28,7 @@ def toy():
     teacher_logprobs = (
         (teacher_hidden @ teacher.weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     )
-    notes = {
+    annotations = {
         "mask": mask,
         "teacher_logprobs": teacher_logprobs,
         "teacher_hidden": teacher_hidden,
@@ -40,7 +40,7 @@ def toy():
         teacher=teacher,
         hidden=hidden,
         mask=mask,
-        batch=SimpleNamespace(targets=targets, mask=mask, annotations=notes),
+        batch=SimpleNamespace(targets=targets, mask=mask, annotations=annotations),
     )
 
 
@@ -57,10 +57,10 @@ def logprobs(toy):
 @pytest.mark.parametrize("fused", [True, False])
 def test_policy_gradient_is_reinforce_with_the_token_reward(toy, name, fused):
     reward = TOKEN_REWARDS.resolve(name)(compose(["reward.alpha=3", "reward.clip=0.5"]).reward)
-    notes = {n: v for n, v in toy.batch.annotations.items() if n != "advantages"}
-    toy.batch.annotations = notes
+    annotations = {n: v for n, v in toy.batch.annotations.items() if n != "advantages"}
+    toy.batch.annotations = annotations
     sampled = logprobs(toy).gather(-1, toy.batch.targets[:, None])[:, 0]
-    lp, lq = notes["teacher_logprobs"], sampled.detach()
+    lp, lq = annotations["teacher_logprobs"], sampled.detach()
     r = {
         "power": lp.exp() ** 3 - lq.exp() ** 3,
         "log_ratio": lp - lq,
@@ -81,10 +81,11 @@ def test_policy_gradient_is_reinforce_with_the_token_reward(toy, name, fused):
 
 
 def test_cross_entropy_and_policy_gradient_add_up(toy):
-    notes = toy.batch.annotations
+    annotations = toy.batch.annotations
     sampled = logprobs(toy).gather(-1, toy.batch.targets[:, None])[:, 0]
     expected = gradients(
-        toy, -(sampled * (notes["advantages"] + notes["ce_weights"]) * toy.mask).sum() / 5
+        toy,
+        -(sampled * (annotations["advantages"] + annotations["ce_weights"]) * toy.mask).sum() / 5,
     )
     output = Loss(policy_gradient=True, cross_entropy=True)(toy.head, toy.hidden, toy.batch, 5.0)
     torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-10, rtol=1e-8)
@@ -147,10 +148,10 @@ STOP, TEACHER_STOP = 9, 8
 def test_the_terminal_stop_modes_touch_the_last_token_alone(mode, mask, target, teacher_target):
     trajectory = Trajectory(0, 0, [1], [4, 5, STOP], "stop")
     annotate_stop(trajectory, mode, TEACHER_STOP)
-    notes = trajectory.annotations
-    assert notes["mask"].tolist() == [True, True, mask]
-    assert notes["targets"].tolist() == [4, 5, target]
-    assert notes["teacher_targets"].tolist() == [4, 5, teacher_target]
+    annotations = trajectory.annotations
+    assert annotations["mask"].tolist() == [True, True, mask]
+    assert annotations["targets"].tolist() == [4, 5, target]
+    assert annotations["teacher_targets"].tolist() == [4, 5, teacher_target]
 
 
 @pytest.mark.parametrize("mode", ["raw", "mask", "relabel", "cross_eos"])
@@ -164,7 +165,7 @@ def test_a_truncated_completion_has_no_stop_to_treat(mode):
 def test_zscore_has_mean_zero_and_unit_spread_over_unmasked_tokens():
     rng = np.random.default_rng(0)
     reward = TOKEN_REWARDS.resolve("zscore")(compose([]).reward)
-    made = []
+    trajectories = []
     for count in (5, 9, 3):
         trajectory = Trajectory(0, 0, [1], [1] * count, "length")
         trajectory.annotations = {
@@ -172,10 +173,12 @@ def test_zscore_has_mean_zero_and_unit_spread_over_unmasked_tokens():
             "teacher_logprobs": -rng.random(count).astype(np.float32) * 4,
             "student_logprobs": -rng.random(count).astype(np.float32) * 4,
         }
-        made.append(trajectory)
-    standardise(made, reward)
-    kept = np.concatenate([t.annotations["advantages"][t.annotations["mask"]] for t in made])
-    assert abs(kept.mean()) < 1e-6 and kept.std() == pytest.approx(1, abs=1e-5)
+        trajectories.append(trajectory)
+    standardise(trajectories, reward)
+    advantages = np.concatenate(
+        [t.annotations["advantages"][t.annotations["mask"]] for t in trajectories]
+    )
+    assert abs(advantages.mean()) < 1e-6 and advantages.std() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_full_distribution_objective_has_no_sampled_stop_to_rescore():
