@@ -38,7 +38,7 @@ def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
     for step in (2, 4, 10):
         save(tmp_path, step)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_4", "step_10"]
-    run, point = checkpoint.find("auto", tmp_path)
+    _run, point = checkpoint.find("auto", tmp_path)
     assert point.name == "step_10" and checkpoint.verify(point, FACTS) == 10
 
 

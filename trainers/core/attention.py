@@ -1,16 +1,23 @@
-"""Attention over packed sequences without a [T, T] mask: each sequence attends within its own
-bounds.
+"""Attention over packed sequences without a [T, T] mask: each attends within its own bounds.
 
-Registered with transformers as `packed`. The other implementations build a block-diagonal mask from
-restarting positions (sdpa, eager, flex_attention) or use their own variable-length kernel
-(flash_attention_2); on a CPU with 2,000-token rows of 60-token sequences the mask costs most of the
-step.
+It is registered with transformers as `packed`. The other implementations build a block-diagonal
+mask from restarting positions (sdpa, eager, flex_attention), or use their own variable-length
+kernel (flash_attention_2). On a CPU, with 2,000-token rows of 60-token sequences, the mask costs
+most of the step.
 
-Streaming layouts (rollouts/layout.py) come as one [L_i, L_i] mask per sequence, as one block mask
-(flex_attention), or as a [L, L] mask over the packed row (the others; those that would ignore it
-are refused when the model is loaded)."""
+A streaming layout (rollouts/layout.py) reaches the model in one of three forms:
+
+    packed            one [L_i, L_i] mask per sequence
+    flex_attention    one block mask
+    the others        one [L, L] mask over the packed row
+
+Implementations that would ignore the last are refused when the model is loaded.
+"""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,11 +43,20 @@ def packed_attention(
     """Attention inside each sequence of a packed row, causal or by its mask.
 
     Args:
-        query: [1, heads, L, d]; key, value: [1, kv_heads, L, d].
-        sequence_bounds: where sequences begin, and L at the end; without it (one
-            unpadded sequence) transformers' sdpa is used.
-        sequence_masks: for each sequence a bool [L_i, L_i], or None where it is causal; None: all
+        module: the attention layer, which is training or not.
+        query: [1, heads, L, d].
+        key, value: [1, kv_heads, L, d].
+        attention_mask: used without `sequence_bounds` alone.
+        scaling: of the scores; None: 1 / sqrt(d).
+        dropout: of the attention weights, in training.
+        sliding_window: a token sees this many tokens, itself included. None: all.
+        sequence_bounds: where sequences begin, and L at the end. Without it the row is one unpadded
+            sequence, and transformers' sdpa is used.
+        sequence_masks: for each sequence a bool [L_i, L_i], or None where it is causal. None: all
             are.
+
+    Returns:
+        ([1, L, heads, d], None); the weights are not made.
     """
     if sequence_bounds is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,22 +64,17 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    lengths = [end - start for start, end in zip(sequence_bounds, sequence_bounds[1:])]
-    masks = sequence_masks or [None] * len(lengths)
-    runs = equal_runs(lengths, masks)
-    # split, not slices: its backward is one concatenation, where each slice's would fill a [T]
-    # gradient.
+    lengths = [end - start for start, end in pairwise(sequence_bounds)]
+    runs = equal_runs(lengths, sequence_masks or [None] * len(lengths))
+    # The backward of `split` is one concatenation. Each slice's would fill a [T] gradient.
     sizes = [count * length for count, length, _ in runs]
+    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)))
     outputs = []
-    for (count, length, mask), *parts in zip(
-        runs, *(x[0].split(sizes, dim=1) for x in (query, key, value))
-    ):
+    for (count, length, mask), run_parts in zip(runs, parts):
         if sliding_window is not None and length > sliding_window:
-            place = torch.arange(length, device=query.device)
-            distance = place[:, None] - place[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
-        # [heads, count * length, d] -> [count, heads, length, d], without a copy
-        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
+            mask = _window_mask(length, sliding_window, query.device)
+        # [heads, count * length, d] -> [count, heads, length, d], without a copy.
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in run_parts)
         attended = scaled_dot_product_attention(
             q,
             k,
@@ -78,18 +89,32 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
+def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """[length, length] bool: each token sees itself and the window - 1 tokens before it."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
+
+
 def equal_runs(
     lengths: list[int], masks: list[torch.Tensor | None]
 ) -> list[tuple[int, int, torch.Tensor | None]]:
-    """Neighbouring sequences that one call can take: (how many, their length, the mask of a single
-    one).
+    """Neighbouring sequences that one call can take.
 
-    Causal sequences of one length go together; micro-batches are sorted by length
-    (trainers/core/batching.py)."""
+    Causal sequences of one length go together. Micro-batches are sorted by length
+    (trainers/core/batching.py).
+
+    Args:
+        lengths: of the sequences, in tokens.
+        masks: theirs, bool [L_i, L_i], or None where a sequence is causal.
+
+    Returns:
+        (how many sequences, their length, the mask of a single one) for each call.
+    """
     runs: list[tuple[int, int, torch.Tensor | None]] = []
     for length, mask in zip(lengths, masks):
-        count, last, last_mask = runs[-1] if runs else (0, None, None)
-        if length == last and mask is None and last_mask is None:
+        count, last_length, last_mask = runs[-1] if runs else (0, None, None)
+        if length == last_length and mask is None and last_mask is None:
             runs[-1] = (count + 1, length, None)
         else:
             runs.append((1, length, mask))
@@ -98,8 +123,8 @@ def equal_runs(
 
 def arguments(
     implementation: str, bounds: list[int], layouts: list[Layout] | None, like: torch.Tensor
-) -> dict:
-    """What a model is called with so that the sequences of a packed row attend by their layouts.
+) -> dict[str, Any]:
+    """What a model is called with so that packed sequences attend by their layouts.
 
     Args:
         implementation: the model's attention.
@@ -110,49 +135,53 @@ def arguments(
     packed = implementation == NAME
     if layouts is None:
         return {"sequence_bounds": bounds} if packed else {}
+    # Each table is [3, L_i]: a token's group, its index and the limit of what it sees.
     tables = [torch.from_numpy(layout.table()).to(like.device) for layout in layouts]
     if packed:
-        return {
-            "sequence_bounds": bounds,
-            "sequence_masks": [
-                sees(table[:, :, None], table[:2, None, :]) if len(layout.visible) else None
-                for layout, table in zip(layouts, tables)
-            ],
-        }
-    lengths = torch.tensor([layout.length for layout in layouts], device=like.device)
-    sequence = torch.arange(len(layouts), device=like.device).repeat_interleave(lengths)
-    group, index, limit = (part.contiguous() for part in torch.cat(tables, 1))
-
-    def attends(batch, head, row, column):
-        return (sequence[row] == sequence[column]) & sees(
-            (group[row], index[row], limit[row]), (group[column], index[column])
-        )
-
+        masks = [
+            sees(table[:, :, None], table[:2, None, :]) if len(layout.visible) else None
+            for layout, table in zip(layouts, tables)
+        ]
+        return {"sequence_bounds": bounds, "sequence_masks": masks}
+    attends = _row_mask(layouts, tables)
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
-        return {
-            "attention_mask": create_block_mask(
-                attends,
-                1,
-                None,
-                bounds[-1],
-                bounds[-1],
-                device=like.device,
-                _compile=like.device.type == "cuda",
-            )
-        }
-    place = torch.arange(bounds[-1], device=like.device)
-    return {
-        "attention_mask": additive(
-            attends(0, 0, place[:, None], place[None, :])[None, None], like.dtype
+        mask = create_block_mask(
+            attends,
+            B=1,
+            H=None,
+            Q_LEN=bounds[-1],
+            KV_LEN=bounds[-1],
+            device=like.device,
+            _compile=like.device.type == "cuda",
         )
-    }
+        return {"attention_mask": mask}
+    place = torch.arange(bounds[-1], device=like.device)
+    mask = attends(0, 0, place[:, None], place[None, :])
+    return {"attention_mask": additive(mask[None, None], like.dtype)}
+
+
+def _row_mask(layouts: list[Layout], tables: list[torch.Tensor]):
+    """A function (batch, head, row, column) -> bool: whether a token of the packed row sees one.
+
+    It is in the form that flex_attention calls; rows and columns are places in the packed row.
+    """
+    device = tables[0].device
+    lengths = torch.tensor([layout.length for layout in layouts], device=device)
+    sequence = torch.arange(len(layouts), device=device).repeat_interleave(lengths)
+    group, index, limit = (part.contiguous() for part in torch.cat(tables, 1))
+
+    def attends(batch, head, row, column):
+        reader = group[row], index[row], limit[row]
+        same = sequence[row] == sequence[column]
+        return same & sees(reader, (group[column], index[column]))
+
+    return attends
 
 
 def register() -> None:
-    """Make `attn_implementation="packed"` known to transformers, which then builds no mask for
-    it."""
+    """Make `attn_implementation="packed"` known to transformers, which builds no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)

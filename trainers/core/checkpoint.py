@@ -16,18 +16,27 @@ from recipes.errors import CheckpointError
 from trainers.core import distributed
 
 MANIFEST = "manifest.json"
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as in run.dir's default
+# As in the default of run.dir.
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
 
 def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, keep: int) -> Path:
-    """Write `checkpoints/step_N`: DeepSpeed's state, random states, the model as a Hugging Face
-    folder.
+    """Write `checkpoints/step_N`: DeepSpeed's state, random states, the model as a folder.
 
     A collective. The folder gets its name only when every file is written and listed with its
-    checksum; older ones beyond `keep` are removed after that.
+    checksum. Older checkpoints beyond `keep` are removed after that.
 
     Args:
+        run_dir: the run directory.
+        step: N.
+        engine: the `PolicyEngine`.
+        tokenizer: goes into the model's folder.
+        stop_ids: end tokens, which go there too.
         facts: what must agree at a resume: number of ranks, ZeRO stage.
+        keep: how many checkpoints stay, this one included.
+
+    Returns:
+        the checkpoint's folder.
     """
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -40,14 +49,8 @@ def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, kee
     torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.rank() == 0:
-        files = {
-            str(path.relative_to(partial)): [path.stat().st_size, _digest(path)]
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
-        (partial / MANIFEST).write_text(
-            json.dumps({"step": step, **facts, "files": files}, indent=1)
-        )
+        manifest = {"step": step, **facts, "files": _checksums(partial)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         for old in complete(run_dir)[:-keep]:
@@ -56,15 +59,23 @@ def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, kee
     return folder
 
 
+def _checksums(folder: Path) -> dict[str, list]:
+    """[bytes, checksum] of every file, by its path inside the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
+
+
 def complete(run_dir: Path) -> list[Path]:
-    """The run's finished checkpoints, oldest first. A half-written one has another name and is not
-    among them."""
-    found = [
+    """The run's finished checkpoints, oldest first.
+
+    A half-written one has another name and is not among them.
+    """
+    checkpoints = [
         (int(match[1]), path)
         for path in (run_dir / "checkpoints").glob("step_*")
         if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(checkpoints)]
 
 
 def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
@@ -73,18 +84,15 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
     Args:
         resume: `auto` (the newest checkpoint of `run_dir`, or a fresh start), or a run's or
             checkpoint's folder.
-        run_dir: the run's directory. If it is the default, named after the time and so always new,
-            `auto` takes the newest run beside it that has a checkpoint.
+        run_dir: the run's directory. The default is named after the time, and so is always new.
+            Then `auto` takes the newest run beside it that has a checkpoint.
 
     Raises:
         CheckpointError: the path is neither.
     """
     if resume == "auto":
         if TIMESTAMP.fullmatch(run_dir.name) and not run_dir.exists():
-            runs = sorted(
-                d for d in run_dir.parent.glob("*") if TIMESTAMP.fullmatch(d.name) and complete(d)
-            )
-            run_dir = runs[-1] if runs else run_dir
+            run_dir = _newest_run(run_dir.parent) or run_dir
         checkpoints = complete(run_dir)
         return run_dir, checkpoints[-1] if checkpoints else None
     path = Path(resume).expanduser()
@@ -99,8 +107,22 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
     return path, checkpoints[-1]
 
 
+def _newest_run(parent: Path) -> Path | None:
+    """The last run that is named after its time and has a checkpoint."""
+    runs = [
+        folder
+        for folder in parent.glob("*")
+        if TIMESTAMP.fullmatch(folder.name) and complete(folder)
+    ]
+    return max(runs, default=None)
+
+
 def verify(folder: Path, facts: dict) -> int:
     """Check a checkpoint before anything loads.
+
+    Args:
+        folder: the checkpoint's.
+        facts: what must agree with the run that saved it, by name.
 
     Returns:
         its step.
@@ -137,7 +159,9 @@ def verify(folder: Path, facts: dict) -> int:
 def load(folder: Path, engine) -> None:
     """Restore parameters, optimizer and random states. A collective."""
     engine.load_state(folder)
-    set_random_states(torch.load(folder / f"random_{distributed.rank()}.pt", weights_only=False))
+    path = folder / f"random_{distributed.rank()}.pt"
+    # The states of `random` and NumPy are no tensors.
+    set_random_states(torch.load(path, weights_only=False))
 
 
 def random_states() -> dict:
@@ -153,6 +177,7 @@ def random_states() -> dict:
 
 
 def set_random_states(states: dict) -> None:
+    """Restore what `random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -1,29 +1,84 @@
-"""The policy under DeepSpeed ZeRO: backward over any number of micro-batches, one step, weights
-out, state in and out."""
+"""The policy under DeepSpeed ZeRO: gradients of micro-batches, the step, weights and state."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 
 import torch
 
 from trainers.core import operators
-from trainers.core.distributed import world_size
+from trainers.core.distributed import rank, world_size
 from trainers.core.policy import Policy
 
-GATHER_BUCKET = 64 * 2**20  # elements gathered at once under ZeRO-3 when weights are read out
+# Elements gathered at once under ZeRO-3 when weights are read out.
+GATHER_BUCKET = 64 * 2**20
+
+
+def settings(config) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run."""
+    train, zero = config.train, config.engine
+    bf16 = config.model.dtype == "bfloat16"
+    stage: dict[str, Any] = {"stage": zero.zero_stage}
+    if zero.offload_optimizer:
+        stage["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_params:
+        stage["offload_param"] = {"device": "cpu"}
+    if zero.zero_stage == 3:
+        # Small tensors stay whole on every rank. The bucket sizes fit them to small models too.
+        stage |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": False}
+    options = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": float(train.max_grad_norm),
+        "zero_optimization": stage,
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    # DeepSpeed's stage 0 refuses this key.
+    if bf16 and zero.zero_stage > 0:
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return options
+
+
+def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
+    """AdamW over the parameters that learn; DeepSpeed's CPUAdam where its state is offloaded."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    train = config.train
+    options = {
+        "lr": train.lr,
+        "betas": tuple(train.betas),
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+    }
+    if not config.engine.offload_optimizer:
+        return torch.optim.AdamW(parameters, **options)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return operators.compile_once(
+        "cpu_adam", lambda: DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    )
 
 
 class PolicyEngine:
     """Wraps DeepSpeed so that the gradient of a step is the sum of what was passed to `backward`.
 
-    DeepSpeed averages over ranks and over accumulation steps; both are undone here, so that a loss
-    that is divided by a global token count gives the same gradient for any number of ranks and
-    micro-batches."""
+    DeepSpeed averages over ranks and over accumulation steps. Both are undone here. So a loss that
+    is divided by a global token count gives the same gradient for any number of ranks and
+    micro-batches.
+
+    Args:
+        policy: on the device, in the dtype that it trains in.
+        config: the run's.
+        device: this rank's.
+    """
 
     def __init__(self, policy: Policy, config, device: torch.device):
         import deepspeed
@@ -32,62 +87,15 @@ class PolicyEngine:
         for name in ("DeepSpeed", "deepspeed"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
-        train, zero = config.train, config.engine
+        self.config, self.policy, self.device = config, policy, device
+        self.bf16 = config.model.dtype == "bfloat16"
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         if config.model.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
-        parameters = [p for p in policy.parameters() if p.requires_grad]
-        if zero.offload_optimizer:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            optimizer = operators.compile_once(
-                "cpu_adam",
-                lambda: DeepSpeedCPUAdam(
-                    parameters,
-                    lr=train.lr,
-                    betas=tuple(train.betas),
-                    eps=train.eps,
-                    weight_decay=train.weight_decay,
-                    adamw_mode=True,
-                ),
-            )
-        else:
-            optimizer = torch.optim.AdamW(
-                parameters,
-                lr=train.lr,
-                betas=tuple(train.betas),
-                eps=train.eps,
-                weight_decay=train.weight_decay,
-            )
-        self.bf16 = config.model.dtype == "bfloat16"
-        self.config = config
-        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        stage: dict = {"stage": zero.zero_stage}
-        if zero.offload_optimizer:
-            stage["offload_optimizer"] = {"device": "cpu"}
-        if zero.offload_params:
-            stage["offload_param"] = {"device": "cpu"}
-        if zero.zero_stage == 3:
-            # Small tensors stay whole on every rank; the bucket sizes fit them to small models too.
-            stage |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": False}
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": float(train.max_grad_norm),
-            "zero_optimization": stage,
-            "bf16": {"enabled": self.bf16},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-            "wall_clock_breakdown": False,
-        }
-        if self.bf16 and zero.zero_stage > 0:  # DeepSpeed's stage 0 refuses it
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=settings
+            model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
         )
-        self.policy = policy
-        self.device = device
 
     def forward(self, batch, function):
         """Run `function(head, hidden [T, H], batch)` on a micro-batch, with gradients."""
@@ -99,70 +107,81 @@ class PolicyEngine:
         return self.engine(batch, function)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of `loss` to the step's; `last` says that `step` follows."""
+        """Add the gradient of `loss` to the step's. A collective.
+
+        Args:
+            loss: a scalar, divided by the global token count.
+            last: `step` follows.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients.
+        """Clip, update, clear the gradients. A collective.
 
         Returns:
             the gradient's global 2-norm before clipping.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self.config.engine.zero_stage == 0 and not self.bf16:  # DeepSpeed computes none here
-            norm = math.sqrt(
-                sum(
-                    float(p.grad.double().square().sum())
-                    for p in self.policy.parameters()
-                    if p.grad is not None
-                )
-            )
+        # Without ZeRO, DeepSpeed computes no norm in float32.
+        if self.config.engine.zero_stage == 0 and not self.bf16:
+            norm = self._gradient_norm()
+            self.engine.step()
+            return norm
         self.engine.step()
-        if norm is None:
-            norm = float(self.engine.get_global_grad_norm())
-        return norm
+        return float(self.engine.get_global_grad_norm())
+
+    def _gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its checkpoint name, in the compute dtype; a bucket at a
-        time.
+        """Every parameter whole, under its checkpoint name, in the compute dtype.
 
-        Under ZeRO-3 this is a collective that all ranks must walk through together. A tied head is
-        given a second time under its own name: vLLM keeps a packed copy of it, which goes stale
-        otherwise."""
-        import deepspeed
-
-        seen = {}
-        bucket: list = []
+        Under ZeRO-3 this is a collective that all ranks must walk through together, a bucket at a
+        time. A tied head comes a second time under its own name. vLLM keeps a packed copy of it,
+        which goes stale otherwise.
+        """
+        seen: set[int] = set()
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0
-
-        def flush():
-            if not bucket:
-                return
-            with deepspeed.zero.GatheredParameters(
-                [p for _, p in bucket], enabled=self.config.engine.zero_stage == 3
-            ):
-                for name, parameter in bucket:
-                    yield name, parameter.detach().to(self.dtype)
-
         for name, parameter in self.policy.model.named_parameters(remove_duplicate=False):
             if id(parameter) in seen and not name.startswith("lm_head."):
                 continue
-            seen[id(parameter)] = name
+            seen.add(id(parameter))
             bucket.append((name, parameter))
+            # Under ZeRO-3 a parameter's own count is that of this rank's part.
             size += getattr(parameter, "ds_numel", parameter.numel())
             if size >= GATHER_BUCKET:
-                yield from flush()
+                yield from self._gathered(bucket)
                 bucket, size = [], 0
-        yield from flush()
+        yield from self._gathered(bucket)
+
+    def _gathered(
+        self, bucket: list[tuple[str, torch.nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole parameters of a bucket, gathered together. A collective under ZeRO-3."""
+        import deepspeed
+
+        if not bucket:
+            return
+        parameters = [parameter for _, parameter in bucket]
+        sharded = self.config.engine.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
+            for name, parameter in bucket:
+                yield name, parameter.detach().to(self.dtype)
 
     def save_model(self, folder: Path, tokenizer, stop_ids: list[int]) -> None:
-        """Write a Hugging Face folder that transformers and vLLM load as it is. A collective under
-        ZeRO-3."""
-        from trainers.core.distributed import rank
+        """Write a Hugging Face folder that transformers and vLLM load as it is.
 
+        A collective under ZeRO-3.
+
+        Args:
+            folder: a new one.
+            tokenizer: goes into it.
+            stop_ids: the end tokens that its generation config names.
+        """
         state = {}
         for name, tensor in self.weights():
             if rank() == 0:
@@ -171,6 +190,7 @@ class PolicyEngine:
             model = self.policy.model
             model.generation_config.eos_token_id = list(stop_ids)
             if model.config.tie_word_embeddings:
+                # The embeddings' own entry holds a tied head.
                 state.pop("lm_head.weight", None)
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Ranks: set up the process group, and the few collectives on Python values that the loop needs."""
+"""Ranks: the process group, and the few collectives on Python values that the loop needs."""
 
 from __future__ import annotations
 
@@ -10,49 +10,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# of a collective; ranks may be far apart after an evaluation of long completions
+# Of a collective. Ranks may be far apart after an evaluation of long completions.
 TIMEOUT = timedelta(hours=4)
 
 
 def setup() -> torch.device:
-    """Join the process group (one rank without torchrun) and return this rank's device."""
-    cuda = torch.cuda.is_available()
+    """Join the process group, and return this rank's device.
+
+    Without torchrun it is a group of one rank, whose variables are written to the environment.
+    """
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {
             "RANK": "0",
             "WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(_free_port()),
         }
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():  # by us, not by DeepSpeed, which takes a group that is there
+    # DeepSpeed takes a group that is there; its own would have another timeout.
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     return device
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """This process's number, 0, 1, …; torchrun's before the group is set up."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    return (
-        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    """The number of ranks; torchrun's before the group is set up."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier() -> None:
+    """Wait for all ranks. A collective."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
+    """Every rank's `value`, in rank order, on every rank. A collective.
+
+    Args:
+        value: any object that pickles.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -62,5 +79,6 @@ def gather(value: Any) -> list[Any]:
 
 def shard_contiguous(items: list) -> list:
     """This rank's contiguous part of a list that every rank holds."""
-    bounds = [len(items) * r // world_size() for r in range(world_size() + 1)]
-    return items[bounds[rank()] : bounds[rank() + 1]]
+    ranks, mine = world_size(), rank()
+    start, end = (len(items) * r // ranks for r in (mine, mine + 1))
+    return items[start:end]

@@ -26,6 +26,7 @@ class TokenStats:
     """
 
     def __init__(self, max_new_tokens: int):
+        # Rounded up.
         self.bin_width = -(-max_new_tokens // POSITION_BINS)
         self.sums: dict[str, np.ndarray] = {}
         self.means: dict[str, np.ndarray] = {}
@@ -43,8 +44,8 @@ class TokenStats:
         Args:
             trajectory: annotated.
             output: the loss's per-token arrays.
-            moved: the weights are no longer those that sampled it. Then `old_logprobs`, if there
-                are any, tell how far trainer and sampler differ.
+            moved: the weights are no longer those that sampled the trajectory. Then
+                `old_logprobs`, if there are any, tell how far trainer and sampler differ.
             means: metric name -> (values [T], which tokens count [T] bool), of the method.
         """
         annotations = trajectory.annotations
@@ -63,8 +64,8 @@ class TokenStats:
             self._add_rewards(output["rewards"].astype(np.float64), mask)
 
     def _add_mean(self, name: str, values: np.ndarray, counted: np.ndarray) -> None:
-        own = np.array([counted.sum(), _total(values, counted)], dtype=np.float64)
-        self.means[name] = self.means.get(name, 0) + own
+        sums = np.array([counted.sum(), _total(values, counted)], dtype=np.float64)
+        self.means[name] = self.means.get(name, 0) + sums
 
     def _add_mismatch(self, trajectory: Trajectory, trainer: np.ndarray) -> None:
         """Trainer against sampler, on the tokens that both scored."""
@@ -75,8 +76,10 @@ class TokenStats:
             # A relabelled stop is not what was sampled.
             sampled = np.asarray(trajectory.completion_ids)
             counted = counted & (annotations["targets"] == sampled)
-        gap = (trainer.astype(np.float64) - trajectory.logprobs)[counted]
+        gap = trainer.astype(np.float64) - trajectory.logprobs
+        gap = gap[counted]
         ratio = np.exp(gap)
+        # The k3 estimate of KL(sampler || trainer).
         kl = np.expm1(gap) - gap
         self._add(
             "mismatch",
@@ -91,49 +94,50 @@ class TokenStats:
         annotations = trajectory.annotations
         mask = annotations["mask"]
         teacher = annotations["teacher_logprobs"].astype(np.float64)
+        # The log-ratio of a sampled token estimates the reverse KL, where it is not computed.
         kl = output["divergence"] if "divergence" in output else output["logprobs"] - teacher
-        agrees = teacher >= annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
+        likely = annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
+        agrees = teacher >= likely
         self._add("teacher", mask.sum(), kl[mask].sum(), agrees[mask].sum())
 
     def _add_rewards(self, rewards: np.ndarray, mask: np.ndarray) -> None:
-        counted = rewards[mask]
-        self._add("reward", counted.size, counted.sum(), np.square(counted).sum())
-        if counted.size:
-            self.lowest = min(self.lowest, counted.min())
-            self.highest = max(self.highest, counted.max())
+        unmasked = rewards[mask]
+        squares = np.square(unmasked)
+        self._add("reward", unmasked.size, unmasked.sum(), squares.sum())
+        if unmasked.size:
+            self.lowest = min(self.lowest, unmasked.min())
+            self.highest = max(self.highest, unmasked.max())
         positions = np.arange(len(mask)) // self.bin_width
         bins = np.minimum(positions, POSITION_BINS - 1)[mask]
-        totals = np.bincount(bins, counted, POSITION_BINS)
+        totals = np.bincount(bins, unmasked, POSITION_BINS)
         counts = np.bincount(bins, minlength=POSITION_BINS)
         self._add("position", totals, counts)
 
     def _add(self, name: str, *values: float | np.ndarray) -> None:
-        own = np.concatenate([np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in values])
-        self.sums[name] = self.sums.get(name, 0) + own
+        """Add to the sums of this name, laid end to end: the count first, then the totals."""
+        arrays = [np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in values]
+        self.sums[name] = self.sums.get(name, 0) + np.concatenate(arrays)
 
     def metrics(self) -> dict[str, float | list]:
         """The metrics over all ranks. A collective."""
         parts = gather((self.sums, self.means, self.lowest, self.highest))
-        sums = _merged([part[0] for part in parts])
-        means = _merged([part[1] for part in parts])
+        all_sums, all_means, lowest, highest = zip(*parts)
+        sums, means = _merged(all_sums), _merged(all_means)
         row: dict[str, float | list] = {}
         if _counted(sums, "reward"):
-            lowest, highest = min(part[2] for part in parts), max(part[3] for part in parts)
-            row |= self._reward_metrics(sums, lowest, highest)
+            row |= self._reward_metrics(sums, min(lowest), max(highest))
         if _counted(sums, "entropy"):
             count, total = sums["entropy"]
             row["rollout/entropy"] = total / count
-        row |= {name: total / count for name, (count, total) in means.items() if count}
+        for name, (count, total) in means.items():
+            if count:
+                row[name] = total / count
         if _counted(sums, "mismatch"):
-            count, gap, kl, ratio, squares = sums["mismatch"]
-            row |= {
-                "mismatch/logp_abs_mean": gap / count,
-                "mismatch/kl": kl / count,
-                "mismatch/ess": ratio**2 / (count * squares),
-            }
+            row |= _mismatch_metrics(*sums["mismatch"])
         if _counted(sums, "teacher"):
             count, kl, agreements = sums["teacher"]
-            row |= {"teacher/kl": kl / count, "teacher/agreement": agreements / count}
+            row["teacher/kl"] = kl / count
+            row["teacher/agreement"] = agreements / count
         return {name: _plain(value) for name, value in row.items()}
 
     def _reward_metrics(
@@ -142,7 +146,10 @@ class TokenStats:
         count, total, squares = sums["reward"]
         mean = total / count
         totals, counts = np.split(sums["position"], 2)
-        by_position = [t / c if c else None for t, c in zip(totals.tolist(), counts.tolist())]
+        by_position = [
+            in_bin / tokens if tokens else None
+            for in_bin, tokens in zip(totals.tolist(), counts.tolist())
+        ]
         return {
             "reward/mean": mean,
             "reward/std": max(squares / count - mean**2, 0.0) ** 0.5,
@@ -153,8 +160,20 @@ class TokenStats:
         }
 
 
+def _mismatch_metrics(
+    count: float, gap: float, kl: float, ratio: float, squares: float
+) -> dict[str, float | list]:
+    """From sums over tokens: |gap|, the k3 estimate, the ratio and its square."""
+    return {
+        "mismatch/logp_abs_mean": gap / count,
+        "mismatch/kl": kl / count,
+        "mismatch/ess": ratio**2 / (count * squares),
+    }
+
+
 def _total(values: np.ndarray, counted: np.ndarray) -> float:
-    return values.astype(np.float64)[counted].sum()
+    wide = values.astype(np.float64)
+    return wide[counted].sum()
 
 
 def _merged(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -179,9 +198,11 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """The metrics of a step's whole completions.
 
     Returns:
-        mean length (tokens) and the share cut at the limit; the verifier's mean score, and that in
-        % per token, where there are scores; the moments of the rewards of whole completions, where
-        there are any.
+        `rollout/length_mean`: in tokens;
+        `rollout/truncated_frac`: the share that was cut at the limit;
+        `reward/accuracy`: the verifier's mean score, where there are scores;
+        `rollout/efficiency`: that in % per token;
+        `reward/{mean,std,min,max}`: of the rewards of whole completions, where there are any.
     """
     length = float(np.mean([t.sampled_mask.sum() for t in trajectories]))
     truncated = [t.finish_reason == "length" for t in trajectories]
@@ -189,7 +210,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     scores = [t.score for t in trajectories if t.score is not None]
     if scores:
         accuracy = float(np.mean(scores))
-        row |= {"reward/accuracy": accuracy, "rollout/efficiency": 100 * accuracy / length}
+        row["reward/accuracy"] = accuracy
+        row["rollout/efficiency"] = 100 * accuracy / length
     rewards = [t.reward for t in trajectories if t.reward is not None]
     if rewards:
         for name in ("mean", "std", "min", "max"):

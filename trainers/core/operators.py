@@ -1,9 +1,9 @@
-"""Operators that DeepSpeed compiles on first use, and the lock files that a killed compilation
-leaves behind.
+"""Operators that DeepSpeed compiles on first use, and the lock files of killed compilations.
 
 A run compiles none of them but CPUAdam, and that only where the optimizer is offloaded. PyTorch
-guards a compilation with a lock *file*, which nobody removes when its process is killed; every
-later start would wait for it for ever."""
+guards a compilation with a lock *file*. Nobody removes it when its process is killed, so every
+later start would wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +21,42 @@ from typing import TypeVar
 from recipes.errors import ConfigError
 
 Operator = TypeVar("Operator")
-# seconds; a lock this old whose owner's processes cannot be seen is taken for abandoned
+# Seconds. A lock this old whose owner's processes cannot be seen is taken for abandoned.
 ABANDONED = 600
-SAY_EVERY = 20  # seconds between two lines of a start that waits
+# Seconds between two lines of a start that waits.
+SAY_EVERY = 20
+# Prints a line at once, also into a pipe.
+print_now = partial(print, flush=True)
 
 
 def disable_unused() -> None:
-    """Keep DeepSpeed from compiling shared-memory collectives, one to two minutes at a first start
-    on a CPU.
+    """Keep DeepSpeed from compiling shared-memory collectives.
 
-    It offers them to gloo wherever it finds a compiler. Plain gloo does here: between the ranks of
-    a CPU run the updates, not the collectives, take the time."""
+    They take one to two minutes at a first start on a CPU. DeepSpeed offers them to gloo wherever
+    it finds a compiler. Plain gloo does here, because the updates take a CPU run's time, not the
+    collectives.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
 
 
 def check_compiler() -> None:
-    """Raises ConfigError: an operator must be compiled, and there is no C++ compiler."""
+    """Refuse a run that must compile an operator where there is no C++ compiler.
+
+    Raises:
+        ConfigError: there is none.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise ConfigError(
-            "engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ compiler "
-            f"({compiler}); install one, or take an engine without offloading"
+            "engine.offload_optimizer=true compiles DeepSpeed's CPUAdam, and there is no C++ "
+            f"compiler ({compiler}); install one, or take an engine without offloading"
         )
 
 
 def compile_once(
-    name: str, load: Callable[[], Operator], say: Callable[[str], None] = partial(print, flush=True)
+    name: str, load: Callable[[], Operator], say: Callable[[str], None] = print_now
 ) -> Operator:
     """Load an operator that is compiled on its first use, and say so where that is now.
 
@@ -64,7 +72,8 @@ def compile_once(
 
     folder = Path(_get_build_directory(name, verbose=False))
     others = f"another process that compiles {name}"
-    turn = FileLock(folder.with_name(f"{folder.name}.turn"))  # the system frees it with its process
+    # The system frees this lock with its process.
+    turn = FileLock(folder.with_name(f"{folder.name}.turn"))
     wait(lambda: try_acquire(turn), others, say)
     try:
         wait(lambda: is_free(folder / "lock", say), others, say)
@@ -78,7 +87,13 @@ def compile_once(
 
 
 def wait(ready: Callable[[], bool], what: str, say: Callable[[str], None]) -> None:
-    """Return when `ready()` is true; until then say every so often what is waited for."""
+    """Return when `ready()` is true. Until then say now and then what is waited for.
+
+    Args:
+        ready: is asked twice a second.
+        what: is waited for, in words.
+        say: takes a line for the user.
+    """
     said = -math.inf
     while not ready():
         if time.monotonic() - said > SAY_EVERY:
@@ -88,7 +103,7 @@ def wait(ready: Callable[[], bool], what: str, say: Callable[[str], None]) -> No
 
 
 def try_acquire(lock) -> bool:
-    """Take a FileLock if it is free."""
+    """Take a FileLock if it is free; whether it was."""
     from filelock import Timeout
 
     try:
@@ -113,8 +128,10 @@ def is_free(lock: Path, say: Callable[[str], None]) -> bool:
 
 
 def processes_that_hold(file: Path) -> tuple[list[int], bool]:
-    """The ids of the processes that have a file open, and whether any Python process of its owner's
-    is hidden from us.
+    """Which processes have a file open.
+
+    Returns:
+        their ids, and whether a Python process of the file's owner is hidden from us.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -130,6 +147,7 @@ def processes_that_hold(file: Path) -> tuple[list[int], bool]:
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
-            with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            # It may end meanwhile.
+            with contextlib.suppress(psutil.Error):
                 hidden |= process.uids().real == owner and "python" in process.name()
     return holders, hidden

@@ -1,5 +1,4 @@
-"""A causal language model as the losses see it: a backbone that gives hidden states, and a head
-that owns its weight."""
+"""A causal language model as the losses see it: a backbone of hidden states, and a head."""
 
 from __future__ import annotations
 
@@ -27,9 +26,11 @@ DTYPES = {
 
 
 class LMHead(nn.Module):
-    """The LM head as a module of its own: it owns the (possibly tied) weight, so that ZeRO-3
-    gathers it for `forward`, and runs a loss on [T, H] hidden states without ever making the [T, V]
-    logits."""
+    """The LM head as a module of its own.
+
+    It owns the weight [V, H], which may be tied, so that ZeRO-3 gathers it for `forward`. It runs a
+    loss on [T, H] hidden states, and never makes the [T, V] logits.
+    """
 
     def __init__(self, lm_head: nn.Linear, softcap: float | None):
         super().__init__()
@@ -52,8 +53,8 @@ class Policy(nn.Module):
             are no text. What it uses is not trained, so it is no part of the module.
 
     Raises:
-        ModelError: its logits are something else, so our head would be wrong, or its attention does
-            not keep packed sequences apart (both checked on a few tokens).
+        ModelError: the logits are something else, so our head would be wrong. Or the attention does
+            not keep packed sequences apart. A few tokens show both.
     """
 
     def __init__(self, model: nn.Module, embed: Callable | None = None):
@@ -67,40 +68,41 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        ids = torch.arange(4, device=self.head.weight.device)[None]
+        model, head = self.model, self.head
+        ids = torch.arange(4, device=head.weight.device)[None]
         training = self.training
         self.eval()
-        theirs = self.model(input_ids=ids, use_cache=False).logits
-        alone = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(alone, self.head.weight, self.head.bias)
-        if self.head.softcap:
-            ours = self.head.softcap * torch.tanh(ours / self.head.softcap)
-        packed = self._states(torch.cat([ids, ids], 1), torch.cat([ids, ids], 1), [0, 4, 8])
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head_logits = nn.functional.linear(hidden, head.weight, head.bias)
+        if head.softcap:
+            head_logits = head.softcap * torch.tanh(head_logits / head.softcap)
+        twice = torch.cat([ids, ids], 1)
+        packed = self._states(twice, twice, [0, 4, 8])
         self.train(training)
-        name, close = (
-            type(self.model).__name__,
-            {"rtol": 1e-2, "atol": 1e-2 * float(alone.abs().max())},
-        )
-        if not torch.allclose(
-            ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * float(theirs.abs().max())
-        ):
+        name = type(model).__name__
+        if not _close(head_logits, logits):
             raise ModelError(
                 f"{name} does more than a linear head after its last hidden state; not supported"
             )
-        if not torch.allclose(packed[4:].float(), alone[0].float(), **close):
+        # The second sequence of the packed row has the same tokens as the first.
+        if not _close(packed[4:], hidden[0]):
             raise ModelError(
                 f"{name} lets packed sequences see one another with model.attn_implementation="
-                f"{self.model.config._attn_implementation}; try another one"
+                f"{model.config._attn_implementation}; try another one"
             )
 
     def check_layouts(self) -> None:
-        """Raises ModelError: it does not keep to the mask of a streaming layout."""
+        """Refuse a model that does not keep to the mask of a streaming layout.
+
+        Raises:
+            ModelError: it does not.
+        """
 
         def states(ids, layout):
-            row, positions = (
-                torch.tensor([values], device=self.head.weight.device)
-                for values in (ids, layout.positions().tolist())
-            )
+            device = self.head.weight.device
+            row = torch.tensor([ids], device=device)
+            positions = torch.tensor([layout.positions().tolist()], device=device)
             return self._states(row, positions, [0, len(ids)], [layout])
 
         training = self.training
@@ -116,17 +118,17 @@ class Policy(nn.Module):
         layouts: list[Layout] | None = None,
         frames=None,
     ) -> torch.Tensor:
-        extra = attention.arguments(
-            self.model.config._attn_implementation, bounds, layouts, self.head.weight
+        """Hidden states [L, H] of a packed row; ids and positions are [1, L]."""
+        implementation = self.model.config._attn_implementation
+        masks = attention.arguments(implementation, bounds, layouts, self.head.weight)
+        if frames is None:
+            inputs = {"input_ids": input_ids}
+        else:
+            inputs = {"inputs_embeds": self.embed(self.model, input_ids, frames)}
+        output = self.model.base_model(
+            **inputs, position_ids=position_ids, use_cache=False, **masks
         )
-        inputs = (
-            {"input_ids": input_ids}
-            if frames is None
-            else {"inputs_embeds": self.embed(self.model, input_ids, frames)}
-        )
-        return self.model.base_model(
-            **inputs, position_ids=position_ids, use_cache=False, **extra
-        ).last_hidden_state[0]
+        return output.last_hidden_state[0]
 
     def hidden(self, batch) -> torch.Tensor:
         """Hidden states [T, H] that predict the micro-batch's targets."""
@@ -138,6 +140,12 @@ class Policy(nn.Module):
     def forward(self, batch, function):
         """Run `function(head, hidden [T, H], batch)` on a micro-batch."""
         return self.head(self.hidden(batch), function, batch)
+
+
+def _close(values: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for the rounding of bfloat16."""
+    bound = 1e-2 * float(expected.abs().max())
+    return torch.allclose(values.float(), expected.float(), rtol=1e-2, atol=bound)
 
 
 def load_policy(
@@ -155,11 +163,11 @@ def load_policy(
         dtype: of the weights.
         device: where they go.
         attn_implementation: `model.attn_implementation`.
-        masked: sequences will come with masks and positions of their own.
+        masked: sequences will come with masks and positions of a streaming layout.
         embed: makes input embeddings of sources that are no text.
 
     Raises:
-        ModelError: it cannot be loaded, or does not keep to such masks.
+        ModelError: the model cannot be loaded, or does not keep to the masks of a layout.
     """
     from transformers import AutoModelForCausalLM
 
@@ -183,12 +191,16 @@ def load_policy(
 def check_model(key: str, path: str):
     """The tokenizer and config of a model, before any weight is read.
 
+    Args:
+        key: the config key that names the model.
+        path: its value, a folder or hub name.
+
     Returns:
-        (tokenizer, config), the tokenizer with `stop_ids`: its end token and those of the model's
+        (tokenizer, config). The tokenizer's `stop_ids` are its end token and those of the model's
         two configs.
 
     Raises:
-        ModelError: no such folder or hub model; the message names `key`.
+        ModelError: there is no such folder or hub model, or no end token. The message names `key`.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -209,27 +221,34 @@ def check_model(key: str, path: str):
         raise ModelError(f"{key}={path} {where}: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{key}={path}: its tokenizer has no end token (eos_token)")
-    ends = [tokenizer.eos_token_id]
     configs = [config]
     with contextlib.suppress(OSError):
         configs.append(GenerationConfig.from_pretrained(folder))
-    for listed in (getattr(one, "eos_token_id", None) for one in configs):
-        ends += listed if isinstance(listed, list) else [listed] if listed is not None else []
-    tokenizer.stop_ids = tuple(dict.fromkeys(ends))
+    stop_ids = [tokenizer.eos_token_id]
+    for one in configs:
+        ends = getattr(one, "eos_token_id", None)
+        if ends is not None:
+            stop_ids += ends if isinstance(ends, list) else [ends]
+    tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
     return tokenizer, config
 
 
 def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str) -> None:
     """Refuse a teacher that reads token ids differently from the student.
 
+    Args:
+        student, teacher: their tokenizers.
+        student_path, teacher_path: their names, for the message.
+
     Raises:
-        ModelError: naming the first token that differs.
+        ModelError: it names the first token that differs.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    students, teachers = student.get_vocab(), teacher.get_vocab()
+    if students == teachers:
         return
-    odd = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: (item[1], item[0]))[0]
+    differing = students.items() ^ teachers.items()
+    token, token_id = min(differing, key=lambda item: (item[1], item[0]))
     raise ModelError(
         f"teacher.path={teacher_path} has another vocabulary than model.path={student_path}: token "
-        f"{odd[0]!r} (id {odd[1]}) is only in one of them; distillation needs one tokenizer"
+        f"{token!r} (id {token_id}) is only in one of them; distillation needs one tokenizer"
     )

@@ -8,16 +8,17 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-EVERY = 5.0  # seconds between lines where there is no terminal
+# Seconds between lines where there is no terminal.
+EVERY = 5.0
 
 
 class Progress:
-    """Counts what is finished of `total`; use it with `with`.
+    """Counts what is finished of `total`. Use it with `with`.
 
     Args:
-        what: names the phase, as `eval step 0`.
-        total: how many there are.
-        unit: what is counted, as `completions`.
+        what: the phase, as `eval step 0`.
+        total: the number of units.
+        unit: the unit, as `completions`.
         shown: False on ranks that print nothing.
     """
 
@@ -42,7 +43,7 @@ class Progress:
             self.bar.close()
 
     def advance(self, count: int = 1) -> None:
-        """So many more are finished."""
+        """Count more units as finished, and show it when it is time."""
         self.finished += count
         if self.bar is not None:
             self.bar.update(count)

@@ -22,8 +22,8 @@ def run_directory(
 
     Args:
         config: the run's.
-        facts: what must agree at a resume.
-        messages: gets remarks to print.
+        facts: what must agree at a resume, by name.
+        messages: remarks to print are appended to it.
 
     Returns:
         (run directory, checkpoint or None, steps already done).

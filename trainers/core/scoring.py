@@ -15,7 +15,7 @@ def head_options(head, temperature: float, vocab: int | None) -> dict[str, Any]:
     Args:
         head: with `bias` and `softcap`.
         temperature: logits are divided by it.
-        vocab: ids at and past it are padding rows; None: all rows are tokens.
+        vocab: ids at and past it are padding rows. None: all rows are tokens.
     """
     return {
         "bias": head.bias,
@@ -34,13 +34,18 @@ def score_tokens(
     temperature: float,
     vocab: int | None,
 ):
-    """Log-probs [T] of `targets` in nats, with the most likely token's, without gradients.
+    """Log-probs of `targets` and of the most likely tokens, without gradients.
 
     Args:
         head: with `weight` [V, H], `bias` and `softcap`.
         hidden: [T, H].
-        batch: the `MicroBatch`, unused here: a head passes it to every function.
+        batch: the `MicroBatch`. A head passes it to every function; this one does not read it.
         targets: [T] int64.
+        temperature: logits are divided by it.
+        vocab: as in `head_options`.
+
+    Returns:
+        the kernel's output, with `logprobs` and `max_logprob` [T] float32, in nats.
     """
     with torch.no_grad():
         return kernels.fused_linear_logprobs(

@@ -34,16 +34,31 @@ class FrozenModel:
 
     @torch.no_grad()
     def write(self, trajectories: Sequence[Trajectory], function: Callable) -> None:
-        """Write annotations: `function(hidden [T, H], batch)` gives each name's values [T, …]."""
-        lengths = [t.length for t in trajectories]
+        """Write annotations.
+
+        Args:
+            trajectories: get the annotations.
+            function: maps (hidden [T, H], the `MicroBatch`) to each name's values [T, …].
+        """
+        lengths = [trajectory.length for trajectory in trajectories]
         for members in make_microbatches(lengths, self.config.train.tokens_per_microbatch):
             batch = pack(trajectories, members, self.device)
-            for name, tensor in function(self.policy.hidden(batch), batch).items():
-                for member, array in zip(members, unpack(batch, trajectories, tensor)):
+            values = function(self.policy.hidden(batch), batch)
+            for name, tensor in values.items():
+                arrays = unpack(batch, trajectories, tensor)
+                for member, array in zip(members, arrays):
                     trajectories[member].annotations[name] = array
 
     def score(self, hidden: torch.Tensor, batch, targets: torch.Tensor):
-        """Log-probs [T] of `targets` in nats, at the sampling temperature."""
+        """Log-probs of `targets` and of the most likely tokens [T] in nats.
+
+        They are at the sampling temperature.
+
+        Args:
+            hidden: [T, H].
+            batch: the `MicroBatch`.
+            targets: [T] int64.
+        """
         return score_tokens(
             self.policy.head,
             hidden,
@@ -65,8 +80,8 @@ class Teacher(FrozenModel):
 
         Args:
             trajectories: with the annotation `teacher_targets`, the ids that are scored.
-            hidden: also write `teacher_hidden` [T, H_teacher] float32, from which the full
-                distribution can be had at V/H of its size.
+            hidden: also write `teacher_hidden` [T, H_teacher] float32. The head makes the full
+                distribution of it, which is V/H times as large.
         """
 
         def values(states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
@@ -75,7 +90,9 @@ class Teacher(FrozenModel):
                 "teacher_logprobs": scored.logprobs,
                 "teacher_max_logprobs": scored.max_logprob,
             }
-            return annotations | ({"teacher_hidden": states.float()} if hidden else {})
+            if hidden:
+                annotations["teacher_hidden"] = states.float()
+            return annotations
 
         self.write(trajectories, values)
 
@@ -90,6 +107,7 @@ class Reference(FrozenModel):
         """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens."""
 
         def values(states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
-            return {"reference_logprobs": self.score(states, batch, batch.targets).logprobs}
+            scored = self.score(states, batch, batch.targets)
+            return {"reference_logprobs": scored.logprobs}
 
         self.write(trajectories, values)

@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -21,6 +21,17 @@ from rollouts.trajectory import Trajectory
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
 
+# The columns of W&B's table of completions.
+COLUMNS = ("step", "prompt", "completion", "answer", "reward", "correct")
+# Of a step's printed line: metric, label, format.
+FIGURES = (
+    ("reward/mean", "reward", "+.4f"),
+    ("reward/accuracy", "acc", ".3f"),
+    ("rollout/kept_frac", "kept", ".3f"),
+    ("teacher/kl", "kl", ".3f"),
+    ("rollout/length_mean", "len", ".1f"),
+)
+
 
 class Tracker:
     """Writes a run's records. Only rank 0's instance does anything.
@@ -28,7 +39,8 @@ class Tracker:
     Args:
         config: the run's.
         run_dir: the run directory.
-        start: the step the run continues after; later rows of an interrupted attempt are dropped.
+        start: the step that the run continues after. Later rows of an interrupted attempt are
+            dropped.
         summary: the reading mode's part of an evaluation's printed line, made from its scores.
     """
 
@@ -39,16 +51,15 @@ class Tracker:
         self.config, self.run_dir, self.summary = config, run_dir, summary
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            keep_through(run_dir / name, start if start else -1)
-        self.metrics_file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self.completions_file = (run_dir / "completions.jsonl").open(
-            "a", buffering=1, encoding="utf-8"
-        )
+        # A run from its start evaluates before step 1, under step 0; no earlier row may stay.
+        last = start or -1
+        self.metrics_file = _continued(run_dir / "metrics.jsonl", last)
+        self.completions_file = _continued(run_dir / "completions.jsonl", last)
         self.table: list[list] = []
         self.wandb = _start_wandb(config, run_dir)
-        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
-        # disable=None: no bar where stderr is no terminal; every line has the time left anyway.
+        # Seconds of the last steps.
+        self.recent: deque[float] = deque(maxlen=20)
+        # disable=None: no bar where stderr is no terminal. Every line has the time left anyway.
         self.bar = tqdm(
             total=config.train.steps,
             initial=start,
@@ -62,27 +73,33 @@ class Tracker:
         """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
-            sys.stdout.flush()  # a log or a pipe, too, shows each line at once
+            # A log or a pipe, too, shows each line at once.
+            sys.stdout.flush()
 
-    def step(self, row: dict) -> None:
-        """Record one optimizer step and move the bar."""
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one optimizer step, and move the bar.
+
+        Args:
+            row: the step's metrics by name, with `step`.
+        """
         if not self.active:
             return
         self._record(row)
         self.recent.append(row["time/step"])
         self.bar.update()
-        if row["step"] % self.config.log.every == 0 or row["step"] == self.config.train.steps:
-            left = (self.config.train.steps - row["step"]) * sum(self.recent) / len(self.recent)
-            self.say(_line(row, self.config.train.steps, left))
+        step, steps = row["step"], self.config.train.steps
+        if step % self.config.log.every == 0 or step == steps:
+            left = (steps - step) * sum(self.recent) / len(self.recent)
+            self.say(_line(row, steps, left))
 
     def evaluation(self, step: int, scores: dict[str, Any], name: str, seconds: float) -> None:
         """Record an evaluation: a row with `eval/NAME/…`, and a printed line.
 
         Args:
-            step: after which it was made.
+            step: the last one before it.
             scores: of `trainers.evaluation.evaluate`.
-            name: of the data.
-            seconds: that it took.
+            name: the data's.
+            seconds: the time that it took.
         """
         if not self.active:
             return
@@ -96,33 +113,19 @@ class Tracker:
         )
 
     def completions(self, step: int, trajectories: Sequence[Trajectory], tokenizer) -> None:
-        """Record the first few trajectories of a step, with each token's reward."""
+        """Record a step's sample of trajectories, with each token's reward.
+
+        Args:
+            step: the step's number.
+            trajectories: the sample, in the order of the file.
+            tokenizer: decodes their tokens one by one.
+        """
         if not self.active:
             return
         for trajectory in trajectories:
-            rewards, reward = trajectory.annotations.get("rewards"), trajectory.reward
-            if reward is None and rewards is not None:
-                reward = float(rewards.mean())
-            row = {
-                "step": step,
-                "prompt": trajectory.prompt,
-                "completion": trajectory.completion,
-                "answer": trajectory.answer,
-                "reward": reward,
-                "correct": None if trajectory.score is None else trajectory.score > 0,
-                "finish_reason": trajectory.finish_reason,
-                "length": len(trajectory.completion_ids),
-                "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids],
-            }
-            if rewards is not None:
-                row["token_rewards"] = [round(float(r), 5) for r in rewards]
+            row = _completion_row(step, trajectory, tokenizer)
             self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.table.append(
-                [
-                    row[name]
-                    for name in ("step", "prompt", "completion", "answer", "reward", "correct")
-                ]
-            )
+            self.table.append([row[name] for name in COLUMNS])
 
     def finish(self) -> None:
         """Close everything."""
@@ -136,12 +139,12 @@ class Tracker:
             self.wandb.finish()
 
     def _record(self, row: dict) -> None:
-        clean = {name: _finite(value) for name, value in row.items()}
-        self.metrics_file.write(json.dumps(clean) + "\n")
+        values = {name: _finite(value) for name, value in row.items()}
+        self.metrics_file.write(json.dumps(values) + "\n")
         if self.wandb is not None:
             charts = {
                 name: value
-                for name, value in clean.items()
+                for name, value in values.items()
                 if not isinstance(value, list) and value is not None
             }
             self.wandb.log(charts, step=row["step"])
@@ -150,13 +153,34 @@ class Tracker:
         import wandb
 
         if self.table:
-            self.wandb.log(
-                {
-                    "completions": wandb.Table(
-                        ["step", "prompt", "completion", "answer", "reward", "correct"], self.table
-                    )
-                }
-            )
+            self.wandb.log({"completions": wandb.Table(list(COLUMNS), self.table)})
+
+
+def _continued(path: Path, step: int) -> TextIO:
+    """A .jsonl to append to, without the records that are later than `step`."""
+    keep_through(path, step)
+    return path.open("a", buffering=1, encoding="utf-8")
+
+
+def _completion_row(step: int, trajectory: Trajectory, tokenizer) -> dict[str, Any]:
+    """A row of completions.jsonl."""
+    rewards, reward = trajectory.annotations.get("rewards"), trajectory.reward
+    if reward is None and rewards is not None:
+        reward = float(rewards.mean())
+    row = {
+        "step": step,
+        "prompt": trajectory.prompt,
+        "completion": trajectory.completion,
+        "answer": trajectory.answer,
+        "reward": reward,
+        "correct": None if trajectory.score is None else trajectory.score > 0,
+        "finish_reason": trajectory.finish_reason,
+        "length": len(trajectory.completion_ids),
+        "tokens": [tokenizer.decode([token]) for token in trajectory.completion_ids],
+    }
+    if rewards is not None:
+        row["token_rewards"] = [round(float(r), 5) for r in rewards]
+    return row
 
 
 def _finite(value):
@@ -166,19 +190,14 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _line(row: dict, steps: int, left: float) -> str:
+def _line(row: dict[str, Any], steps: int, left: float) -> str:
+    """A step's printed line; `left` is in seconds."""
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
         f"loss {row['train/loss']:+.4f}",
         f"grad {row['train/grad_norm']:.3g}",
     ]
-    for name, label, form in (
-        ("reward/mean", "reward", "+.4f"),
-        ("reward/accuracy", "acc", ".3f"),
-        ("rollout/kept_frac", "kept", ".3f"),
-        ("teacher/kl", "kl", ".3f"),
-        ("rollout/length_mean", "len", ".1f"),
-    ):
+    for name, label, form in FIGURES:
         if name in row:
             parts.append(f"{label} {row[name]:{form}}")
     parts += [f"{row['perf/tokens_per_second']:.0f} tok/s", f"{clock(left)} left"]
@@ -190,16 +209,16 @@ def keep_through(path: Path, step: int) -> None:
     if not path.exists():
         return
     temporary = path.with_suffix(".tmp")
-    # Lines end in a line feed alone: texts may hold U+2028 and others that str.splitlines takes for
-    # ends.
+    # Lines end in a line feed alone. Texts may hold U+2028 and others, which str.splitlines takes
+    # for ends.
     with (
         path.open(encoding="utf-8", newline="\n") as lines,
-        temporary.open("w", encoding="utf-8") as kept,
+        temporary.open("w", encoding="utf-8") as output,
     ):
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):
                 if json.loads(line)["step"] <= step:
-                    kept.write(line.removesuffix("\n") + "\n")
+                    output.write(line.removesuffix("\n") + "\n")
     temporary.replace(path)
 
 
@@ -217,6 +236,7 @@ def _start_wandb(config, run_dir: Path):
         ) from error
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
+    # A continued run goes on in the same record.
     identity = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
     return wandb.init(
         project=config.log.project,
