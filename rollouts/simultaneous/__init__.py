@@ -1,1 +1,1 @@
-"""Simultaneous generation: a source is read unit by unit, and a decision head says when to write."""
+"""Simultaneous generation: a model reads unit by unit, and a decision head says when to write."""
