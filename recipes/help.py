@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recipes import schema
@@ -41,30 +41,26 @@ def help_text(overrides: Iterable[str]) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
-def command_help(
-    docstring: str, short_keys: Mapping[str, str], config_sections: Sequence[str] | None = None
-) -> str:
+def command_help(docstring: str, short_keys: Mapping[str, str]) -> str:
     """A command's documentation, and the keys that it takes.
+
+    No default is shown: a command starts from values of its own, not from the schema's.
 
     Args:
         docstring: that of its module.
         short_keys: its own keys, each with the config's key that it stands for, or with its
             meaning.
-        config_sections: the sections of the config whose keys it takes too; None: none.
     """
     known = schema.keys_of(schema.run_schema(tuple(schema.GROUPS)))
     parts = [docstring.strip() + "\n"]
     own = ""
     for name, meaning in short_keys.items():
         if meaning in known:
-            own += entry(known[meaning], known[meaning].default, name)
+            own += entry(known[meaning], schema.REQUIRED, name)
         else:
             own += f"  {name}\n{_wrapped(meaning)}"
     if own:
         parts.append("Keys\n\n" + own)
-    for name in config_sections or ():
-        keys = [key for key in known.values() if key.name.startswith(name + ".")]
-        parts.append(f"{name}.*\n\n" + "".join(entry(key, key.default) for key in keys))
     return "\n".join(parts).rstrip("\n")
 
 

@@ -60,7 +60,7 @@ class ProactiveLLM(Trainer):
             raise ConfigError(
                 "proactive.batch_weight, stream_weight and kl_weight are all 0: nothing to learn"
             )
-        if config.train.normalizer not in ("window_token_mean", "token_mean"):
+        if config.train.normalizer != "token_mean":
             raise ConfigError(
                 f"train.normalizer={config.train.normalizer}: recipe={config.recipe} has "
                 "token_mean only"

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
-from recipes.errors import DataError
+import scripts.report
+from recipes.errors import ConfigError, DataError
+from scripts.cli import launch, run_command
 from scripts.report.page import write_report
 
+OWN_KEYS = {"RUN_DIR …": "Run directories; further ones are compared with the first."}
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m scripts.report", description="Write RUN_DIR/report.html."
-    )
-    parser.add_argument(
-        "run_dir",
-        type=Path,
-        nargs="+",
-        help="a run directory; further ones are compared with the first",
-    )
-    folders = parser.parse_args(arguments).run_dir
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status; a mistake of the user's ends in one line on stderr."""
+    return run_command(report, arguments, scripts.report.__doc__ or "", OWN_KEYS)
+
+
+def report(arguments: list[str]) -> None:
+    """Write RUN_DIR/report.html.
+
+    Raises:
+        ConfigError: no directory is named.
+        DataError: one holds no run, or the page cannot be written.
+    """
+    folders = [Path(argument) for argument in arguments]
+    if not folders:
+        raise ConfigError("a run directory is missing: python -m scripts.report RUN_DIR")
+    for folder in folders:
+        require_run(folder)
     try:
-        for folder in folders:
-            require_run(folder)
         print(write_report(*folders))
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:
+        raise DataError(str(error)) from error
 
 
 def require_run(folder: Path) -> None:
@@ -38,4 +44,4 @@ def require_run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

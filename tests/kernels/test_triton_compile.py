@@ -205,6 +205,7 @@ def usage(launch, capability, folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_without_spills(record, tmp_path, capability):
     found = record(*losses(6, torch.bfloat16)) | record(*losses(6))

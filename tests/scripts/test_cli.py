@@ -57,6 +57,14 @@ def test_help_states_the_real_defaults():
         assert new_model.OWN_KEYS[key].endswith(f"default: {default}.")
 
 
+def test_the_reports_help_has_its_commands(capsys):
+    from scripts.report.__main__ import main
+
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "python -m scripts.report RUN_DIR" in shown and "  RUN_DIR …\n" in shown
+
+
 @pytest.mark.parametrize("name", SCRIPTS_WITH_HELP)
 def test_short_keys_stand_for_keys_of_the_config(name):
     script = importlib.import_module(f"scripts.{name}")

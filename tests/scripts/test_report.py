@@ -489,7 +489,7 @@ def test_curves_of_two_runs_share_a_card_where_their_axes_are_the_same(tmp_path)
 
 def test_two_runs_are_overlaid_and_summarised_side_by_side(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="opd", scale=50.0)
-    assert main([str(first), str(second)]) is None
+    assert main([str(first), str(second)]) == 0
     assert not (second / "report.html").exists()
     page = (first / "report.html").read_text()
     plot = plot_of(page, "Gradient norm")

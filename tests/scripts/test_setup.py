@@ -81,6 +81,7 @@ def test_no_disk(checkout):
     )
 
 
+@pytest.mark.slow
 def test_a_failing_package_install(checkout):
     # so uv is not used
     message = one_line(quickstart(checkout, PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull))
