@@ -1,5 +1,6 @@
-"""Exact losses on the LM head: log-probs, token rewards, policy-gradient losses and divergences of
-softmaxes over [T, V] logits that never exist as a whole.
+"""Exact losses on the LM head: log-probs, token rewards, policy-gradient losses and divergences.
+
+The `fused_linear_*` functions never make the [T, V] logits as a whole.
 
 Letters in shapes: T tokens (packed), V vocabulary, H hidden, K tokens per position. Log-probs are
 in nats. Bad input raises TypeError, ValueError or IndexError with one line that names the argument.

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes import schema
-from recipes.errors import ConfigError
+from recipes.errors import ConfigError, first_line
 from recipes.registry import nearest
 from recipes.schema import Config
 
@@ -209,11 +209,11 @@ def _composed(selection: Selection) -> DictConfig:
         with initialize_config_dir(str(TREE), version_base="1.3"):
             return hydra_compose("config", overrides=selection.overrides)
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_with_key(error)) from error
     except HydraException as error:
         cause = error.__cause__
         known = cause if isinstance(cause, OmegaConfBaseException) else error
-        raise ConfigError(_one_line(known)) from error
+        raise ConfigError(_with_key(known)) from error
 
 
 def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
@@ -225,7 +225,7 @@ def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
     try:
         OmegaConf.resolve(values)
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_with_key(error)) from error
     missing = sorted(OmegaConf.missing_keys(values))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; give one, as in '{missing[0]}=…'")
@@ -274,8 +274,8 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
-def _one_line(error: Exception) -> str:
-    message = str(error).strip().splitlines()[0]
+def _with_key(error: Exception) -> str:
+    message = first_line(error)
     key = getattr(error, "full_key", None)
     return f"{key}: {message}" if key else message
 
@@ -313,7 +313,7 @@ def replaced(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
         try:
             OmegaConf.update(values, key, _plain(value))
         except OmegaConfBaseException as error:
-            raise ConfigError(_one_line(error)) from error
+            raise ConfigError(_with_key(error)) from error
     return _built(kind, values)
 
 

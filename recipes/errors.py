@@ -2,6 +2,17 @@
 to do."""
 
 
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's message as the end of a line: no line breaks, no final stop, cut at `limit`."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message.rstrip(".")[:limit]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class OnstreamError(Exception):
     """Base of every error that `train.py` and the scripts print as one line, without a
     traceback."""

@@ -1,9 +1,9 @@
 """Token rewards of on-policy distillation: how much more the teacher likes a sampled token.
 
-A reward is a class that is registered under the name by which `reward.token` selects it. It is
-constructed with the config's section `reward`. A call maps the teacher's and the student's
-log-probs [T] (nats) of the sampled tokens to rewards [T], detached. The formulas are in
-kernels/rewards.py.
+A reward is a class with a line in `recipes.components.TOKEN_REWARDS`, under the name by which
+`reward.token` selects it. It is constructed with the config's section `reward`. A call maps the
+teacher's and the student's log-probs [T] (nats) of the sampled tokens to rewards [T], detached. The
+formulas are in kernels/rewards.py.
 
 `fused` holds the keyword arguments with which `kernels.fused_linear_opd_loss` computes the same
 inside the head's kernel. A reward without it (None) costs one more matrix product per step.

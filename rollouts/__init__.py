@@ -1,2 +1,1 @@
-"""Where sequences come from: prompt data, trajectories, rollout engines, teachers and the weight
-sync."""
+"""Where sequences come from: prompt data, trajectories, rollout engines and the weight sync."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.errors import ModelError
+from recipes.errors import ModelError, first_line
 
 # Groups. The group of a target token is its view, 0 or more.
 SOURCE, PADDING = -1, -2
@@ -273,7 +273,7 @@ def check_layouts(model, states: Callable[[list[int], Layout], Tensor]) -> None:
         influence = _influence(states, layout)
     # What an implementation makes of a mask that it does not know is its own affair.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{name} fails under a streaming mask with attention {attention}: {reason}; "
             "try model.attn_implementation=packed or sdpa"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.errors import ConfigError, ModelError
+from recipes.errors import ConfigError, ModelError, one_line
 from scripts.cli import key_values, launch, run_command
 
 OWN_KEYS = {
@@ -66,7 +66,7 @@ def load_whole(model: str):
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"model={model} cannot be loaded: {reason}") from error
     return config, tokenizer, whole
 

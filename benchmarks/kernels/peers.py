@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.kernels import reference
 from benchmarks.kernels.problem import ALPHA, BAND, CLIP
 
-# name: (wheel, version); the first three need none.
+# name: (wheel, version); peers that are not here need none.
 WHEELS = {
     "trl": ("trl", "1.16.0"),
     "liger": ("liger-kernel", "0.8.5"),

@@ -6,9 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from recipes.errors import ConfigError, DataError
+from recipes.errors import ConfigError, DataError, one_line
 from rollouts.data.examples import Example, Ids, Message, Prompt
-from rollouts.data.readers import one_line
 
 # Stands for the source in a rendered chat: a symbol that no template writes.
 PLACE = "\u241e"
@@ -150,7 +149,6 @@ class SourceFrame:
         self.instruction = instruction + (data.suffix or "")
         # Whether the chat template is used; it writes the special tokens itself.
         self.chat = uses_chat_template(tokenizer, data.template)
-        # Read once: a section of an OmegaConf config is slow.
         self.system = data.system
         self.enable_thinking = data.enable_thinking
         # Many examples have the same earlier turns, most of them none.
@@ -193,8 +191,9 @@ def chat_frame(
     # Templates raise errors of any kind.
     except Exception as error:
         roles = ", ".join(message["role"] for message in messages)
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"the chat template refuses a chat of {roles}: {reason}") from error
+        raise DataError(
+            f"the chat template refuses a chat of {roles}: {one_line(error)}"
+        ) from error
     before, place, after = rendered.partition(PLACE)
     if not place:
         raise DataError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.errors import DataError
+from recipes.errors import DataError, one_line
 
 FRAMES_FILE = re.compile(r"\S+\.npy")
 
@@ -35,7 +35,7 @@ def as_frames(cell, source: str) -> np.ndarray | None:
         numbers = np.load(Path(source).parent / cell) if is_file else cell
         frames = np.asarray(numbers, dtype=np.float32)
     except (OSError, EOFError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"{source}: frames that cannot be read: {reason}") from error
     if frames.ndim != 2 or not len(frames):
         raise DataError(

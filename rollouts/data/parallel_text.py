@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from recipes.errors import DataError
+from recipes.errors import DataError, one_line
 
 LANGUAGE_FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3}(?:[-_][A-Za-z]{2,4})?)")
 # Endings of other files that look like the code of a language.
@@ -66,5 +66,5 @@ def _lines(file: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason}); convert it") from error
     except (OSError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"{file}: cannot be read: {reason}; check the file") from error

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import DataError
+from recipes.errors import DataError, one_line
 from rollouts.data.parallel_text import aligned, aligned_rows
 from rollouts.data.squad import squad_rows
 
@@ -25,7 +25,6 @@ SPLIT_WORDS = frozenset(("train", "test", "heldout", "eval")) | VALIDATION
 # Files of a downloaded dataset that describe it.
 NOT_DATA = frozenset(("dataset_info.json", "dataset_infos.json"))
 # The most characters of another library's message in one of ours.
-MAX_REASON = 300
 
 
 def sources(path: str, split: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
@@ -60,13 +59,6 @@ def sources(path: str, split: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
         raise DataError(f"{path}: no such file or folder; check data.path")
     else:
         yield path, _read_hub(path, split)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message as the end of a line: without line breaks or a final stop, 300 characters
-    at most."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message.rstrip(".")[:MAX_REASON]
 
 
 # Folders

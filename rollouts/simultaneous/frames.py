@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from recipes.errors import ConfigError, DataError, ModelError, OnstreamError
+from recipes.errors import ConfigError, DataError, ModelError, OnstreamError, one_line
 
 FRAME = -1
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def load_encoder(path: str, device: torch.device = CPU) -> torch.nn.Module:
         raise
     # The callable is the user's: it may raise errors of any kind.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"model.encoder={path} cannot be made: {reason}") from error
     encoder = encoder.float().to(device).eval().requires_grad_(False)
     for attribute in ATTRIBUTES:

@@ -42,8 +42,15 @@ class Line:
     high: np.ndarray | None = None  # without `low`: of an area that begins at zero
     note: str = ""
 
-    def plot(self, bins: int = 300) -> dict:
-        kept = thinned(self.y, bins)
+    def plot(self, bins: int = 300, kept: np.ndarray | None = None) -> dict:
+        """The curve as JSON.
+
+        Args:
+            bins: of at most two points each.
+            kept: indices of the points to show; None: chosen by the curve's own values.
+        """
+        if kept is None:
+            kept = thinned(self.y, bins)
         plot = {"name": self.label, "color": self.color, "dash": self.dash}
         plot["x"] = rounded(self.x[kept], digits=9)
         for name in ("y", "trend", "low", "high"):
@@ -74,12 +81,15 @@ class Card:
 
     def plot(self, bins: int = 300) -> dict:
         """What `charts.js` draws."""
+        # Areas that are stacked keep the same points, else the layers would not add up.
+        stacked = all(line.high is not None and line.low is None for line in self.lines)
+        kept = thinned(self.lines[-1].high, bins) if stacked else None
         return {
             "unit": self.unit,
             "log": self.log,
             "top": self.top,
             "x": self.x_label.removeprefix("optimizer ").partition(",")[0],
-            "lines": [line.plot(bins) for line in self.lines],
+            "lines": [line.plot(bins, kept) for line in self.lines],
         }
 
     def values(self) -> np.ndarray:

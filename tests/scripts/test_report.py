@@ -719,6 +719,23 @@ def test_thinning_keeps_extremes_gaps_and_short_series():
     assert thinned(np.array([])).tolist() == []
 
 
+def test_the_layers_of_a_long_run_keep_the_same_steps_and_the_spike(tmp_path):
+    """They were thinned one by one, so that a layer could lie below the one under it."""
+
+    def edit(row):
+        if "time/step" not in row:
+            return row
+        wave = row["reward/mean"]
+        spike = 5.0 if row["step"] == 777 else 0.0
+        phases = {"time/rollout": 1 + wave, "time/update": 2 - wave + spike}
+        return row | phases | {"time/step": 3.0 + spike}
+
+    page = write_report(write_run(tmp_path / "run", steps=1200, edit=edit)).read_text()
+    layers = plot_of(page, "Time per step")["lines"]
+    steps = {tuple(line["x"]) for line in layers}
+    assert len(layers) > 1 and len(steps) == 1 and 777 in steps.pop()
+
+
 def test_a_band_and_the_layers_of_a_step(tmp_path):
     page = write_report(write_run(tmp_path / "run", steps=5)).read_text()
     reward = plot_of(page, "Reward, mean ± std")["lines"][0]

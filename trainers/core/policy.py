@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recipes.embedded import model_folder, names
-from recipes.errors import ModelError
+from recipes.errors import ModelError, first_line
 from recipes.registry import nearest
 from rollouts.layout import Layout, check_layouts
 from rollouts.pretrained import drop_unused_sampling
@@ -178,9 +178,7 @@ def load_policy(
             path, dtype=dtype, attn_implementation=attn_implementation
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
     drop_unused_sampling(model)
     policy = Policy(model.to(device), embed)
     if masked:
@@ -218,7 +216,7 @@ def check_model(key: str, path: str):
             if local.is_dir()
             else "is neither a folder nor a model the hub gave"
         )
-        raise ModelError(f"{key}={path} {where}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{key}={path} {where}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{key}={path}: its tokenizer has no end token (eos_token)")
     configs = [config]
