@@ -5,8 +5,9 @@ proves itself with them.
     python -m benchmarks.golden check [NAME …]      run, and compare
 
 Each run takes a few steps of small batches on the embedded models, on one CPU thread with one rank
-and a fixed seed. Its file holds the rows of metrics.jsonl without times and memory, and a checksum
-of the final weights. tests/golden/machine.json names the processor and the versions that the files
+and a fixed seed. Its file holds the rows of metrics.jsonl without times and memory, a checksum of
+the final weights, and the curves of the decision heads where it sweeps them.
+tests/golden/machine.json names the processor and the versions that the files
 were recorded with. There the check demands equality, to the byte. On another machine float32 sums
 round otherwise, and a sampled token may flip, after which two runs go apart. So elsewhere the check
 compares the first evaluation and the first step, within `BOUNDS`."""
@@ -77,7 +78,7 @@ UNTRAINED = {
 }
 FRAMES = {
     "model.path": "translation-untrained",
-    "model.encoder": "benchmarks.golden.Encoder",
+    "model.encoder": "benchmarks.golden.encoder",
     "data.path": "FRAMES",
     "data.template": "plain",
     "eval.path": "FRAMES",
@@ -126,25 +127,23 @@ FAST = ("poweropd", "grpo", "adasr", "proactivellm")
 BOUNDS = {"eval": 0.35, "step": 0.05}
 
 
-class Encoder:
-    """Made where a run asks for it: a causal encoder of one frame per embedding, with fixed
-    weights."""
+def encoder():
+    """A causal encoder of one frame per embedding, with fixed weights, for `model.encoder`."""
+    import torch
 
-    def __new__(cls):
-        import torch
+    class Projection(torch.nn.Module):
+        width, stride, rate = 5, 1, 10.0
 
-        class Projection(torch.nn.Module):
-            width, stride, rate = 5, 1, 10.0
+        def __init__(self):
+            super().__init__()
+            weights = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
+            self.weights = torch.nn.Parameter(0.05 * weights)
 
-            def __init__(self):
-                super().__init__()
-                weights = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
-                self.weights = torch.nn.Parameter(0.05 * weights)
+        def forward(self, frames):
+            """[F, 5] -> [F, 128]."""
+            return frames @ self.weights
 
-            def forward(self, frames):
-                return frames @ self.weights
-
-        return Projection()
+    return Projection()
 
 
 def write_frames(path: Path) -> None:
@@ -195,7 +194,11 @@ def run(name: str, folder: Path, core: int | None) -> dict:
         for row in rows
     ]
     weights = folder / "checkpoints" / f"step_{keys['train.steps']}" / "model" / "model.safetensors"
-    return {"rows": kept, "weights": checksum(weights)}
+    result = {"rows": kept, "weights": checksum(weights)}
+    curves = folder / "curves.json"
+    if curves.exists():
+        result["curves"] = json.loads(curves.read_text())["policies"]
+    return result
 
 
 def train(overrides: list[str], name: str, core: int | None) -> None:
@@ -237,6 +240,8 @@ def differences(wanted: dict, found: dict) -> list[str]:
         lines.append(f"{len(wanted['rows'])} rows -> {len(found['rows'])}")
     if wanted["weights"] != found["weights"]:
         lines.append("the final weights differ")
+    if wanted.get("curves") != found.get("curves"):
+        lines.append("the decision heads' curves differ")
     return lines
 
 
@@ -244,7 +249,9 @@ def out_of_bounds(wanted: dict, found: dict) -> list[str]:
     """The metrics of the first evaluation and of step 1 that are further apart than `BOUNDS`, in
     words."""
     lines = []
-    for old, new in zip(wanted["rows"][:2], found["rows"][:2], strict=True):
+    if len(wanted["rows"]) != len(found["rows"]):
+        lines.append(f"{len(wanted['rows'])} rows -> {len(found['rows'])}")
+    for old, new in zip(wanted["rows"][:2], found["rows"][:2]):
         bound = BOUNDS["step" if "train/loss" in old else "eval"]
         if old.keys() != new.keys():
             lines.append(f"step {old['step']}: other metrics, {sorted(old.keys() ^ new.keys())}")
