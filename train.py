@@ -43,16 +43,16 @@ def main(overrides: list[str]) -> int:
         from trainers.loop import Loop
 
         loop = Loop(run)
-        folder = loop.fit()
+        loop.fit()
         try:
             loop.finish()
         finally:
             if rank == 0:
                 from scripts.report import write_report
 
-                print(f"report {write_report(folder)}")
+                print(f"report {write_report(run.directory)}")
         if rank == 0:
-            print(next_steps(config, folder))
+            print(next_steps(config, run.directory))
         return 0
     except OnstreamError as error:
         print_error(error)

@@ -224,9 +224,9 @@ def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
             raise ConfigError(f"{key}={value} is now {old[value]}")
     try:
         OmegaConf.resolve(values)
+        missing = sorted(OmegaConf.missing_keys(values))
     except OmegaConfBaseException as error:
         raise ConfigError(_with_key(error)) from error
-    missing = sorted(OmegaConf.missing_keys(values))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; give one, as in '{missing[0]}=…'")
     plain: Any = OmegaConf.to_container(values)
@@ -294,27 +294,6 @@ def validate(config: Config, world_size: int) -> None:
         key.check(values[name])
     schema.check(config)
     schema.common.check_ranks(config, world_size)
-
-
-def replaced(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
-    """A new config with some values replaced; `config` stays as it is.
-
-    Args:
-        changes: the new values by dotted key, as in `{"run.dir": "outputs/mine"}`.
-
-    Raises:
-        ConfigError: a key that the config has not, a wrong type or an impossible value.
-    """
-    kind = type(config)
-    values = OmegaConf.structured(_editable(kind))
-    for key in changes:
-        check_key(key, kind, f"recipe={config.recipe}")
-    for key, value in {**flatten(config), **changes}.items():
-        try:
-            OmegaConf.update(values, key, _plain(value))
-        except OmegaConfBaseException as error:
-            raise ConfigError(_with_key(error)) from error
-    return _built(kind, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

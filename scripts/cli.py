@@ -85,9 +85,7 @@ def key_values(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigError(
-                f"'{argument}' is not KEY=VALUE; see python -m {module}'s first lines"
-            )
+            raise ConfigError(f"'{argument}' is not KEY=VALUE; see python -m {module} --help")
         values[short_keys.get(key, key)] = value
     for key in required:
         if short_keys.get(key, key) not in values:

@@ -20,8 +20,8 @@ Without `mode`, the model reads the whole prompt and then answers. The modes are
 
 The first two add the lengths of the streaming and the deep part, and the share of skipped
 sentences. They also add the answer's latency for a reader of `streaming.words_per_minute`
-(trainers/modes/streaming_metrics.py). The third gives quality and lag
-(trainers/modes/simultaneous_metrics.py). `scripts.curves` sweeps the decision heads.
+(trainers/modes/streaming.py). The third gives quality and lag
+(trainers/modes/simultaneous.py). `scripts.curves` sweeps the decision heads.
 """
 
 from __future__ import annotations

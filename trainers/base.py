@@ -83,10 +83,7 @@ class Trainer:
             vocab=run.vocab,
         )
         trajectories = run.rollout.generate(requests, sampling)
-        by_index = {prompt.index: prompt for prompt in prompts}
-        for trajectory in trajectories:
-            prompt = by_index[trajectory.prompt_index]
-            run.mode.score(trajectory, prompt, run.tokenizer, run.verifier)
+        run.mode.score_all(run, prompts, trajectories)
         return [t for part in distributed.gather(trajectories) for t in part]
 
     def seed(self, step: int, first: int, index: int, sample: int) -> int:

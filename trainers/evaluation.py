@@ -86,17 +86,9 @@ def evaluate(
     sampling = sampling or run.mode.evaluation_sampling(run)
     with Progress(what, len(requests), "completions", shown=rank() == 0) as progress:
         trajectories = run.rollout.generate(requests, sampling, on_finished=progress.advance)
-    score_all(run, trajectories)
+    run.mode.score_all(run, run.eval_prompts, trajectories)
     scores = verifier_scores(trajectories, count, k)
     return scores | run.mode.metrics(run, trajectories, sampling), trajectories
-
-
-def score_all(run: Run, trajectories: Sequence[Trajectory]) -> None:
-    """Write the texts and the verifier's score of evaluation completions."""
-    by_index = {prompt.index: prompt for prompt in run.eval_prompts}
-    for trajectory in trajectories:
-        prompt = by_index[trajectory.prompt_index]
-        run.mode.score(trajectory, prompt, run.tokenizer, run.verifier)
 
 
 def verifier_scores(trajectories: Sequence[Trajectory], count: int, k: int) -> dict[str, float]:

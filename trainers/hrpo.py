@@ -63,12 +63,12 @@ class HRPO(GRPO):
         else:
             counts = [len(stages.lengths) for stages in self.stages]
             of_slots = [np.full(count, local) for count, local in zip(counts, streaming)]
-        advantages = []
+        ends, advantages = self.end_tokens(), []
         for index, trajectory in enumerate(trajectories):
             trajectory.reward = rewards[index][0]
             # The deep segment is slot N.
             of_slot = np.append(of_slots[index], deep[index])
-            has_local = self.has_local_advantage(trajectory)
+            has_local = self.has_local_advantage(trajectory, ends)
             local = np.where(has_local, of_slot[trajectory.slots], whole[index])
             weight = options.local_weight
             mixed = weight * local + (1 - weight) * whole[index]
@@ -84,13 +84,16 @@ class HRPO(GRPO):
             for t in trajectories
         ]
 
-    def has_local_advantage(self, trajectory: Trajectory) -> np.ndarray:
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a thought, the deep reasoning or the completion."""
+        protocol = Protocol.of(self.run.tokenizer)
+        return [protocol.eot, protocol.skip, protocol.eor, protocol.eoa, *self.run.stop_ids]
+
+    def has_local_advantage(self, trajectory: Trajectory, ends: Sequence[int]) -> np.ndarray:
         """[T] bool: the tokens that a local advantage reaches."""
         written = trajectory.slots >= 0
         if self.config.hrpo.granularity != "boundary_token":
             return written
-        protocol = Protocol.of(self.run.tokenizer)
-        ends = [protocol.eot, protocol.skip, protocol.eor, protocol.eoa, *self.run.stop_ids]
         return written & np.isin(trajectory.completion_ids, ends)
 
     def sentence_advantages(self) -> list[np.ndarray]:

@@ -7,13 +7,11 @@ import itertools
 import math
 import random
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import kernels
-from recipes.compose import replaced
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
@@ -47,10 +45,8 @@ class Loop:
         self.run = run
         run.device = distributed.setup()
         # The default run directory is named after the time, which each rank read for itself.
-        run.directory = distributed.gather(run.directory)[0]
-        run.config = replaced(run.config, {"run.dir": str(run.directory)})
+        run.place(distributed.gather(run.directory)[0])
         self.config = config = run.config
-        kernels.set_backend(config.kernels.backend)
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
@@ -64,7 +60,7 @@ class Loop:
             masked=run.mode.masked,
             embed=run.mode.embedder(run.device),
         )
-        self.engine = PolicyEngine(policy, config, run.device)
+        self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
             checkpoint.load(run.checkpoint, self.engine)
         if run.method.samples or run.eval_prompts:
@@ -80,12 +76,8 @@ class Loop:
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
 
-    def fit(self) -> Path:
-        """Train to `train.steps`.
-
-        Returns:
-            the run directory.
-        """
+    def fit(self) -> None:
+        """Train to `train.steps`."""
         config, run = self.config, self.run
         self.tracker = tracker = Tracker(run.config, run.directory, run.start, run.mode.summary)
         tracker.say(
@@ -94,7 +86,8 @@ class Loop:
         )
         for message in run.messages:
             tracker.say(message)
-        if run.rollout is not None:
+        # A method that reads its sequences syncs for each evaluation, the first one too.
+        if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
         if run.start == 0:
             self.evaluate(0)
@@ -107,7 +100,6 @@ class Loop:
             if self.is_due(step, config.checkpoint.every):
                 self.save(step)
         tracker.finish()
-        return run.directory
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
@@ -115,10 +107,12 @@ class Loop:
 
     def finish(self) -> None:
         """The method's own measurements when training is over; then the engine is closed."""
-        if self.config.train.steps:
-            self.trainer.after_training()
-        if self.run.rollout is not None:
-            self.run.rollout.close()
+        try:
+            if self.config.train.steps:
+                self.trainer.after_training()
+        finally:
+            if self.run.rollout is not None:
+                self.run.rollout.close()
 
     def step(self, step: int) -> tuple[dict, list[Trajectory]]:
         """One rollout batch, and the optimizer updates made on it.
@@ -132,11 +126,11 @@ class Loop:
         if samples:
             self.run.rollout.sleep()
         clock.lap("rollout")
-        updates = self.shards(trajectories)
+        shards = self.shards(trajectories)
         clock.lap("annotate")
         longest = max(len(t.completion_ids) for t in trajectories)
         stats = TokenStats(max(self.config.rollout.max_new_tokens, longest))
-        row = self.updates(step, updates, stats) | stats.metrics()
+        row = self.optimize(step, shards, stats) | stats.metrics()
         clock.lap("update")
         if samples:
             self.run.rollout.wake()
@@ -163,32 +157,32 @@ class Loop:
         """
         count = self.config.train.minibatches
         bounds = [len(trajectories) * index // count for index in range(count + 1)]
-        updates = []
+        shards = []
         for low, high in itertools.pairwise(bounds):
             kept = [t for t in trajectories[low:high] if self.trainer.keeps(t)]
-            updates.append(shard_by_tokens(kept, distributed.rank(), distributed.world_size()))
-        own = [trajectory for update in updates for trajectory in update]
+            shards.append(shard_by_tokens(kept, distributed.rank(), distributed.world_size()))
+        own = [trajectory for shard in shards for trajectory in shard]
         if own:
             self.trainer.annotate(own)
         for trajectory in own:
             if trajectory.padding:
                 length = len(trajectory.completion_ids)
                 trajectory.annotations["mask"] = np.zeros(length, dtype=bool)
-        return updates
+        return shards
 
-    def updates(
-        self, step: int, updates: list[list[Trajectory]], stats: TokenStats
+    def optimize(
+        self, step: int, shards: list[list[Trajectory]], stats: TokenStats
     ) -> dict[str, float]:
         """The optimizer updates of a step; those without a trajectory are skipped and counted."""
         lr = learning_rate(self.config.train, step)
         results: list[tuple[float, float]] = []
-        for trajectories in updates:
+        for trajectories in shards:
             if trajectories:
                 results.append(self.update(trajectories, lr, stats, moved=bool(results)))
-        skipped = len(updates) - len(results)
+        skipped = len(shards) - len(results)
         if skipped:
             self.tracker.say(
-                f"step {step}: {skipped} of {len(updates)} updates skipped, no sample of theirs "
+                f"step {step}: {skipped} of {len(shards)} updates skipped, no sample of theirs "
                 "was kept"
             )
         loss, norm = np.mean(results, axis=0).tolist() if results else (math.nan, math.nan)
@@ -231,11 +225,11 @@ class Loop:
             output = self.engine.forward(batch, loss)
             self.engine.backward(output["loss"], last=index == rounds - 1)
             loss_sum += float(output["loss"].detach())
-            self.count(batch, trajectories, output, stats, moved)
+            self.record_tokens(batch, trajectories, output, stats, moved)
         norm = self.engine.step(lr)
         return sum(distributed.gather(loss_sum)), norm
 
-    def count(
+    def record_tokens(
         self,
         batch: MicroBatch,
         trajectories: list[Trajectory],
@@ -260,7 +254,7 @@ class Loop:
     def score_policy(self, trajectories: list[Trajectory]) -> None:
         """Write `student_logprobs` [T] (nats) under the current weights, before the update.
 
-        A collective under ZeRO-3: ranks with fewer micro-batches run empty ones.
+        A collective: a rank with fewer micro-batches runs its last one again.
         """
         lengths = [t.length for t in trajectories]
         groups = make_microbatches(lengths, self.config.train.tokens_per_microbatch)
@@ -345,9 +339,7 @@ def start_model(run: Run) -> str:
 
 
 def _score(head, hidden, batch, *, temperature, vocab):
-    scored = score_tokens(
-        head, hidden, batch, targets=batch.targets, temperature=temperature, vocab=vocab
-    )
+    scored = score_tokens(head, hidden, targets=batch.targets, temperature=temperature, vocab=vocab)
     return scored.logprobs
 
 

@@ -8,7 +8,6 @@ import torch
 
 import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
-from recipes.compose import replaced
 from recipes.errors import ConfigError, DataError
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
@@ -40,9 +39,8 @@ def prepare(config) -> Run:
     if config.engine.offload_optimizer:
         check_compiler()
     run.facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
-    run.directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
-    if str(run.directory) != config.run.dir:
-        run.config = replaced(config, {"run.dir": str(run.directory)})
+    directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
+    run.place(directory)
     context = prepare_models(run)
     prepare_data(run)
     if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
@@ -142,8 +140,7 @@ def answered(examples: Sequence[Example], run: Run) -> list[Example]:
     if not kept:
         raise DataError(
             f"data.path={config.data.path}: no row has an answer, and recipe={config.recipe} "
-            "learns "
-            "from correct answers only; name its column with data.answer_column"
+            "learns from correct answers only; name its column with data.answer_column"
         )
     if len(kept) < len(examples):
         run.messages.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +65,9 @@ class Run:
     teacher: Any = None
     # Writes the annotation `student_logprobs` under the current weights.
     score_policy: Callable[[Sequence[Trajectory]], None] | None = None
+
+    def place(self, directory: Path) -> None:
+        """Set the run directory, in the config too."""
+        self.directory = directory
+        section = replace(self.config.run, dir=str(directory))
+        self.config = self.mode.config = replace(self.config, run=section)

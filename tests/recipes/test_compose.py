@@ -14,7 +14,6 @@ from recipes.compose import (
     flatten,
     recipe_values,
     recipes,
-    replaced,
     to_dict,
     to_yaml,
     validate,
@@ -195,24 +194,6 @@ def test_a_config_as_a_dictionary_as_yaml_and_flat():
     assert config.rollout.max_new_tokens_schedule == ((5, 60),)
     assert to_yaml(config).startswith("recipe: poweropd\n")
     assert flatten(yaml.safe_load(to_yaml(config))) == flat
-
-
-def test_a_replaced_value_is_checked_and_leaves_the_config_alone():
-    config = compose([])
-    changed = replaced(config, {"run.dir": "elsewhere", "train.betas": (0.5, 0.6)})
-    assert changed.run.dir == "elsewhere" and changed.train.betas == (0.5, 0.6)
-    assert config.run.dir != "elsewhere" and config.train.betas == (0.9, 0.999)
-    assert type(changed) is type(config)
-    for key, value, message in (
-        ("train.stepz", 1, "there is no key 'train.stepz'; did you mean 'train.steps'?"),
-        ("train.steps", "many", "train.steps: Value 'many'"),
-        ("reward.alpha", 0, "reward.alpha=0.0 must be above 0"),
-        ("hrpo.local_weight", 1, "hrpo.local_weight is not read by recipe=poweropd"),
-        ("train", 1, "'train' is a section, not a value"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            replaced(config, {key: value})
-        assert str(caught.value).startswith(message)
 
 
 def test_a_config_is_frozen():

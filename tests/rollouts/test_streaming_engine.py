@@ -104,7 +104,7 @@ def trainers_logprobs(policy, trajectories):
         batch,
         trajectories,
         score_tokens(
-            policy.head, hidden, batch, targets=batch.targets, temperature=1.0, vocab=None
+            policy.head, hidden, targets=batch.targets, temperature=1.0, vocab=None
         ).logprobs,
     )
 

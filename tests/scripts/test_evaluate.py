@@ -89,7 +89,7 @@ def test_measured_speed_and_interleaved(evaluate):
         ),
         (
             ["mode=streaming", "fast"],
-            "'fast' is not KEY=VALUE; see python -m scripts.evaluate's first lines",
+            "'fast' is not KEY=VALUE; see python -m scripts.evaluate --help",
         ),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_character_of_several_tokens_is_printed_when_it_is_whole(streaming_mod
             ["streaming.layout=batch"],
             "streaming.layout=batch cannot be shown live; use grouped",
         ),
-        (TEXT, ["fast"], "'fast' is not KEY=VALUE; see python -m scripts.stream's first lines"),
+        (TEXT, ["fast"], "'fast' is not KEY=VALUE; see python -m scripts.stream --help"),
     ],
 )
 @pytest.mark.parametrize("through", ["file", "stdin"])

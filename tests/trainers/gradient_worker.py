@@ -50,7 +50,7 @@ def main(model: str, out: str, settings: list[str]) -> None:
         config = compose(
             [f"engine={stage}", f"train.normalizer={normalizer}", "train.max_grad_norm=0"]
         )
-        engine = PolicyEngine(load_policy(model, torch.float32, device), config, device)
+        engine = PolicyEngine(load_policy(model, torch.float32, device), config)
         drawn = trajectories()
         if order == "reversed":
             drawn = drawn[::-1]

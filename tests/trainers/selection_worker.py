@@ -80,7 +80,7 @@ def main(model: str, out: str, settings: list[str]) -> None:
         loop = object.__new__(Loop)  # the parts that a step needs
         loop.config = config
         loop.run = SimpleNamespace(device=device, rollout=None)
-        loop.engine = Recorded(load_policy(model, torch.float32, device), config, device)
+        loop.engine = Recorded(load_policy(model, torch.float32, device), config)
         loop.engine.recorded, said = [], []
         loop.trainer = Given(SimpleNamespace(config=config, vocab=None))
         loop.trainer.kept = [int(index) for index in kept.split("-") if index]

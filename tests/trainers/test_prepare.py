@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from recipes.compose import compose
+from recipes.compose import compose, to_dict, to_yaml
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
 from rollouts.data.examples import Example
+from trainers.core.rundir import changed_keys
 from trainers.prepare import prepare
 
 
@@ -167,3 +168,16 @@ def test_triton_without_a_gpu(overrides, monkeypatch):
     assert "kernels.backend=triton: backend triton needs an NVIDIA GPU" in refused(
         ConfigError, overrides(kernels__backend="triton")
     )
+
+
+def test_a_config_of_an_older_version_differs_in_nothing_that_the_run_reads(tmp_path, overrides):
+    """Older config.yaml files hold every method's keys, and a value under its older name."""
+    config = compose(overrides())
+    older = to_dict(config) | {"grpo": {"kl_beta": 0.001}, "hrpo": {"local_weight": 0.5}}
+    older["train"]["normalizer"] = "window_token_mean"
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(older))
+    assert changed_keys(saved, config) == []
+    older["train"]["lr"] = 1.0
+    saved.write_text(to_yaml(older))
+    assert changed_keys(saved, config) == ["train.lr"]

@@ -268,7 +268,7 @@ def test_old_log_probs_under_the_layout_are_the_samplers(streaming, minibatches)
         with torch.no_grad():
             hidden = policy.hidden(batch)
         scored = score_tokens(
-            policy.head, hidden, batch, targets=batch.targets, temperature=1.0, vocab=len(tokenizer)
+            policy.head, hidden, targets=batch.targets, temperature=1.0, vocab=len(tokenizer)
         )
         for trajectory, own in zip(drawn, unpack(batch, drawn, scored.logprobs)):
             trajectory.annotations["student_logprobs"] = own

@@ -29,7 +29,7 @@ def settings(config) -> dict[str, Any]:
     if zero.offload_params:
         stage["offload_param"] = {"device": "cpu"}
     if zero.zero_stage == 3:
-        # Small tensors stay whole on every rank. The bucket sizes fit them to small models too.
+        # Small tensors stay whole on every rank.
         stage |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": False}
     options = {
         "train_micro_batch_size_per_gpu": 1,
@@ -80,20 +80,20 @@ class PolicyEngine:
         device: this rank's.
     """
 
-    def __init__(self, policy: Policy, config, device: torch.device):
+    def __init__(self, policy: Policy, config):
         import deepspeed
 
         operators.disable_unused()
         for name in ("DeepSpeed", "deepspeed"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
-        self.config, self.policy, self.device = config, policy, device
+        self.config, self.policy = config, policy
         self.bf16 = config.model.dtype == "bfloat16"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         if config.model.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        self.engine, _, _, _ = deepspeed.initialize(
             model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
         )
 

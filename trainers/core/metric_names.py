@@ -40,9 +40,6 @@ class Metric:
     meaning: str
     rows: str
 
-    def __str__(self) -> str:
-        return f"{self.meaning} Unit: {self.unit}. In {self.rows}."
-
 
 METRICS: dict[str, Metric] = {
     "step": Metric(

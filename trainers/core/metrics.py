@@ -50,7 +50,6 @@ class TokenStats:
         """
         annotations = trajectory.annotations
         mask = annotations["mask"]
-        self._add("tokens", mask.sum())
         if "entropy" in output:
             self._add("entropy", mask.sum(), _total(output["entropy"], mask))
         for name, (values, counted) in (means or {}).items():

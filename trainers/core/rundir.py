@@ -9,6 +9,7 @@ import yaml
 
 from recipes.compose import flatten
 from recipes.errors import ConfigError
+from recipes.schema import OLD_VALUES
 from trainers.core import checkpoint
 
 # Keys that may differ between a run and its continuation without a remark.
@@ -52,13 +53,20 @@ def run_directory(
 
 
 def changed_keys(saved: Path, config) -> list[str]:
-    """The keys whose values differ between a run's config.yaml and this config."""
+    """The keys whose values differ between a run's config.yaml and this config.
+
+    A key that only one of the two has makes no difference: older files also hold the keys of other
+    methods, and a value may have had another name.
+    """
     if not saved.exists():
         return []
     before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
     now = flatten(config)
+    for key, new_names in OLD_VALUES.items():
+        if key in before:
+            before[key] = new_names.get(before[key], before[key])
     return sorted(
         key
-        for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and key not in UNREMARKED
+        for key in before.keys() & now.keys()
+        if before[key] != now[key] and key not in UNREMARKED
     )

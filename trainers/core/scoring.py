@@ -28,7 +28,6 @@ def head_options(head, temperature: float, vocab: int | None) -> dict[str, Any]:
 def score_tokens(
     head,
     hidden: torch.Tensor,
-    batch,
     *,
     targets: torch.Tensor,
     temperature: float,
@@ -39,7 +38,6 @@ def score_tokens(
     Args:
         head: with `weight` [V, H], `bias` and `softcap`.
         hidden: [T, H].
-        batch: the `MicroBatch`. A head passes it to every function; this one does not read it.
         targets: [T] int64.
         temperature: logits are divided by it.
         vocab: as in `head_options`.

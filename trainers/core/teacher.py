@@ -49,20 +49,18 @@ class FrozenModel:
                 for member, array in zip(members, arrays):
                     trajectories[member].annotations[name] = array
 
-    def score(self, hidden: torch.Tensor, batch, targets: torch.Tensor):
+    def score(self, hidden: torch.Tensor, targets: torch.Tensor):
         """Log-probs of `targets` and of the most likely tokens [T] in nats.
 
         They are at the sampling temperature.
 
         Args:
             hidden: [T, H].
-            batch: the `MicroBatch`.
             targets: [T] int64.
         """
         return score_tokens(
             self.policy.head,
             hidden,
-            batch,
             targets=targets,
             temperature=self.config.rollout.temperature,
             vocab=self.vocab,
@@ -85,7 +83,7 @@ class Teacher(FrozenModel):
         """
 
         def values(states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
-            scored = self.score(states, batch, batch.annotations["teacher_targets"])
+            scored = self.score(states, batch.annotations["teacher_targets"])
             annotations = {
                 "teacher_logprobs": scored.logprobs,
                 "teacher_max_logprobs": scored.max_logprob,
@@ -107,7 +105,7 @@ class Reference(FrozenModel):
         """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens."""
 
         def values(states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
-            scored = self.score(states, batch, batch.targets)
+            scored = self.score(states, batch.targets)
             return {"reference_logprobs": scored.logprobs}
 
         self.write(trajectories, values)

@@ -48,7 +48,7 @@ class Tracker:
         self.active = rank() == 0
         if not self.active:
             return
-        self.config, self.run_dir, self.summary = config, run_dir, summary
+        self.config, self.summary = config, summary
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         # A run from its start evaluates before step 1, under step 0; no earlier row may stay.

@@ -58,7 +58,11 @@ class Plain:
 
     def positions(self, prompt: Prompt, new_tokens: int) -> int:
         """The number of positions that a prompt and `new_tokens` take of the model's context."""
-        return len(prompt.token_ids) + self.extra_tokens(prompt) + new_tokens
+        source, target = len(prompt.token_ids), self.extra_tokens(prompt) + new_tokens
+        if self.masked:
+            # Source and target have positions of their own.
+            return max(source, self.config.streaming.target_offset + target)
+        return source + target
 
     # Sampling
 
@@ -112,6 +116,13 @@ class Plain:
         if trajectory.answer is not None and verifier is not None:
             text = self.judged_text(trajectory, tokenizer)
             trajectory.score = verifier(text, trajectory.answer)
+
+    def score_all(self, run, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
+        """`score` each trajectory of these prompts."""
+        by_index = {prompt.index: prompt for prompt in prompts}
+        for trajectory in trajectories:
+            prompt = by_index[trajectory.prompt_index]
+            self.score(trajectory, prompt, run.tokenizer, run.verifier)
 
     def text_ids(self, trajectory: Trajectory) -> list[int]:
         """The completion's ids without the stop token, which is not text."""

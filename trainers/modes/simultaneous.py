@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,15 +44,11 @@ class Simultaneous(Plain):
     def extra_tokens(self, prompt: Prompt) -> int:
         return sum(map(len, prompt.opening))
 
-    def positions(self, prompt: Prompt, new_tokens: int) -> int:
-        # Source and target have positions of their own.
-        target = self.config.streaming.target_offset + self.extra_tokens(prompt) + new_tokens
-        return max(len(prompt.token_ids), target)
-
     def embedder(self, device) -> Callable | None:
         if self.config.model.encoder is None:
             return None
-        return functools.partial(_embed, load_encoder(self.config.model.encoder, device))
+        encoder = load_encoder(self.config.model.encoder, device)
+        return lambda model, ids, frames: embed(model, encoder, ids, frames)
 
     def sampling(self, tokenizer, stop_ids: Sequence[int], **limits) -> SimultaneousSampling:
         """Without a decision head, which `evaluation_sampling` adds."""
@@ -153,10 +148,6 @@ class Simultaneous(Plain):
 
     def summary(self, scores: dict[str, Any]) -> str:
         return f"bleu {scores['bleu']:.1f}  al {scores['al']:.2f}  rco {scores['rco']:.2f}  "
-
-
-def _embed(encoder, model, ids, frames):
-    return embed(model, encoder, ids, frames)
 
 
 def delays(trajectory: Trajectory, starts: np.ndarray) -> np.ndarray:

@@ -52,13 +52,6 @@ class Streaming(Plain):
         longest = self.config.streaming.max_thought_tokens
         return sum(map(len, prompt.opening)) + thoughts * longest
 
-    def positions(self, prompt: Prompt, new_tokens: int) -> int:
-        if not self.masked:
-            return super().positions(prompt, new_tokens)
-        # Source and target have positions of their own.
-        target = self.config.streaming.target_offset + self.extra_tokens(prompt) + new_tokens
-        return max(len(prompt.token_ids), target)
-
     def wrap(self, engine: Engine) -> Engine:
         return engine if self.masked else InterleavedEngine(engine)
 
@@ -101,6 +94,7 @@ class Streaming(Plain):
             self.seconds_per_token = gather(speed)[0]
         protocol = Protocol.of(run.tokenizer)
         by_index = {prompt.index: prompt for prompt in run.eval_prompts}
+        words = {index: sentence_words(p, run.tokenizer) for index, p in by_index.items()}
         rows = []
         for trajectory in trajectories:
             prompt = by_index[trajectory.prompt_index]
@@ -119,7 +113,7 @@ class Streaming(Plain):
                     stages.lengths.sum(),
                     stages.deep_length,
                     self._tokens_read(prompt, stages),
-                    self._latency(prompt, stages, to_first_answer, run.tokenizer),
+                    self._latency(words[prompt.index], stages, to_first_answer),
                     stages.skipped.sum(),
                     len(stages.skipped),
                 )
@@ -141,10 +135,8 @@ class Streaming(Plain):
         layout = "batch" if self.layout == "batch" else "grouped"
         return read_counts(layout, [len(s) for s in prompt.segments], first + 1)[first]
 
-    def _latency(self, prompt: Prompt, stages: Stages, to_answer: int, tokenizer) -> float:
-        """Seconds from the last word to the answer's first token."""
-        sentences = prompt.segments[len(prompt.opening) :]
-        words = [len(tokenizer.decode(segment[:-1]).split()) for segment in sentences]
+    def _latency(self, words: Sequence[int], stages: Stages, to_answer: int) -> float:
+        """Seconds from the last word to the answer's first token; `words` of each sentence."""
         return answer_latency(
             words,
             np.append(stages.lengths, to_answer),
@@ -158,6 +150,12 @@ class Streaming(Plain):
             f"deep {scores['deep_length_mean']:.1f}  skipped {scores['skip_frac']:.1%}  "
             f"latency {scores['latency_s']:.2f} s  "
         )
+
+
+def sentence_words(prompt: Prompt, tokenizer) -> list[int]:
+    """The number of words of each sentence that is read."""
+    sentences = prompt.segments[len(prompt.opening) :]
+    return [len(tokenizer.decode(segment[:-1]).split()) for segment in sentences]
 
 
 def decoding_speed(engine: Engine, prompt: Prompt, sampling: StreamingSampling) -> float:
