@@ -22,6 +22,17 @@ def token_count(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def vocabulary(tokenizer, *models) -> tuple[int, tuple[int, ...]]:
+    """The ids that are tokens: `vocab` and `missing`, as in `Sampling`.
+
+    Args:
+        models: configs of models, whose heads may have fewer rows.
+    """
+    taken = set(tokenizer.get_vocab().values())
+    vocab = min([max(taken) + 1, *(model.vocab_size for model in models)])
+    return vocab, tuple(id for id in range(vocab) if id not in taken)
+
+
 def drop_unused_sampling(model) -> None:
     """Clear the sampling settings of a generation config that is greedy, where they do nothing.
 

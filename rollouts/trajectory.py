@@ -176,8 +176,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     stop_ids: tuple[int, ...] = ()
-    # only ids below it are drawn: rows of the head past it are padding; None: all
+    # Only ids below it are drawn: rows of the head past it are padding. None: all.
     vocab: int | None = None
+    # Ids below it that no token has. They are not drawn either.
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

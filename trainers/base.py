@@ -15,6 +15,7 @@ from trainers.core import distributed
 from trainers.modes.plain import make_requests
 
 if TYPE_CHECKING:
+    from rollouts.data.examples import Prompt
     from trainers.losses import Loss
     from trainers.run import Run
 
@@ -55,6 +56,11 @@ class Trainer:
             ConfigError: one line that names the key.
         """
 
+    @classmethod
+    def target_length(cls, prompt: Prompt, tokenizer) -> int:
+        """The tokens of a supervised target, without an opening; for methods that have `learns`."""
+        raise TypeError(f"{cls.__name__} does not define target_length()")
+
     def draw(self, step: int) -> list[Trajectory]:
         """The trajectories of step 0, 1, …, the same list on every rank.
 
@@ -81,6 +87,7 @@ class Trainer:
             top_k=rollout.top_k,
             max_new_tokens=max_new_tokens(rollout, step),
             vocab=run.vocab,
+            missing=run.missing,
         )
         trajectories = run.rollout.generate(requests, sampling)
         run.mode.score_all(run, prompts, trajectories)

@@ -16,6 +16,9 @@ only for correct answers, so that a short wrong one gains nothing. On-policy SFT
 "accuracy + gamma * length"; it was not at hand for the form. HRPO uses this form for each of its
 stages (docs/specification.md, 4).
 
+A completion cut at the limit is rewarded as it is, gets no reward, or is left out of the update
+(`grpo.truncated`; the last is DAPO's overlong filtering, arXiv 2503.14476).
+
     torchrun --nproc_per_node=N train.py recipe=grpo [grpo.gamma=0.5] [grpo.kl_beta=0]
 """
 
@@ -63,6 +66,13 @@ class GRPO(Trainer):
             trajectory.annotations["advantages"] = advantages
         return trajectories
 
+    def keeps(self, trajectory: Trajectory) -> bool:
+        return self.config.grpo.truncated != "mask" or not is_truncated(trajectory)
+
+    def has_reward(self, trajectory: Trajectory) -> bool:
+        """False where `grpo.truncated` sets a completion's reward to 0."""
+        return self.config.grpo.truncated != "zero_reward" or not is_truncated(trajectory)
+
     def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
         """Write each trajectory's `reward`, and return its advantages [T] float32.
 
@@ -71,7 +81,8 @@ class GRPO(Trainer):
             limit: the most new tokens of a completion.
         """
         for trajectory in trajectories:
-            trajectory.reward = length_reward(trajectory, limit, self.config.grpo.gamma)
+            reward = length_reward(trajectory, limit, self.config.grpo.gamma)
+            trajectory.reward = reward * self.has_reward(trajectory)
         by_trajectory = self.in_groups([t.reward for t in trajectories])
         return [
             np.full(len(t.completion_ids), advantage, np.float32)
@@ -90,7 +101,10 @@ class GRPO(Trainer):
     def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         groups = self._groups([t.reward for t in trajectories])
         equal = np.ptp(groups, axis=1) == 0
-        return {"reward/equal_groups_frac": float(equal.mean())}
+        metrics = {"reward/equal_groups_frac": float(equal.mean())}
+        if self.config.grpo.truncated == "mask":
+            metrics["rollout/kept_frac"] = float(np.mean([self.keeps(t) for t in trajectories]))
+        return metrics
 
     def token_metrics(
         self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
@@ -126,6 +140,11 @@ class GRPO(Trainer):
                 "is_cap": options.importance_cap,
             },
         )
+
+
+def is_truncated(trajectory: Trajectory) -> bool:
+    """Whether the completion was cut at the limit of new tokens."""
+    return trajectory.finish_reason == "length"
 
 
 def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:

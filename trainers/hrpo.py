@@ -56,7 +56,12 @@ class HRPO(GRPO):
     def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
         options = self.config.hrpo
         self.stages = self.measure(trajectories, limit)
-        rewards = [stages.rewards(options) for stages in self.stages]
+        # 1, or 0 where a completion gets no reward.
+        self.factors = [float(self.has_reward(trajectory)) for trajectory in trajectories]
+        rewards = [
+            [factor * reward for reward in stages.rewards(options)]
+            for factor, stages in zip(self.factors, self.stages)
+        ]
         whole, streaming, deep = (self.in_groups(column) for column in zip(*rewards))
         if options.granularity == "sentence":
             of_slots = self.sentence_advantages()
@@ -100,12 +105,16 @@ class HRPO(GRPO):
         """Each completion's advantages [N] of its slots, among the same slots of its group."""
         size, advantages = self.config.rollout.samples_per_prompt, []
         for start in range(0, len(self.stages), size):
-            group = self.stages[start : start + size]
+            group = range(start, start + size)
             # [n, N]: every completion of a prompt has a slot for each of its sentences.
-            rewards = np.stack([stages.sentence_rewards(self.config.hrpo) for stages in group])
+            rewards = np.stack([self.sentence_rewards(index) for index in group])
             normalize_std = self.config.grpo.normalize_std
             advantages += list(group_advantages(rewards.T, normalize_std).T)
         return advantages
+
+    def sentence_rewards(self, index: int) -> np.ndarray:
+        """[N], the reward of each slot of a completion of the step."""
+        return self.factors[index] * self.stages[index].sentence_rewards(self.config.hrpo)
 
     def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         stages = self.stages

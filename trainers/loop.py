@@ -59,6 +59,7 @@ class Loop:
             config.model.attn_implementation,
             masked=run.mode.masked,
             embed=run.mode.embedder(run.device),
+            missing=run.missing,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:

@@ -11,7 +11,7 @@ from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
-from rollouts.pretrained import token_count
+from rollouts.pretrained import vocabulary
 from rollouts.streaming.tokens import add_tokens
 from trainers.base import Trainer
 from trainers.core.distributed import world_size
@@ -42,7 +42,7 @@ def prepare(config) -> Run:
     directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
     run.place(directory)
     context = prepare_models(run)
-    prepare_data(run)
+    prepare_data(run, context)
     if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
         run.messages.append(
             "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "
@@ -62,6 +62,7 @@ def prepare_evaluation(config) -> Run:
     run = Run(config=config, mode=reading_mode(config))
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     run.tokenizer, model = check_model("model", config.model.path)
+    run.vocab, run.missing = vocabulary(run.tokenizer, model)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
     run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
         config, run.mode, run.tokenizer
@@ -89,30 +90,36 @@ def prepare_models(run: Run) -> int | None:
     tokenizer = run.tokenizer
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
-    run.vocab = token_count(tokenizer)
+    # A model that gets new tokens gets rows for them.
+    heads = [] if run.new_tokens else [model]
     if run.new_tokens:
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
-    else:
-        run.vocab = min(run.vocab, model.vocab_size)
     if method.distills:
         teacher, teacher_model = check_model("teacher.path", config.teacher.path)
         check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
-        run.vocab = min(run.vocab, teacher_model.vocab_size)
+        heads.append(teacher_model)
+    run.vocab, run.missing = vocabulary(tokenizer, *heads)
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return getattr(model, "max_position_embeddings", None)
 
 
-def prepare_data(run: Run) -> None:
-    """Fill in the training and the evaluation prompts."""
+def prepare_data(run: Run, context: int | None) -> None:
+    """Fill in the training and the evaluation prompts.
+
+    Args:
+        context: the model's, in tokens; None if it states none.
+    """
     config, data = run.config, run.config.data
     examples = configured_examples(data, config.seed)
     if run.method.verifies:
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
     check_targets(run.prompts, run.method, config)
+    if run.method.learns and context:
+        run.prompts = drop_overlong_targets(run, context)
     if dropped:
         run.messages.append(
             f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
@@ -163,6 +170,38 @@ def check_targets(prompts: Sequence[Prompt], method: type[Trainer], config) -> N
             )
 
 
+def drop_overlong_targets(run: Run, context: int) -> list[Prompt]:
+    """The prompts that fit into the model's context with their targets.
+
+    Raises:
+        DataError: not one does.
+    """
+    kept = [prompt for prompt in run.prompts if target_fits(run, prompt, context)]
+    where, dropped = f"data.path={run.config.data.path}", len(run.prompts) - len(kept)
+    if not kept:
+        raise DataError(
+            f"{where}: all {dropped} examples are longer than the model's context of {context} "
+            "tokens, prompt and target together; give shorter ones"
+        )
+    if dropped:
+        run.messages.append(
+            f"data  {dropped} of {len(run.prompts)} examples are longer than the model's context "
+            f"of {context} tokens, prompt and target together, and were dropped"
+        )
+    return kept
+
+
+def target_fits(run: Run, prompt: Prompt, context: int) -> bool:
+    """Whether a prompt and its supervised target fit into so many tokens."""
+    # A token is a byte or more, but for the marks around the parts of a target. Where all bytes
+    # fit, nothing needs to be tokenized.
+    most = len((prompt.example.solution or "").encode()) + len(prompt.segments) + 3
+    if prompt.example.solution and run.mode.read_positions(prompt, most) <= context:
+        return True
+    exact = run.method.target_length(prompt, run.tokenizer)
+    return run.mode.read_positions(prompt, exact) <= context
+
+
 def check_kernels(backend: str) -> None:
     """Raises ConfigError: the kernels' backend cannot run on this machine."""
     kernels.set_backend(backend)
@@ -183,6 +222,9 @@ def max_length(run: Run, context: int | None) -> int:
         ConfigError: a sequence would exceed the context.
     """
     config, mode = run.config, run.mode
+    if run.method is not None and not run.method.samples and not run.eval_prompts:
+        # Nothing is sampled.
+        return context or 0
     scheduled = [limit for _, limit in config.rollout.max_new_tokens_schedule]
     new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0, *scheduled)
     prompts = [*run.prompts, *run.eval_prompts]

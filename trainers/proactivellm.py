@@ -67,6 +67,10 @@ class ProactiveLLM(Trainer):
             )
         check_heads(options)
 
+    @classmethod
+    def target_length(cls, prompt: Prompt, tokenizer) -> int:
+        return sum(map(len, target_words(prompt.example.solution, tokenizer)))
+
     def draw(self, step: int) -> list[Trajectory]:
         indices = self.run.sampler.indices(step)
         return [

@@ -39,6 +39,8 @@ class Run:
     teacher_stop: int | None = None
     # Ids at and past it are padding rows of the heads.
     vocab: int = 0
+    # Ids below it that no token has.
+    missing: tuple[int, ...] = ()
     # Tokens that the method needs and the model has no rows for.
     new_tokens: list[str] = field(default_factory=list)
     # Training data.

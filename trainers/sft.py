@@ -39,21 +39,29 @@ class SupervisedFineTuning(CrossEntropyTrainer):
     samples = False
     learns = ("solution",)
 
+    @classmethod
+    def target_length(cls, prompt: Prompt, tokenizer) -> int:
+        return len(target_ids(prompt, tokenizer))
+
     def draw(self, step: int) -> list[Trajectory]:
         indices = self.run.sampler.indices(step)
         return [self.read(self.run.prompts[index]) for index in indices]
 
     def read(self, prompt: Prompt) -> Trajectory:
         """The prompt with its target as the completion."""
-        tokenizer, solution = self.run.tokenizer, prompt.example.solution
-        ids = tokenizer(solution, add_special_tokens=False).input_ids
         return Trajectory(
             prompt_index=prompt.index,
             sample_index=0,
             prompt_ids=list(prompt.token_ids),
-            completion_ids=[*ids, tokenizer.eos_token_id],
+            completion_ids=target_ids(prompt, self.run.tokenizer),
             finish_reason="stop",
             prompt=prompt.text,
-            completion=solution,
+            completion=prompt.example.solution,
             answer=prompt.example.answer,
         )
+
+
+def target_ids(prompt: Prompt, tokenizer) -> list[int]:
+    """The ids of the solution and the end token."""
+    ids = tokenizer(prompt.example.solution, add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id]

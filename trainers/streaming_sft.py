@@ -28,6 +28,10 @@ class StreamingSFT(SupervisedFineTuning):
     def check(cls, config) -> None:
         check_layout(config)
 
+    @classmethod
+    def target_length(cls, prompt: Prompt, tokenizer) -> int:
+        return sum(map(len, target_segments(prompt.example, tokenizer)))
+
     def read(self, prompt: Prompt) -> Trajectory:
         streaming, tokenizer = self.config.streaming, self.run.tokenizer
         targets = target_segments(prompt.example, tokenizer)

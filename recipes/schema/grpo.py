@@ -21,6 +21,13 @@ class PolicyConfig:
         "Weight of the KL to the starting weights. 0: no reference model is loaded.",
         at_least=0,
     )
+    truncated: str = key(
+        "as_is",
+        "Completions cut at the limit of new tokens. as_is: their reward is that of their text. "
+        "zero_reward: their reward is 0. mask: the update leaves them out, though their reward "
+        "counts in their group's mean.",
+        choices=("as_is", "zero_reward", "mask"),
+    )
     clip_low: float = key(
         0.2, "Distance of the ratio's lower bound from 1 in PPO's clip.", at_least=0, at_most=1
     )

@@ -19,13 +19,16 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     Args:
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
-        sampling: temperature, truncation and the size of the vocabulary.
+        sampling: temperature, truncation and the vocabulary.
 
     Returns:
         token ids [B] int64, and their log-probs [B] in nats. Log-probs are at the temperature,
         before top-k and top-p. At temperature 0 they are at temperature 1.
     """
     logits = logits[:, : sampling.vocab]
+    if sampling.missing:
+        missing = torch.tensor(sampling.missing, device=logits.device)
+        logits = logits.index_fill(-1, missing, -torch.inf)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
         logprobs = logits.log_softmax(-1).gather(-1, tokens)

@@ -57,7 +57,8 @@ class VllmEngine:
             ) from error
         self.sampling_params = SamplingParams
         self.can_sleep = rollout.sleep and not on_cpu
-        self.vocab: int | None = None  # the number of ids that sampling is limited to
+        # The number of ids that sampling is limited to, and those among them that it leaves out.
+        self.vocabulary: tuple[int | None, tuple[int, ...]] = (None, ())
         options = common_options(path, rollout, dtype, max_length)
         options |= cpu_options(max_length) if on_cpu else gpu_options(rollout, self.can_sleep)
         try:
@@ -80,7 +81,7 @@ class VllmEngine:
         if not continues:
             # What is cached must not depend on what was drawn before a resume.
             self.llm.reset_prefix_cache()
-        self._limit_vocabulary(sampling.vocab)
+        self._limit_vocabulary(sampling)
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
             [self._params(request, sampling) for request in requests],
@@ -102,11 +103,14 @@ class VllmEngine:
             detokenize=False,
         )
 
-    def _limit_vocabulary(self, vocab: int | None) -> None:
-        """Let only ids below `vocab` be sampled; None stands for all."""
-        if vocab != self.vocab:
-            self.llm.collective_rpc(lambda worker: _cut_logits(worker.model_runner.model, vocab))
-            self.vocab = vocab
+    def _limit_vocabulary(self, sampling: Sampling) -> None:
+        """Let only the ids of the tokenizer be sampled."""
+        vocabulary = sampling.vocab, sampling.missing
+        if vocabulary != self.vocabulary:
+            self.llm.collective_rpc(
+                lambda worker: _limit_logits(worker.model_runner.model, *vocabulary)
+            )
+            self.vocabulary = vocabulary
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the trainer's tensors in place.
@@ -226,13 +230,24 @@ def _trajectory(request: Request, output) -> Trajectory:
     )
 
 
-def _cut_logits(model: torch.nn.Module, vocab: int | None) -> None:
-    """Cut the logits to the ids below `vocab`, where vLLM cuts off its own padding of the head."""
+def _limit_logits(model: torch.nn.Module, vocab: int | None, missing: tuple[int, ...]) -> None:
+    """Cut the logits to the ids below `vocab`, and set those of `missing` ids to -inf.
+
+    The cut is where vLLM cuts off its own padding of the head.
+    """
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    def forbid(module, inputs, logits):
+        # Only the first rank of a tensor-parallel group has the logits.
+        if logits is None or not missing:
+            return logits
+        return logits.index_fill(-1, torch.tensor(missing, device=logits.device), -torch.inf)
 
     for module in model.modules():
         if isinstance(module, LogitsProcessor):
             module.org_vocab_size = min(vocab or module.vocab_size, module.vocab_size)
+            module._forward_hooks.clear()
+            module.register_forward_hook(forbid)
 
 
 @torch.no_grad()

@@ -118,6 +118,28 @@ def test_draw_writes_rewards_and_advantages_by_prompt():
     assert 0 <= made.metrics(drawn)["reward/equal_groups_frac"] <= 1
 
 
+@pytest.mark.parametrize("truncated", ["as_is", "zero_reward", "mask"])
+def test_completions_cut_at_the_limit(truncated):
+    config = compose(["recipe=grpo", f"grpo.truncated={truncated}", "grpo.kl_beta=0"])
+    count = config.rollout.samples_per_prompt
+    made = GRPO(Run(config=config, mode=reading_mode(config), vocab=V))
+    drawn = [
+        Trajectory(0, sample, [5], [9] * 10, "length" if sample == 0 else "stop", score=1.0)
+        for sample in range(count)
+    ]
+    advantages = [array[0] for array in made.advantages(drawn, 20)]
+    rewards = {trajectory.reward for trajectory in drawn[1:]}
+    assert len(rewards) == 1 and min(rewards) > 1
+    if truncated == "zero_reward":
+        assert drawn[0].reward == 0 and advantages[0] < 0 < advantages[1]
+    else:
+        assert drawn[0].reward in rewards and not any(advantages)
+    kept = [made.keeps(trajectory) for trajectory in drawn]
+    assert kept == [truncated != "mask"] + [True] * (count - 1)
+    frac = made.metrics(drawn).get("rollout/kept_frac")
+    assert frac == (1 - 1 / count if truncated == "mask" else None)
+
+
 @pytest.fixture
 def toy():
     torch.manual_seed(0)

@@ -109,6 +109,20 @@ def by_hand(drawn, options, tokenizer):
 
 
 @pytest.mark.parametrize("granularity", ["stage", "sentence", "boundary_token"])
+def test_no_stage_of_a_truncated_completion_has_a_reward(trainer, tokenizer, granularity):
+    """Its advantages are those of a completion that was worth nothing at all."""
+    keys = f"hrpo.granularity={granularity}", "grpo.truncated=zero_reward"
+    made, drawn = trainer(*keys), sampled(tokenizer, 1)
+    made.advantages(drawn, LIMIT)
+    cut = [t.finish_reason == "length" for t in drawn]
+    assert any(cut) and not all(cut)
+    assert all(t.reward == 0 for t, is_cut in zip(drawn, cut) if is_cut)
+    assert any(t.reward for t in drawn)
+    slots = [made.sentence_rewards(index) for index in range(len(drawn))]
+    assert not any(array.any() for array, is_cut in zip(slots, cut) if is_cut)
+
+
+@pytest.mark.parametrize("granularity", ["stage", "sentence", "boundary_token"])
 def test_local_weight_0_is_grpo_on_the_global_reward_to_the_bit(trainer, tokenizer, granularity):
     made, drawn = (
         trainer("hrpo.local_weight=0", f"hrpo.granularity={granularity}"),

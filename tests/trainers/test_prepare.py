@@ -126,6 +126,21 @@ def test_completions_longer_than_the_context(overrides):
     )
 
 
+@pytest.mark.parametrize("lengths, kept", [((5, 3000, 7), 2), ((3000,), 0)])
+def test_targets_longer_than_the_context(overrides, tmp_path, lengths, kept):
+    """They were trained on at positions that the model does not have."""
+    rows = [{"prompt": "Say a.", "completion": "a " * length} for length in lengths]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    keys = overrides(recipe="sft", data__path=file)
+    if not kept:
+        assert f"data.path={file}: all 1 examples are longer" in refused(DataError, keys)
+        return
+    run = prepare(compose(keys))
+    assert len(run.prompts) == kept
+    assert any("1 of 3 examples are longer than the model's context" in m for m in run.messages)
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

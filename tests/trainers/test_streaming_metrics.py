@@ -10,6 +10,7 @@ from recipes.components import VERIFIERS
 from recipes.compose import compose
 from rollouts.data.examples import Example
 from rollouts.layout import arrange
+from rollouts.pretrained import token_count
 from rollouts.streaming.prompts import streaming_prompts
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
@@ -54,6 +55,7 @@ def made(layout, tokenizer, *keys):
         mode=reading_mode(config),
         tokenizer=tokenizer,
         stop_ids=tokenizer.stop_ids,
+        vocab=token_count(tokenizer),
         eval_prompts=prompts,
         verifier=VERIFIERS.resolve("math"),
     )

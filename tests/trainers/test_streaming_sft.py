@@ -142,8 +142,7 @@ def test_a_source_longer_than_the_context(overrides, data):
         "Instruct_Context": {"context": "word " * 2100 + "<EOS>b<EOS>", "instruct": "How many?"}
     }
     with pytest.raises(
-        ConfigError,
-        match="exceeds the model's context of 2048; lower it, or data.max_prompt_tokens",
+        DataError, match="all 1 examples are longer than the model's context of 2048 tokens"
     ):
         prepare(
             compose(

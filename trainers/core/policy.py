@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ DTYPES = {
 }
 
 
+# A logit so low that its probability is exactly 0. It is finite, so that 0 times it is 0.
+NEVER = -1e4
+
+
 class LMHead(nn.Module):
     """The LM head as a module of its own.
 
@@ -35,8 +39,34 @@ class LMHead(nn.Module):
     def __init__(self, lm_head: nn.Linear, softcap: float | None):
         super().__init__()
         self.weight = lm_head.weight
-        self.bias = lm_head.bias
+        self.own_bias = lm_head.bias
         self.softcap = softcap
+        # [V], added to the logits: `NEVER` for ids that are no tokens. None: all are.
+        self.register_buffer("never", None, persistent=False)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[V]: what is added to the logits, or None."""
+        if self.never is None or self.own_bias is None:
+            return self.own_bias if self.never is None else self.never
+        return self.own_bias + self.never
+
+    def leave_out(self, ids: Sequence[int]) -> None:
+        """Give these ids a probability of 0.
+
+        Raises:
+            ModelError: the head has a soft-cap, which would lift them again.
+        """
+        if not ids:
+            return
+        if self.softcap is not None:
+            raise ModelError(
+                f"the tokenizer has no token for {len(ids)} ids below its largest (first: {ids[0]}"
+                "), and the model caps its logits; give these ids tokens"
+            )
+        never = torch.zeros(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        never[list(ids)] = NEVER
+        self.never = never
 
     def forward(self, hidden: torch.Tensor, function, *arguments):
         """`function(self, hidden [T, H], *arguments)`."""
@@ -155,6 +185,7 @@ def load_policy(
     attn_implementation: str = "packed",
     masked: bool = False,
     embed: Callable | None = None,
+    missing: Sequence[int] = (),
 ) -> Policy:
     """Load a model folder or hub name.
 
@@ -165,9 +196,11 @@ def load_policy(
         attn_implementation: `model.attn_implementation`.
         masked: sequences will come with masks and positions of a streaming layout.
         embed: makes input embeddings of sources that are no text.
+        missing: ids that are no tokens; they get a probability of 0.
 
     Raises:
-        ModelError: the model cannot be loaded, or does not keep to the masks of a layout.
+        ModelError: the model cannot be loaded, does not keep to the masks of a layout, or cannot
+            leave out an id.
     """
     from transformers import AutoModelForCausalLM
 
@@ -181,6 +214,7 @@ def load_policy(
         raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
     drop_unused_sampling(model)
     policy = Policy(model.to(device), embed)
+    policy.head.leave_out(missing)
     if masked:
         policy.check_layouts()
     return policy

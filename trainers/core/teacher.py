@@ -29,6 +29,7 @@ class FrozenModel:
             run.device,
             run.config.model.attn_implementation,
             masked=run.mode.masked,
+            missing=run.missing,
         )
         self.policy = policy.eval().requires_grad_(False)
 

@@ -49,6 +49,8 @@ def write_curves(
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
         max_new_tokens=limit,
+        vocab=run.vocab,
+        missing=run.missing,
     )
     about = {
         "model": resolved(model),

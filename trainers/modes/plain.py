@@ -8,7 +8,7 @@ from typing import Any
 from rollouts.data.chat import tokenize_prompts
 from rollouts.data.examples import Example, Prompt
 from rollouts.engines.base import Engine
-from rollouts.pretrained import token_count
+from rollouts.pretrained import vocabulary
 from rollouts.trajectory import Request, Sampling, Trajectory
 
 
@@ -58,7 +58,14 @@ class Plain:
 
     def positions(self, prompt: Prompt, new_tokens: int) -> int:
         """The number of positions that a prompt and `new_tokens` take of the model's context."""
-        source, target = len(prompt.token_ids), self.extra_tokens(prompt) + new_tokens
+        return self._positions(prompt, self.extra_tokens(prompt) + new_tokens)
+
+    def read_positions(self, prompt: Prompt, target: int) -> int:
+        """`positions` of a prompt with its opening and a supervised target of so many tokens."""
+        return self._positions(prompt, sum(map(len, prompt.opening)) + target)
+
+    def _positions(self, prompt: Prompt, target: int) -> int:
+        source = len(prompt.token_ids)
         if self.masked:
             # Source and target have positions of their own.
             return max(source, self.config.streaming.target_offset + target)
@@ -78,12 +85,12 @@ class Plain:
         """How completions are drawn.
 
         Args:
-            tokenizer: a Hugging Face tokenizer; without `vocab` in `limits`, its ids are drawn.
+            tokenizer: a Hugging Face tokenizer; its ids are drawn where `limits` does not say.
             stop_ids: tokens that end a completion.
             limits: the other fields of `Sampling`.
         """
         if "vocab" not in limits:
-            limits["vocab"] = token_count(tokenizer)
+            limits["vocab"], limits["missing"] = vocabulary(tokenizer)
         return Sampling(stop_ids=tuple(stop_ids), **limits)
 
     def evaluation_sampling(self, run) -> Sampling:
@@ -99,6 +106,8 @@ class Plain:
             temperature=evaluation.temperature,
             top_p=evaluation.top_p,
             max_new_tokens=evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
+            vocab=run.vocab,
+            missing=run.missing,
         )
 
     # Scores

@@ -13,7 +13,7 @@ from rewards.metrics.lag import lags
 from rewards.metrics.text import text_scores
 from rollouts.data.examples import Example, Prompt
 from rollouts.data.load import configured_examples
-from rollouts.pretrained import token_count
+from rollouts.pretrained import vocabulary
 from rollouts.simultaneous.decision import (
     DecisionHead,
     Recorder,
@@ -53,7 +53,7 @@ class Simultaneous(Plain):
     def sampling(self, tokenizer, stop_ids: Sequence[int], **limits) -> SimultaneousSampling:
         """Without a decision head, which `evaluation_sampling` adds."""
         if "vocab" not in limits:
-            limits["vocab"] = token_count(tokenizer)
+            limits["vocab"], limits["missing"] = vocabulary(tokenizer)
         options, starts = self.config.proactive, word_starts(tokenizer)
         # To stop is a decision too.
         starts[list(stop_ids)] = True

@@ -16,7 +16,7 @@ from rewards.streaming import Stages, score_stages
 from rollouts.data.examples import Example, Prompt
 from rollouts.engines.base import Engine
 from rollouts.layout import read_counts
-from rollouts.pretrained import token_count
+from rollouts.pretrained import vocabulary
 from rollouts.streaming.interleaved import InterleavedEngine
 from rollouts.streaming.prompts import streaming_prompts
 from rollouts.streaming.tokens import Protocol, StreamingSampling
@@ -58,7 +58,7 @@ class Streaming(Plain):
     def sampling(self, tokenizer, stop_ids: Sequence[int], **limits) -> StreamingSampling:
         """Thoughts end on <EOT> or <skip>, the deep segment on an end token or <EOA>."""
         if "vocab" not in limits:
-            limits["vocab"] = token_count(tokenizer)
+            limits["vocab"], limits["missing"] = vocabulary(tokenizer)
         protocol = Protocol.of(tokenizer)
         return StreamingSampling(
             stop_ids=tuple(dict.fromkeys([*stop_ids, protocol.eoa])),
