@@ -47,9 +47,10 @@ class GRPO(Trainer):
         super().__init__(run)
         self.reference = None
         if self.config.grpo.kl_beta > 0:
-            from trainers.core.teacher import Reference
+            from trainers.core.teacher import AdapterlessPolicy, Reference
 
-            self.reference = Reference(run)
+            has_adapters = self.config.model.lora.rank is not None
+            self.reference = AdapterlessPolicy(run) if has_adapters else Reference(run)
 
     @classmethod
     def check(cls, config) -> None:

@@ -7,11 +7,13 @@ import itertools
 import math
 import random
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 import kernels
+from recipes.embedded import model_folder
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
@@ -26,7 +28,7 @@ from trainers.core.batching import (
 )
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
-from trainers.core.policy import load_policy
+from trainers.core.policy import DTYPES, load_policy
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
@@ -50,16 +52,19 @@ class Loop:
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        path = start_model(run)
+        path = self.start_path = start_model(run)
+        adapt = adapters(run)
         say(f"loading {config.model.path}")
         policy = load_policy(
             path,
-            torch.float32,
+            # Weights that learn are loaded in float32; DeepSpeed makes a copy in the model's type.
+            torch.float32 if adapt is None else DTYPES[config.model.dtype],
             run.device,
             config.model.attn_implementation,
             masked=run.mode.masked,
             embed=run.mode.embedder(run.device),
             missing=run.missing,
+            adapt=adapt,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
@@ -252,10 +257,20 @@ class Loop:
             if "rewards" in arrays:
                 trajectory.annotations["rewards"] = arrays["rewards"]
 
-    def score_policy(self, trajectories: list[Trajectory]) -> None:
-        """Write `student_logprobs` [T] (nats) under the current weights, before the update.
+    def score_policy(
+        self,
+        trajectories: list[Trajectory],
+        name: str = "student_logprobs",
+        adapters: bool = True,
+    ) -> None:
+        """Write log-probs [T] (nats) of the sampled tokens under the current weights.
 
         A collective: a rank with fewer micro-batches runs its last one again.
+
+        Args:
+            trajectories: this rank's, at least one.
+            name: the annotation that is written.
+            adapters: false: under the weights without LoRA's adapters.
         """
         lengths = [t.length for t in trajectories]
         groups = make_microbatches(lengths, self.config.train.tokens_per_microbatch)
@@ -265,9 +280,9 @@ class Loop:
         for index in range(max(distributed.gather(len(groups)))):
             group = groups[min(index, len(groups) - 1)]
             batch = pack(trajectories, group, self.run.device)
-            logprobs = unpack(batch, trajectories, self.engine.score(batch, score))
+            logprobs = unpack(batch, trajectories, self.engine.score(batch, score, adapters))
             for member, array in zip(batch.members, logprobs):
-                trajectories[member].annotations["student_logprobs"] = array
+                trajectories[member].annotations[name] = array
 
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
@@ -296,6 +311,7 @@ class Loop:
             run.stop_ids,
             run.facts,
             self.config.checkpoint.keep,
+            base=model_folder(self.start_path),
         )
         self.tracker.say(f"saved {folder}")
 
@@ -337,6 +353,16 @@ def start_model(run: Run) -> str:
         extend_model(path, run.tokenizer, run.new_tokens, folder)
     distributed.barrier()
     return str(folder)
+
+
+def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
+    """What gives the policy's model its adapters; None: all weights are trained."""
+    options = run.config.model.lora
+    if options.rank is None:
+        return None
+    from trainers.core.lora import add_adapters
+
+    return functools.partial(add_adapters, options=options, train_embeddings=bool(run.new_tokens))
 
 
 def _score(head, hidden, batch, *, temperature, vocab):

@@ -39,6 +39,7 @@ def prepare(config) -> Run:
     if config.engine.offload_optimizer:
         check_compiler()
     run.facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
+    run.facts["lora"] = adapter_form(config.model.lora)
     directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
     run.place(directory)
     context = prepare_models(run)
@@ -50,6 +51,14 @@ def prepare(config) -> Run:
         )
     run.max_length = max_length(run, context)
     return run
+
+
+def adapter_form(options) -> str | None:
+    """What LoRA's adapters must agree in at a resume; None: there are none."""
+    if options.rank is None:
+        return None
+    kind = "dora" if options.dora else "lora"
+    return f"{kind} of rank {options.rank}, alpha {options.alpha}, on {','.join(options.targets)}"
 
 
 def prepare_evaluation(config) -> Run:

@@ -11,7 +11,6 @@ import torch
 
 from rollouts.data.examples import Prompt, PromptSampler
 from rollouts.engines.base import Engine
-from rollouts.trajectory import Trajectory
 from trainers.modes.plain import Plain
 
 Verifier = Callable[[str, str], float]
@@ -65,8 +64,8 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rollout: Engine | None = None
     teacher: Any = None
-    # Writes the annotation `student_logprobs` under the current weights.
-    score_policy: Callable[[Sequence[Trajectory]], None] | None = None
+    # Writes log-probs under the current weights (`Loop.score_policy`).
+    score_policy: Callable[..., None] | None = None
 
     def place(self, directory: Path) -> None:
         """Set the run directory, in the config too."""

@@ -24,6 +24,26 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int | None = key(
+        None,
+        "Rank of the adapters. null: all weights are trained. Otherwise the model's own weights "
+        "are frozen, in model.dtype.",
+        at_least=1,
+    )
+    alpha: float = key(32.0, "An adapter's output is multiplied by alpha over the rank.", above=0)
+    dropout: float = key(
+        0.0, "Share of an adapter's inputs that an update drops.", at_least=0, at_most=1
+    )
+    targets: tuple[str, ...] = key(
+        ("all-linear",),
+        "Layers that get an adapter, by the ends of their names. all-linear: all linear layers but "
+        "the head.",
+    )
+    dora: bool = key(False, "Train the size of each output's weights apart (DoRA).")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     path: str = key(
         "stories-student",
@@ -43,6 +63,7 @@ class ModelConfig:
     gradient_checkpointing: bool = key(
         False, "Compute activations again in the backward pass instead of keeping them."
     )
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

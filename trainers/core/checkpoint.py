@@ -20,8 +20,10 @@ MANIFEST = "manifest.json"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
 
-def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, keep: int) -> Path:
-    """Write `checkpoints/step_N`: DeepSpeed's state, random states, the model as a folder.
+def save(
+    run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, keep: int, base: str = ""
+) -> Path:
+    """Write `checkpoints/step_N`: DeepSpeed's state, random states, the model, adapters.
 
     A collective. The folder gets its name only when every file is written and listed with its
     checksum. Older checkpoints beyond `keep` are removed after that.
@@ -34,6 +36,7 @@ def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, kee
         stop_ids: end tokens, which go there too.
         facts: what must agree at a resume: number of ranks, ZeRO stage.
         keep: how many checkpoints stay, this one included.
+        base: the model that LoRA's adapters belong to, a folder or hub name.
 
     Returns:
         the checkpoint's folder.
@@ -46,6 +49,8 @@ def save(run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, kee
     distributed.barrier()
     engine.save_state(partial)
     engine.save_model(partial / "model", tokenizer, stop_ids)
+    if engine.adapted:
+        engine.save_adapters(partial / "adapter", base)
     torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.rank() == 0:

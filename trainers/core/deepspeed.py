@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from trainers.core import operators
+from trainers.core import lora, operators
 from trainers.core.distributed import rank, world_size
 from trainers.core.policy import Policy
 
+# The end of the name of a weight whose layer has an adapter.
+ADAPTED_WEIGHT = f"{lora.BASE}.weight"
 # Elements gathered at once under ZeRO-3 when weights are read out.
 GATHER_BUCKET = 64 * 2**20
 
@@ -88,10 +90,13 @@ class PolicyEngine:
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
         self.config, self.policy = config, policy
+        # By name, empty without LoRA.
+        self.adapted = lora.adapted_layers(policy.model)
         self.bf16 = config.model.dtype == "bfloat16"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         if config.model.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.sharded = config.engine.zero_stage == 3
         policy.train()
         self.engine, _, _, _ = deepspeed.initialize(
             model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
@@ -102,9 +107,12 @@ class PolicyEngine:
         return self.engine(batch, function)
 
     @torch.no_grad()
-    def score(self, batch, function):
-        """The same without gradients."""
-        return self.engine(batch, function)
+    def score(self, batch, function, adapters: bool = True):
+        """The same without gradients; and without LoRA's adapters, if `adapters` is false."""
+        if adapters:
+            return self.engine(batch, function)
+        with lora.without_adapters(self.policy.model):
+            return self.engine(batch, function)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss` to the step's. A collective.
@@ -141,12 +149,14 @@ class PolicyEngine:
 
         Under ZeRO-3 this is a collective that all ranks must walk through together, a bucket at a
         time. A tied head comes a second time under its own name. vLLM keeps a packed copy of it,
-        which goes stale otherwise.
+        which goes stale otherwise. LoRA's adapters are merged into the weights of their layers.
         """
         seen: set[int] = set()
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0
         for name, parameter in self.policy.model.named_parameters(remove_duplicate=False):
+            if lora.is_adapter(name):
+                continue
             if id(parameter) in seen and not name.startswith("lm_head."):
                 continue
             seen.add(id(parameter))
@@ -167,10 +177,13 @@ class PolicyEngine:
         if not bucket:
             return
         parameters = [parameter for _, parameter in bucket]
-        sharded = self.config.engine.zero_stage == 3
-        with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
-            for name, parameter in bucket:
-                yield name, parameter.detach().to(self.dtype)
+        layers = [self.adapted.get(name.removesuffix(ADAPTED_WEIGHT)) for name, _ in bucket]
+        for layer in filter(None, layers):
+            parameters += lora.adapter_parameters(layer)
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.sharded):
+            for (name, parameter), layer in zip(bucket, layers):
+                tensor = parameter.detach() if layer is None else lora.merged_weight(layer)
+                yield name.replace(lora.BASE, ""), tensor.to(self.dtype)
 
     def save_model(self, folder: Path, tokenizer, stop_ids: list[int]) -> None:
         """Write a Hugging Face folder that transformers and vLLM load as it is.
@@ -195,13 +208,40 @@ class PolicyEngine:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
 
+    def save_adapters(self, folder: Path, base: str) -> None:
+        """Write LoRA's adapters as a folder that peft and vLLM load. A collective under ZeRO-3.
+
+        Args:
+            folder: a new one.
+            base: the model that they belong to, a folder or hub name.
+        """
+        import deepspeed
+
+        model, state = self.policy.model, {}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=self.sharded):
+            if rank() == 0:
+                state = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+        if rank() == 0:
+            lora.save_adapters(folder, model, state, base)
+
     def save_state(self, folder: Path) -> None:
-        """Write parameters and optimizer state, each rank its part."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        """Write the parameters that learn and the optimizer's state, each rank its part."""
+        self.engine.save_checkpoint(
+            str(folder),
+            tag="state",
+            save_latest=False,
+            exclude_frozen_parameters=bool(self.adapted),
+        )
 
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote, with the same number of ranks and the same ZeRO stage."""
-        self.engine.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        self.engine.load_checkpoint(
+            str(folder),
+            tag="state",
+            load_lr_scheduler_states=False,
+            load_module_strict=not self.adapted,
+        )
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

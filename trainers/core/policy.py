@@ -186,6 +186,7 @@ def load_policy(
     masked: bool = False,
     embed: Callable | None = None,
     missing: Sequence[int] = (),
+    adapt: Callable[[nn.Module], None] | None = None,
 ) -> Policy:
     """Load a model folder or hub name.
 
@@ -197,6 +198,7 @@ def load_policy(
         masked: sequences will come with masks and positions of a streaming layout.
         embed: makes input embeddings of sources that are no text.
         missing: ids that are no tokens; they get a probability of 0.
+        adapt: changes the loaded model in place, as LoRA does.
 
     Raises:
         ModelError: the model cannot be loaded, does not keep to the masks of a layout, or cannot
@@ -213,7 +215,10 @@ def load_policy(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
     drop_unused_sampling(model)
-    policy = Policy(model.to(device), embed)
+    model = model.to(device)
+    if adapt is not None:
+        adapt(model)
+    policy = Policy(model, embed)
     policy.head.leave_out(missing)
     if masked:
         policy.check_layouts()

@@ -96,6 +96,21 @@ class Teacher(FrozenModel):
         self.write(trajectories, values)
 
 
+class AdapterlessPolicy:
+    """The weights that a LoRA run started from: the policy's own, without the adapters.
+
+    Args:
+        run: a `Run` whose policy has adapters.
+    """
+
+    def __init__(self, run):
+        self.run = run
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens. A collective."""
+        self.run.score_policy(trajectories, name="reference_logprobs", adapters=False)
+
+
 class Reference(FrozenModel):
     """The weights that a run started from, also after a resume: `model.path` in `model.dtype`."""
 
