@@ -242,7 +242,7 @@ def test_a_missing_path_does_not_ask_the_hub(monkeypatch, tmp_path, path):
 @pytest.mark.parametrize(
     "name, text, said",
     [
-        ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .parquet, .csv"]),
+        ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .csv, .tsv, .parquet, .arrow"]),
         ("x.jsonl", "", ["x.jsonl", "no rows"]),
         ("x.json", "[]", ["x.json", "no rows"]),
         ("x.csv", "question,answer\n", ["x.csv", "no rows"]),
