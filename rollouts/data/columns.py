@@ -168,6 +168,11 @@ def _choose_columns(source: str, rows: list[Row], named: NamedColumns) -> Column
             )
     prompt = named.prompt or first_of(PROMPT_COLUMNS)
     if prompt is None:
+        lacking = next((name for name in PROMPT_COLUMNS if any(name in row for row in rows)), None)
+        if lacking is not None:
+            raise DataError(
+                f"{source}: no row has a value in '{lacking}'; fill it, or set data.prompt_column"
+            )
         raise DataError(
             f"{source}: none of its columns is known to hold prompts: {names()}; "
             "set data.prompt_column to the one that does"
