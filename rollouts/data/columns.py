@@ -242,14 +242,16 @@ def _answers_and_solution(
     Args:
         reply: the final turn of the assistant, which comes before all other solutions.
     """
-    # A column `solution` that nobody named as the answer is a worked text.
-    is_text = columns.answer == "solution" and columns.named.answer is None
-    answers, worked = _answers(cell(row, columns.answer), where, columns.answer, is_text)
+    if columns.answer == "solution" and columns.named.answer is None:
+        # Nobody named it as the answer: it is a worked text.
+        answers, worked = _answer(_target(row, where, "solution", messages), is_text=True)
+    else:
+        answers, worked = _answers(cell(row, columns.answer), where, columns.answer)
     solution = reply if reply and reply.strip() else worked
     if solution is None and not _is_labelled_wrong(row, columns.solution):
         solution = _target(row, where, columns.solution, messages)
         solution = solution if solution and solution.strip() else None
-    if not answers and solution is not None:
+    if not answers:
         answers, _ = _answer(solution, is_text=True)
     return answers, solution
 
@@ -269,35 +271,29 @@ def _target(row: Row, where: str, column: str | None, messages: list[Message]) -
     return value if isinstance(value, str) else cell_text(value, where, column)
 
 
-def _answers(
-    value: Any, where: str, column: str | None, is_text: bool
-) -> tuple[tuple[str, ...], str | None]:
-    """The right answers in a cell, and the worked text that they were taken from.
-
-    Args:
-        is_text: the cell is a worked text, which has no answer without a mark.
-    """
+def _answers(value: Any, where: str, column: str | None) -> tuple[tuple[str, ...], str | None]:
+    """The right answers in a cell, and the worked text that one was taken from."""
     if column is None or value is None:
         return (), None
-    if is_text:
-        value = value[0] if isinstance(value, list) and value else value
-        text = None if value == [] else cell_text(value, where, column)
-        return _answer(value if text and isinstance(value, str) else text, is_text)
     any_is_right = column.split(".")[-1] == "ground_truth"
     if isinstance(value, dict) and "target" in value:
         value, any_is_right = value["target"], True
     if not isinstance(value, list):
-        return _answer(cell_text(value, where, column), is_text)
+        return _answer(cell_text(value, where, column))
     texts = [text for text in (cell_text(part, where, column) for part in value) if text]
     if not any_is_right:
-        return _answer(", ".join(texts) or None, is_text)
-    answers = [answer for text in texts for answer in _answer(text, is_text)[0]]
+        return _answer(", ".join(texts))
+    answers = [answer for text in texts for answer in _answer(text)[0]]
     return tuple(dict.fromkeys(answers)), None
 
 
-def _answer(text: str | None, is_text: bool) -> tuple[tuple[str, ...], str | None]:
-    """The answer that a text ends in or is, and the text where it is more than the answer."""
-    if text is None:
+def _answer(text: str | None, is_text: bool = False) -> tuple[tuple[str, ...], str | None]:
+    """The answer that a text is or ends in, and the text where it is more than the answer.
+
+    Args:
+        is_text: it is a worked text, which has no answer without a mark.
+    """
+    if text is None or not text.strip():
         return (), None
     if marked := GSM8K.fullmatch(text.rstrip()):
         return (THOUSANDS_COMMA.sub("", marked["answer"]),), marked["worked"].strip() or None
