@@ -9,6 +9,7 @@ import glob
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -161,12 +162,13 @@ def _open(file: Path, newline: str | None = None) -> TextIO:
     return open_text(file, "rt", encoding="utf-8-sig", newline=newline)
 
 
-def _parse(text: str, where: str, hint: str) -> Any:
+def _parse(text: str, where: str, hint: str, is_line: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
-        where: file and line, for errors; of a whole file, the file.
+        where: the file, for errors.
         hint: what to do about malformed JSON.
+        is_line: the text is one line, which `where` names too.
 
     Raises:
         DataError: it is malformed, or has what Python cannot read.
@@ -174,13 +176,17 @@ def _parse(text: str, where: str, hint: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = "" if " line " in where else f" line {error.lineno}"
+        line = "" if is_line else f" line {error.lineno}"
         raise DataError(f"{where}{line}: malformed JSON, {error.msg}; {hint}") from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON is nested too deep to be read; flatten it") from error
     except ValueError as error:
+        limit = sys.get_int_max_str_digits()
+        number = re.search(rf"\d{{{limit + 1}}}", text)
+        line = f" line {text.count(chr(10), 0, number.start()) + 1}" if number else ""
         raise DataError(
-            f"{where}: a number that cannot be read: {one_line(error, 60)}; write it as text"
+            f"{where}{'' if is_line else line}: a number of more than {limit} digits cannot be "
+            "read; write it as text"
         ) from error
 
 
@@ -192,7 +198,8 @@ def _read_lines(file: Path) -> Iterator[PlacedRow]:
 
 
 def _json_row(line: str, where: str) -> Row:
-    row = _parse(line, where, "give one object per line, or one list of objects in a .json file")
+    hint = "give one object per line, or one list of objects in a .json file"
+    row = _parse(line, where, hint, is_line=True)
     if not isinstance(row, dict):
         raise DataError(f"{where}: not a JSON object; each line must be one")
     return row

@@ -327,7 +327,7 @@ LONE = BACKSLASH + "ud800"
         ('{"prompt": "a' + LONE + '"}', "half a surrogate pair"),
         ('{"prompt": "a", "answer": "' + LONE + '"}', "half a surrogate pair"),
         ('{"messages": [{"role": "' + LONE + '", "content": "a"}]}', "is of"),
-        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "a number that cannot be read"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "a number of more than 4300 digits"),
         ('{"prompt": ' + "[" * 100000 + "]" * 100000 + "}", "nested too deep"),
         ('{"prompt": "a", "answer": {"value": "b"}}', "'answer' holds a dict"),
         ('{"prompt": "a", "answer": [["b"], ["c"]]}', "'answer' holds a list"),
@@ -365,6 +365,16 @@ def test_a_row_that_would_be_read_wrongly_is_refused(tmp_path, line, said):
     message = refusal(path)
     assert message.startswith(f"{path} line 1: ") and said in message
     assert len(message) < 400
+
+
+def test_what_python_cannot_read_in_a_list(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"prompt": "a"},\n{"prompt": "b", "answer": ' + "9" * 5000 + "}]")
+    assert refusal(path).startswith(f"{path} line 2: a number of more than 4300 digits")
+    path.write_text("[" * 100000)
+    assert refusal(path).startswith(f"{path}: JSON is nested too deep")
+    path.write_text('{"data": ' + "[" * 100000)
+    assert refusal(path).startswith(f"{path} line 1: JSON is nested too deep")
 
 
 def test_gaps_of_pandas_are_no_values(tmp_path):
