@@ -92,14 +92,14 @@ def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[Ids
     Special tokens after a text would stand between it and what follows. They are left out.
     """
     after = _special_tokens_after(tokenizer) if add_special_tokens else 0
-    rows = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
     return [tuple(map(_SHARED.setdefault, row, row[: len(row) - after])) for row in rows]
 
 
 def _special_tokens_after(tokenizer) -> int:
     """The number of special tokens that a tokenizer appends to each text."""
-    bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+    bare = tokenizer(PROBE, add_special_tokens=False).input_ids
+    whole = tokenizer(PROBE, add_special_tokens=True).input_ids
     for end in range(len(whole), len(bare) - 1, -1):
         if whole[end - len(bare) : end] == bare:
             return len(whole) - end
