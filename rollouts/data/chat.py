@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from recipes.errors import ConfigError, DataError, one_line
 from rollouts.data.examples import Example, Ids, Message, Prompt
 
 # Stands for the source in a rendered chat: a symbol that no template writes.
 PLACE = "\u241e"
+# A text that shows which special tokens a tokenizer adds.
+PROBE = "a"
+# Texts that are tokenized in one call. A tokenizer's own records take 100 bytes a token and more.
+CHUNK = 2048
+# Each token id, once. An integer of its own for each token of a data set would take 32 bytes.
+_SHARED: dict[int, int] = {}
 
 
 def tokenize_prompts(
@@ -22,6 +29,7 @@ def tokenize_prompts(
     system: str | None = None,
     suffix: str | None = None,
     enable_thinking: bool = False,
+    where: str = "data",
 ) -> tuple[list[Prompt], int]:
     """Prompts as token ids, ready for a completion to follow.
 
@@ -30,11 +38,12 @@ def tokenize_prompts(
         tokenizer: a Hugging Face tokenizer.
         max_prompt_tokens: longer prompts are dropped, never cut.
         template: `chat`: the tokenizer's chat template. `plain`: the contents of the turns with a
-            blank line between them, and the special tokens that the tokenizer adds by itself.
-            `auto`: chat where the tokenizer has a template.
+            blank line between them, after the special tokens with which the tokenizer begins a
+            text by itself. `auto`: chat where the tokenizer has a template.
         system: a system turn, in place of any that the example has.
         suffix: appended to the last turn as it is.
         enable_thinking: handed to the chat template.
+        where: the data's name, for errors.
 
     Returns:
         The prompts that fit, in order, and the number of those dropped.
@@ -43,30 +52,58 @@ def tokenize_prompts(
         ConfigError: `chat` without a chat template.
         DataError: the template refuses a chat, or not one prompt fits.
     """
-    examples = list(examples)
     chat = uses_chat_template(tokenizer, template)
-    texts = []
-    for example in examples:
+
+    def text_of(example: Example) -> str:
         messages = with_system(example.messages, system)
         messages[-1] = messages[-1] | {"content": messages[-1]["content"] + (suffix or "")}
         if not chat:
-            texts.append("\n\n".join(message["content"] for message in messages))
-            continue
+            return "\n\n".join(message["content"] for message in messages)
         try:
-            texts.append(_render(tokenizer, messages, enable_thinking))
+            return _render(tokenizer, messages, enable_thinking)
         # Templates raise errors of any kind.
         except Exception as error:
             raise DataError(
-                f"example {example.index}: the chat template refuses it: {one_line(error)}"
+                f"{where}: example {example.index}: the chat template refuses it: "
+                f"{one_line(error)}; change the row, or use data.template=plain"
             ) from error
+
+    prompts = []
     with all_cores():
-        # A chat template writes the special tokens itself.
-        ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
-    prompts = [
-        Prompt(example.index, tuple(row), text, example)
-        for example, row, text in zip(examples, ids, texts)
-    ]
-    return drop_overlong(prompts, max_prompt_tokens, "prompts")
+        for chunk in _chunks(examples):
+            texts = [text_of(example) for example in chunk]
+            # A chat template writes the special tokens itself.
+            ids = _tokenize(tokenizer, texts, add_special_tokens=not chat)
+            prompts += [
+                Prompt(example.index, row, text, example)
+                for example, row, text in zip(chunk, ids, texts)
+            ]
+    return drop_overlong(prompts, max_prompt_tokens, "prompts", where)
+
+
+def _chunks(items: Iterable) -> Iterator[list]:
+    items = iter(items)
+    return iter(lambda: list(islice(items, CHUNK)), [])
+
+
+def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[Ids]:
+    """The ids of each text, with the special tokens that come before it.
+
+    Special tokens after a text would stand between it and what follows. They are left out.
+    """
+    after = _special_tokens_after(tokenizer) if add_special_tokens else 0
+    rows = tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
+    return [tuple(map(_SHARED.setdefault, row, row[: len(row) - after])) for row in rows]
+
+
+def _special_tokens_after(tokenizer) -> int:
+    """The number of special tokens that a tokenizer appends to each text."""
+    bare = tokenizer(PROBE, add_special_tokens=False).input_ids
+    whole = tokenizer(PROBE, add_special_tokens=True).input_ids
+    for end in range(len(whole), len(bare) - 1, -1):
+        if whole[end - len(bare) : end] == bare:
+            return len(whole) - end
+    return 0
 
 
 def uses_chat_template(tokenizer, template: str) -> bool:
@@ -121,12 +158,15 @@ def drop_overlong(
 
 
 def text_ids(tokenizer, texts: Iterable[str], add_special_tokens: bool = False) -> dict[str, Ids]:
-    """The ids of each text. A text is tokenized once, however often it occurs."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    ids = tokenizer(distinct, add_special_tokens=add_special_tokens).input_ids
-    return dict(zip(distinct, map(tuple, ids)))
+    """The ids of each text. A text is tokenized once, however often it occurs.
+
+    Args:
+        add_special_tokens: put those before a text with which the tokenizer begins one.
+    """
+    ids: dict[str, Ids] = {}
+    for chunk in _chunks(dict.fromkeys(texts)):
+        ids.update(zip(chunk, _tokenize(tokenizer, chunk, add_special_tokens)))
+    return ids
 
 
 class SourceFrame:

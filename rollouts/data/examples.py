@@ -44,6 +44,13 @@ class Example:
     # All right answers, where the data set has several.
     references: tuple[str, ...] | None = None
 
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The answers of which a completion needs one; none where the data set has none."""
+        if self.references:
+            return self.references
+        return () if self.answer is None else (self.answer,)
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -14,12 +14,13 @@ from recipes.errors import DataError, one_line
 FRAMES_FILE = re.compile(r"\S+\.npy")
 
 
-def as_frames(cell, source: str) -> np.ndarray | None:
+def as_frames(cell, source: str, where: str) -> np.ndarray | None:
     """The frames in a cell of a table.
 
     Args:
         cell: a list of lists of numbers, the path of a .npy file, or anything else.
         source: the table's file. The .npy file lies beside it.
+        where: file and row, for errors.
 
     Returns:
         [F, D] float32; None where the cell holds something else.
@@ -34,11 +35,11 @@ def as_frames(cell, source: str) -> np.ndarray | None:
     try:
         numbers = np.load(Path(source).parent / cell) if is_file else cell
         frames = np.asarray(numbers, dtype=np.float32)
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, OverflowError) as error:
         reason = one_line(error)
-        raise DataError(f"{source}: frames that cannot be read: {reason}") from error
+        raise DataError(f"{where}: frames that cannot be read: {reason}; check them") from error
     if frames.ndim != 2 or not len(frames):
         raise DataError(
-            f"{source}: frames of shape {frames.shape}; a source is [frames, numbers per frame]"
+            f"{where}: frames of shape {frames.shape}; a source is [frames, numbers per frame]"
         )
     return frames

@@ -34,8 +34,9 @@ def load_examples(
     Args:
         path: one of
             - `stories` or `translation`, which are generated;
-            - a .jsonl, .json (also SQuAD's), .parquet or .csv file;
-            - a folder of these, searched in depth;
+            - a .jsonl, .json (also SQuAD's), .csv or .tsv file, each also with .gz, or a .parquet
+              or .arrow file;
+            - a folder of these, searched in depth, or one of `save_to_disk`;
             - a folder of line-aligned text, or FOLDER/NAME of its files NAME.LANG
               (`rollouts.data.parallel_text`);
             - a Hugging Face dataset, as `name` or `name:config`.

@@ -29,7 +29,7 @@ def squad_rows(text: str, file: str) -> Iterator[tuple[str, dict[str, Any]]] | N
     """
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Perhaps it has one object per line, which another reader takes.
         return None
     articles = content.get("data") if isinstance(content, dict) else None
@@ -85,7 +85,8 @@ def is_squad(row: dict[str, Any]) -> bool:
     answers = row.get("answers", "")
     if answers is None:
         return True
-    return isinstance(answers, dict) and isinstance(answers.get("text"), list)
+    texts = answers.get("text") if isinstance(answers, dict) else None
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -99,14 +100,14 @@ def squad(row: dict[str, Any], where: str) -> dict[str, Any]:
         DataError: the context or the question is no text, or is empty, or the answers have another
             form.
     """
+    for name in ("context", "question"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise DataError(f"{where} has no text '{name}'; give it, or drop the row")
     if not is_squad(row):
         raise DataError(
             f"{where}: its answers are not as SQuAD has them; give an object with a list 'text', "
             "or null"
         )
-    for name in ("context", "question"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise DataError(f"{where} has no text '{name}'; give it, or drop the row")
     context = row["context"]
     question = row["question"].strip()
     references = _references(row["answers"])

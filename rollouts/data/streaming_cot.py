@@ -7,26 +7,26 @@ StreamingCoT (arXiv 2510.17238) has these columns:
 - `deep_reasoning`, which holds <EOR> before the answer and <EOA> after it;
 - `answer`.
 
-Plain columns are `sentences` (a list) and `question`. For supervised training there are also
-`thoughts` (a list), `deep` and `final`.
+Plain columns are `sentences` or `sentence` (a list) and `question`. For supervised training there
+are also `thoughts` (a list), `deep` and `final`. A part may end in its mark, as a thought in <EOT>.
 
 The restated question is left out: it is the question, and `streaming.restate_question` forces it.
-Segments are tokenized by themselves, so white space around them goes. \\box{…} becomes \\boxed{…},
-and an empty thought becomes <skip>."""
+Segments are tokenized by themselves, so white space around them goes. \\box{…} becomes \\boxed{…}.
+An empty thought becomes <skip>, and so does <Skip>, whatever the case of its letters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import DataError
 from rewards.math import BOX, extract_boxed
+from rollouts.data.cells import cell_text
 from rollouts.data.marks import SKIP, TOKENS
 
 # A lone <skip>, which the data writes with or without its closing mark.
-SKIPPED_THOUGHT = re.compile(rf"{SKIP}\s*(?:<EOT>)?")
+SKIPPED_THOUGHT = re.compile(rf"{SKIP}\s*(?:<EOT>)?", re.IGNORECASE)
 
 
 @dataclass
@@ -45,9 +45,10 @@ class _Parts:
         return [*thoughts, self.deep or "", self.final or ""]
 
 
-def is_segmented(columns: Iterable[str]) -> bool:
-    """Whether rows with these columns are cut into sentences."""
-    return "Instruct_Context" in columns or {"sentences", "question"} <= set(columns)
+def is_segmented(row: dict[str, Any]) -> bool:
+    """Whether a row is cut into sentences."""
+    has_sentences = "sentences" in row or isinstance(row.get("sentence"), list)
+    return "Instruct_Context" in row or (has_sentences and "question" in row)
 
 
 def segmented(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def segmented(row: dict[str, Any], where: str) -> dict[str, Any]:
         parts = _column_parts(row, where)
     _check_thoughts(parts, where)
     _check_marks(parts, where)
-    answer = None if row.get("answer") is None else str(row["answer"]).strip()
+    answer = cell_text(row.get("answer"), where, "answer")
     prompt = " ".join((*parts.sentences, parts.question))
     solution = " ".join(filter(None, parts.target_texts()))
     return vars(parts) | {
@@ -75,6 +76,10 @@ def segmented(row: dict[str, Any], where: str) -> dict[str, Any]:
         "answer": extract_boxed(answer or parts.final or "") or answer,
         "solution": solution or None,
     }
+
+
+def _thought(text: str) -> str:
+    return SKIP if text.lower() in ("", SKIP) else text
 
 
 def _check_thoughts(parts: _Parts, where: str) -> None:
@@ -88,7 +93,7 @@ def _check_thoughts(parts: _Parts, where: str) -> None:
 def _check_marks(parts: _Parts, where: str) -> None:
     for text in (parts.question, *parts.sentences, *parts.target_texts()):
         for token in TOKENS:
-            if token in text:
+            if token in text or (token == SKIP and SKIP in text.lower()):
                 raise DataError(
                     f"{where}: {token} stands inside {text[:60]!r}; a segment holds no protocol "
                     f"token, and {SKIP} stands alone"
@@ -110,8 +115,8 @@ def _streaming_cot_parts(row: dict, where: str) -> _Parts:
             f"{where}: its deep_reasoning has no <EOR>, so the answer cannot be told from it; "
             "add it"
         )
-    final = final.strip().removesuffix("<EOA>").strip()
-    parts.thoughts = tuple(thought or SKIP for thought in thoughts)
+    final = _unmarked(final, "<EOA>").strip()
+    parts.thoughts = tuple(map(_thought, thoughts))
     parts.deep = deep.strip()
     parts.final = re.sub(BOX, r"\\boxed{", final)
     return parts
@@ -121,24 +126,31 @@ def _column_parts(row: dict, where: str) -> _Parts:
     # The target's columns come first: an error in them is the one that is reported.
     thoughts = None
     if row.get("thoughts") is not None:
-        thoughts = tuple(text or SKIP for text in _texts(row, "thoughts", where))
-    deep = None if row.get("deep") is None else _text(row, "deep", where)
-    final = None if row.get("final") is None else _text(row, "final", where)
-    sentences = _texts(row, "sentences", where)
-    return _Parts(sentences, _text(row, "question", where), thoughts, deep, final)
+        thoughts = tuple(map(_thought, _texts(row, "thoughts", where, "<EOT>")))
+    deep = None if row.get("deep") is None else _text(row, "deep", where, "<EOR>")
+    final = None if row.get("final") is None else _text(row, "final", where, "<EOA>")
+    name = "sentence" if "sentences" not in row and "sentence" in row else "sentences"
+    sentences = _texts(row, name, where, "<EOS>")
+    return _Parts(sentences, _text(row, "question", where, "<EOQ>"), thoughts, deep, final)
 
 
-def _texts(row: dict, name: str, where: str) -> tuple[str, ...]:
+def _texts(row: dict, name: str, where: str, mark: str) -> tuple[str, ...]:
+    """A list of texts, each without the mark that it may end in."""
     texts = row.get(name)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: '{name}' is not a list of texts; give one, or drop the row")
-    return tuple(text.strip() for text in texts)
+    return tuple(_unmarked(text, mark) for text in texts)
 
 
-def _text(row: dict, name: str, where: str) -> str:
+def _text(row: dict, name: str, where: str, mark: str = "") -> str:
+    """A text without the mark that it may end in."""
     if not isinstance(row.get(name), str):
         raise DataError(f"{where} has no text '{name}'; give it, or drop the row")
-    return row[name].strip()
+    return _unmarked(row[name], mark)
+
+
+def _unmarked(text: str, mark: str) -> str:
+    return text.strip().removesuffix(mark).rstrip()
 
 
 def _marked_parts(text: str, mark: str) -> tuple[str, ...]:

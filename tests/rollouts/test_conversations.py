@@ -90,7 +90,7 @@ def test_a_column_that_is_named_is_taken_as_it_is(tmp_path):
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "neither text nor",
         ),
-        ({"prompt": ASKED, "completion": ASKED + ANSWERED}, "it is user, assistant"),
+        ({"prompt": "3+3?", "completion": ASKED + ANSWERED}, "it is user, assistant"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "from 'narrator'"),
     ],
 )

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data.chat import tokenize_prompts
+from rollouts.data import chat
+from rollouts.data.chat import text_ids, tokenize_prompts
 from rollouts.data.examples import PromptSampler
 from rollouts.data.load import load_examples
 from rollouts.data.stories import story
@@ -242,7 +243,7 @@ def test_a_missing_path_does_not_ask_the_hub(monkeypatch, tmp_path, path):
 @pytest.mark.parametrize(
     "name, text, said",
     [
-        ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .parquet, .csv"]),
+        ("x.txt", "a", ["x.txt", "'.txt'", ".jsonl, .json, .csv, .tsv, .parquet, .arrow"]),
         ("x.jsonl", "", ["x.jsonl", "no rows"]),
         ("x.json", "[]", ["x.json", "no rows"]),
         ("x.csv", "question,answer\n", ["x.csv", "no rows"]),
@@ -347,14 +348,14 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(template=None):
+def make_tokenizer(template=None, frame="[BOS] $A"):
     words = ["[UNK]", "[BOS]", *"abcdefgh", "<user>", "<system>", "<assistant>", "<think>"]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        "[BOS] $A", special_tokens=[("[BOS]", 1)]
+        frame, special_tokens=[("[BOS]", 1), ("[UNK]", 0)]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="[BOS]")
     fast.chat_template = template
@@ -388,6 +389,35 @@ def test_plain_prompts(examples):
     assert examples[0].messages == user("a b")  # the suffix stays out of the example
 
 
+@pytest.mark.parametrize("frame, before", [("[BOS] $A [UNK]", "[BOS] "), ("$A [BOS] [UNK]", "")])
+def test_no_special_token_stands_between_prompt_and_completion(examples, frame, before):
+    tokenizer = make_tokenizer(frame=frame)
+    assert tokenizer("a b").input_ids[-1] == 0
+    prompts, _ = tokenize_prompts(examples, tokenizer, max_prompt_tokens=5)
+    assert words(tokenizer, prompts) == [f"{before}a b", f"{before}h c"]
+    # A text that itself ends in such a token keeps it.
+    (ids,) = text_ids(tokenizer, ["a [UNK]"], add_special_tokens=True).values()
+    assert tokenizer.convert_ids_to_tokens(ids) == [*before.split(), "a", "[UNK]"]
+    assert text_ids(tokenizer, ["a"]) == {"a": (2,)}
+
+
+def test_texts_are_tokenized_in_parts(examples, monkeypatch):
+    tokenizer = make_tokenizer()
+    whole = tokenize_prompts(examples, tokenizer, max_prompt_tokens=99)
+    sizes = []
+
+    def tokenize(texts, **options):
+        sizes.append(len(texts))
+        return tokenizer(texts, **options)
+
+    tokenize.chat_template = None
+    monkeypatch.setattr(chat, "CHUNK", 2)
+    assert tokenize_prompts(examples, tokenize, max_prompt_tokens=99) == whole
+    ids = text_ids(tokenize, ["a b", "c", "a b", "d e", "f"])
+    assert ids == {"a b": (2, 3), "c": (4,), "d e": (5, 6), "f": (7,)}
+    assert max(sizes) == 2
+
+
 def test_chat_prompts(examples):
     tokenizer = make_tokenizer(TEMPLATE)
     prompts, dropped = tokenize_prompts(
@@ -416,6 +446,8 @@ def test_the_longest_prompt_that_is_kept(examples):
         DataError, match=r"all 3 .* longer than 2 tokens, .* has 3; raise data\.max_prompt_tok"
     ):
         tokenize_prompts(examples, tokenizer, max_prompt_tokens=2)
+    with pytest.raises(DataError, match=r"^data\.path=x\.jsonl: all 3 prompts are longer than 2 "):
+        tokenize_prompts(examples, tokenizer, max_prompt_tokens=2, where="data.path=x.jsonl")
 
 
 def test_template_errors(examples):
@@ -424,8 +456,8 @@ def test_template_errors(examples):
     refusing = make_tokenizer(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
     )
-    with pytest.raises(DataError, match="example 2: the chat template refuses it: no system"):
-        tokenize_prompts(examples, refusing, max_prompt_tokens=9)
+    with pytest.raises(DataError, match="^x: example 2: the chat template refuses it: no system"):
+        tokenize_prompts(examples, refusing, max_prompt_tokens=9, where="x")
 
 
 @pytest.mark.parametrize("count, per_step", [(10, 4), (10, 5), (7, 7), (3, 8), (1, 3)])

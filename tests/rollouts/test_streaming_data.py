@@ -85,6 +85,7 @@ def test_another_mark_before_the_skip_or_a_last_sentence_without_one(tmp_path):
         ),
         (COT | {"streaming_reasoning": "a<EOT>"}, "row 1 has 1 thoughts for 3 sentences"),
         (COT | {"streaming_reasoning": "a<EOT>b <skip>c<EOT>"}, "<skip> stands inside 'b <skip>'"),
+        (COLUMNS | {"thoughts": ["3. <Skip>", ""]}, "<skip> stands inside '3. <Skip>'"),
         (COT | {"deep_reasoning": "so \\box{7}<EOA>"}, "row 1: its deep_reasoning has no <EOR>"),
         (COT | {"deep_reasoning": "a <EOR> b <EOR> c"}, "<EOR> stands inside"),
         (COT | {"deep_reasoning": None}, "row 1 has no text 'deep_reasoning'"),

@@ -50,6 +50,7 @@ class Plain:
             system=data.system,
             suffix=data.suffix,
             enable_thinking=data.enable_thinking,
+            where=where,
         )
 
     def extra_tokens(self, prompt: Prompt) -> int:
@@ -119,12 +120,16 @@ class Plain:
         tokenizer,
         verifier: Callable[[str, str], float] | None,
     ) -> None:
-        """Write the texts and, where the example has an answer, the verifier's score."""
+        """Write the texts and, where the example has an answer, the verifier's score.
+
+        Of several right answers, the one that gives the best score counts.
+        """
         trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
         trajectory.completion = tokenizer.decode(self.text_ids(trajectory))
         if trajectory.answer is not None and verifier is not None:
             text = self.judged_text(trajectory, tokenizer)
-            trajectory.score = verifier(text, trajectory.answer)
+            answers = prompt.example.right_answers
+            trajectory.score = max(verifier(text, answer) for answer in answers)
 
     def score_all(self, run, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
         """`score` each trajectory of these prompts."""
