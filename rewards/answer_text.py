@@ -41,12 +41,17 @@ REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
-        (r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\!|\\\$|[£€¥₹]|\\pounds(?![a-zA-Z])", ""),
+        (r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\!|(?:US ?)?\\\$|[£€¥₹]|\\pounds(?![a-zA-Z])", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\$", " "),
         (r"\\%", "%"),
         (r"\{,\}", ","),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:(?:text|math)(?:bf|rm|it|sf|tt|normal)|mbox|hbox)(?=\s*\{)", r"\\text"),
+        (
+            r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*\{\s*([CF])\s*\}|([CF])\b)",
+            r"\\text{ degrees \1\2}",
+        ),
+        (r"([A-Za-z])('+)", lambda m: f"{m[1]}_{{{'prime' * len(m[2])}}}"),
         (r"\\text\s*\{\s*([ei])\s*\}", r"\1"),
         (r"\\text\s*\{\s*\}", " "),
         (r"\\([gl])eq(?:slant)?(?![a-zA-Z])", r"\\\1e "),
@@ -69,6 +74,7 @@ REWRITES = [
         # 0.1\overline{6}
         (r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}", lambda m: _repeating(*m.groups())),
         (r"(?<![\\A-Za-z])sqrt(?![a-z])", r"\\sqrt"),
+        (r"\\log_ ?(\w) ", r"\\log_{\1} "),
         (r"(\\sqrt(?:\[\w+\])?) (\d+)", r"\1{\2}"),
     )
 ]
@@ -99,11 +105,14 @@ CHOICE = re.compile(r"(?:\\text\s*\{\s*\(([A-Z])\)\s*\}\s*|\(([A-Z])\) +)[^\s+*/
 
 PERCENT = re.compile(r"(.+?)\s*(?:%|\\text\s*\{\s*(?:percent|%)\s*\}|\bpercent)")
 DEGREE = re.compile(r"((?:[^A-Za-z\\]|\\frac|\\pi|\\sqrt)+?)\s*\^\s*\{?\s*\\circ\s*\}?")
-TEXT_UNIT = re.compile(rf"(.*?[^\s/_^+*=-])[\s/]*((?:[\s/]*{TEXT}(?:\^\{{?-?\d\}}?)?)+)")
+TEXT_UNIT = re.compile(
+    rf"(.*?[^\s/_^+*=-])[\s/]*((?:(?:[\s/]|\\cdot(?![a-z]))*{TEXT}(?:\^\{{?-?\d\}}?)?)+)"
+)
 BARE_UNIT = re.compile(r"(.*[\d})])\s*((?:[A-Za-z]+[\s/]*)+(?:\^\{?\d\}?)?)")
 # Words of a unit that a product of variables would not be taken for.
 SHORT_UNITS = {"cm", "mm", "km", "kg", "ft", "mi", "yd", "ml", "mph", "min", "sec", "hr", "hrs"}
-SHORT_UNITS |= {"lb", "lbs", "oz", "in", "per", "of", "sq"}
+SHORT_UNITS |= {"lb", "lbs", "oz", "in", "per", "of", "sq", "st", "nd", "rd", "th"}
+COMPOUND_UNIT = re.compile(r"(.*\d) ?((?:k|c)?m ?/ ?(?:s|h)(?:\^\{?2\}?)?)")
 # What makes a text behind a value more than its unit.
 CONDITION = re.compile(r"\b(?:if|for|when|where|mod|unless|otherwise|is|are|not|only|base)\b", re.I)
 WORDS = re.compile(rf"(?:{TEXT}|[\s.,;:!?()])+")
@@ -256,6 +265,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
     match = TEXT_UNIT.fullmatch(text)
     if match and not CONDITION.search(match[2]):
         return match[1], match[2].strip()
+    if match := COMPOUND_UNIT.fullmatch(text):
+        return match[1], match[2]
     match = BARE_UNIT.fullmatch(text)
     words = re.findall("[A-Za-z]+", match[2]) if match else []
     if match and all(len(word) > 3 or word in SHORT_UNITS for word in words):
@@ -270,6 +281,9 @@ def is_words(text: str) -> bool:
 
 def as_words(text: str) -> str:
     """The text without the commands and marks around it; case does not matter in a word."""
+    if not is_words(text) and not re.fullmatch(r"\(?[A-Za-z]+[).]*", text):
+        return re.sub(r"\s+", " ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\s+", " ", text).strip(" .,;:!?()'\"")
+    text = re.sub(r"(?<=[A-Za-z])[.,](?= |$)", "", re.sub(r"\s+", " ", text))
+    text = text.strip(" .,;:!?()'\"")
     return text.casefold() if len(text) > 1 else text

@@ -113,13 +113,17 @@ def _read(text: str) -> Answer:
     parts = split_list(text)
     if len(parts) > 1:
         return Several("", tuple(map(_read, parts)))
+    if text.count(r"\pm") == 1:
+        both = text.replace(r"\mp", "-").replace(r"\pm", "+"), text.replace(r"\mp", "+")
+        return Several("", tuple(_read(side.replace(r"\pm", "-").strip()) for side in both))
     if bracketed := brackets(text):
         return _read_brackets(*bracketed)
     if label := choice_label(text):
         return Single(label)
     sides = equation_sides(text)
     if sides and is_name(sides[0]):
-        return Named(_squeezed(sides[0]), _read(sides[-1]), _parsed(text))
+        value = next((side for side in reversed(sides[1:]) if not is_name(side)), sides[-1])
+        return Named(_squeezed(sides[0]), _read(value), _parsed(text))
     if sides and len(sides) == 2 and is_name(sides[1]):
         return Named(_squeezed(sides[1]), _read(sides[0]), _parsed(text))
     if sides and re.fullmatch(r"[\d\s+*/.^{}()-]+", sides[0]) and _all_equal(sides):
@@ -155,8 +159,8 @@ def _read_single(text: str) -> Answer:
 @lru_cache(maxsize=256)
 def _parsed(text: str) -> Any:
     """sympy's object, nothing in it evaluated; None where the text cannot be read as a whole."""
-    # The parser adds what stands side by side.
-    if re.search(r"\d\s+[\d.]|\.\d+\.", text):
+    # The parser adds 2 and 3 in `2 3`, and drops what it does not know in the others.
+    if re.search(r"\d\s+[\d.]|\.\d+\.|\d_|!!", text):
         return None
     try:
         parsed = latex2sympy(
@@ -218,6 +222,9 @@ def _same_named(a: Answer, b: Answer) -> bool:
 def _same_several(a: Several, b: Several) -> bool:
     """A bare list equals a set in any order, and a tuple in the tuple's."""
     kinds = {a.brackets, b.brackets}
+    for one, other in ((a, b), (b, a)):
+        if one.brackets == "{}" and len(one.items) == 1 and other.brackets == "()":
+            return _same(one.items[0], other)
     if kinds <= {"", "{}"}:
         # As sets: each item of either has an equal one in the other.
         return all(
@@ -230,7 +237,8 @@ def _same_several(a: Several, b: Several) -> bool:
 
 
 def _single_is_several(single: Any, several: Any) -> bool:
-    if several.brackets in ("", "{}") and several.items:
+    is_set = isinstance(single.value, sympy.Set)
+    if several.brackets in ("", "{}") and several.items and not is_set:
         # 1/2 or 0.5
         return all(_same(single, item) for item in several.items)
     left, right = _as_set(single.value), _several_as_set(several)
@@ -297,6 +305,8 @@ def _quantity(unit: str | None) -> Any:
 
 
 def _same_values(a: Any, b: Any) -> bool:
+    if isinstance(a, sympy.MatrixExpr) or isinstance(b, sympy.MatrixExpr):
+        return _same_values(*(_exact(m).as_explicit() for m in (a, b)))
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(_same_values, a.flat(), b.flat()))
     if _is_relation(a) and _is_relation(b):
@@ -403,7 +413,14 @@ def _exact(value: Any) -> Any:
     with sympy.evaluate(False):
         value = value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)})
     _bits(value)
-    return value.doit()
+    value = value.doit()
+    if value.has(sympy.I):
+        return value
+    # The real one of the odd roots of a negative number.
+    return value.replace(
+        lambda e: e.is_Pow and e.base == -1 and e.exp.is_Rational and e.exp.q % 2 == 1,
+        lambda e: (-1) ** e.exp.p,
+    )
 
 
 def _bits(value: Any) -> float:
@@ -473,6 +490,12 @@ def _values_at_points(*formulas: Any) -> Iterator[tuple[Any, ...]]:
     symbols = sorted(set().union(*(f.free_symbols for f in formulas)), key=str)
     natural = all(str(symbol) in NATURAL for symbol in symbols)
     is_complex = any(formula.has(sympy.I) for formula in formulas)
+    even_roots = [
+        power.base
+        for formula in formulas
+        for power in formula.atoms(sympy.Pow)
+        if power.exp.is_Rational and power.exp.q % 2 == 0
+    ]
     draw = random.Random(0)
     for index in range(POINTS):
         signs = (1,) if index < POINTS // 2 else (1, -1)
@@ -482,6 +505,8 @@ def _values_at_points(*formulas: Any) -> Iterator[tuple[Any, ...]]:
             else sympy.Rational(draw.choice(signs) * draw.randint(1, 99), draw.randint(11, 40))
             for symbol in symbols
         }
+        if not is_complex and any(root.xreplace(point).is_negative for root in even_roots):
+            continue
         values = tuple(formula.xreplace(point).doit() for formula in formulas)
         if all(_is_defined(value, is_complex) for value in values):
             yield values

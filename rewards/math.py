@@ -52,7 +52,7 @@ _NUMBER_THEN_WORDS = re.compile(
 )
 _PHRASE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*(\S.*?)(?:\.?\s*\Z|\.\s|\n)", re.I)
 # How a formula begins, and an English sentence does not.
-_FORMULA = re.compile(r"[-+($\s]*(?:\d|\\|[A-Za-z]\s*(?:[-+*/^=_(!]|\Z))")
+_FORMULA = re.compile(r"[-+($\s]*(?:\d|\\|[A-Z]\)|[A-Za-z]\s*(?:[-+*/^=_(!]|\Z))")
 
 
 def grade(completion: str, answer: str) -> float:
@@ -104,9 +104,9 @@ def extract_answer(completion: str) -> str | None:
 def extract_boxed(text: str) -> str | None:
     """The stripped content of the last closed box, None without one.
 
-    A box is `\\boxed{…}`, `\\fbox{…}` or `\\box{…}`. Boxes before the last one belong to the answer
-    where only a comma, a semicolon, `and` or `or` is between: `$x=\\boxed{2}$ or $x=\\boxed{-2}$` is
-    `2, -2`. Different names stay: `a = 2, b = 3`.
+    A box is `\\boxed{…}`, `\\fbox{…}` or `\\box{…}`. Boxes before the last one belong to the
+    answer where only a comma, a semicolon, `and` or `or` is between. So
+    `$x=\\boxed{2}$ or $x=\\boxed{-2}$` is `2, -2`. Different names stay: `a = 2, b = 3`.
     """
     boxes = _closed_boxes(text)
     if not boxes:
@@ -132,7 +132,7 @@ class _Box(NamedTuple):
 
 
 def _closed_boxes(text: str) -> list[_Box]:
-    """The closed boxes, without those inside of others. A box of boxes has the last one's content."""
+    """The closed boxes that are in no other. A box of boxes has the content of the last one."""
     # Of each open brace that opens a box: where the box and its content start; None for another.
     open_braces: list[tuple[int, int] | None] = []
     spans = []
