@@ -3,8 +3,8 @@
     python -m benchmarks.answers [data=PATH …]
 
 The graded pairs are those of tests/rewards/graded_answers.json. A false positive is a pair that is
-not equal and was graded 1. math-verify parses completion and reference with its defaults, then
-verifies. `data=` takes Parquet or JSON-lines files: how many of their reference answers equal
+not equal and was graded 1. math-verify parses the completion, and the reference between dollar
+signs, with its defaults, then verifies. `data=` takes Parquet or JSON-lines files: how many of their reference answers equal
 themselves in a box, and how many equal themselves written in another style."""
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def ours(completion: str, answer: str) -> bool:
 def math_verify(completion: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    return bool(verify(parse(answer), parse(completion)))
+    # It reads LaTeX between dollar signs only.
+    reference = answer if "$" in answer else f"${answer}$"
+    return bool(verify(parse(reference), parse(completion)))
 
 
 def measure(name: str, grader: Grader, pairs: Sequence[dict]) -> None:

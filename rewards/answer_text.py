@@ -144,7 +144,8 @@ def _latex_of(character: str) -> str:
     tag, *codes = unicodedata.decomposition(character).split() or [""]
     plain = "".join(chr(int(code, 16)) for code in codes) if tag.startswith("<") else character
     if tag == "<fraction>" and "⁄" in plain:
-        return r"\frac{%s}{%s}" % tuple(plain.split("⁄"))
+        numerator, denominator = plain.split("⁄")
+        return rf"\frac{{{numerator}}}{{{denominator}}}"
     forms = {"<wide>": plain, "<super>": f"^{{{plain}}}", "<sub>": f"_{{{plain}}}"}
     forms |= {"<noBreak>": " ", "<compat>": plain}
     if unicodedata.name(character, "").startswith("GREEK SMALL LETTER "):
