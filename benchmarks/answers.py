@@ -4,8 +4,8 @@
 
 The graded pairs are those of tests/rewards/graded_answers.json. A false positive is a pair that is
 not equal and was graded 1. math-verify parses the completion, and the reference between dollar
-signs, with its defaults, then verifies. `data=` takes Parquet or JSON-lines files: how many of their reference answers equal
-themselves in a box, and how many equal themselves written in another style."""
+signs, with its defaults, then verifies. `data=` takes Parquet or JSON-lines files: how many of
+their reference answers equal themselves in a box, and how many in another style."""
 
 from __future__ import annotations
 
