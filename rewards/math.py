@@ -1,9 +1,10 @@
-"""Is a completion's final answer correct? math-verify compares the last boxed answer.
+"""Is a completion's final answer correct? `rewards/equality.py` compares it with the reference.
 
-That library runs in a process of its own. Its time limit is a signal, which works in the main
-thread only and takes over the process's alarm. The signal cannot interrupt Python's C code, which
-`9^{9^{9^9}}` keeps busy for hours. A process that the kernel ends is safe from any thread. Plain
-integers and equal strings never get there.
+That runs in a process of its own, with math-verify's parser and sympy. A time limit in this
+process would be a signal, which works in the main thread only and takes over the process's alarm.
+A signal cannot interrupt Python's C code, which `\\binom{10^9}{10^8}` keeps busy for hours. A
+process that the kernel ends is safe from any thread. Plain integers and equal strings never get
+there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.errors import OnstreamError
 
@@ -35,14 +36,30 @@ _BOX = re.compile(BOX)
 # An escaped brace is not a brace.
 _BRACES = re.compile(BOX + r"|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?\d{1,50}")
+# What names the content of the box that follows: `x=`.
+_NAME = r"(?P<name>(?:\\[a-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?)\s*=\s*"
+_NAME_BEFORE = re.compile(rf"(?<![A-Za-z\\]){_NAME}[\s$]*\Z")
+_CONNECTIVE = r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\(?:lor|vee)\b"
+_SPACE = r"[\s$~]|\\[()\[\],;: ]|\\q?quad\b"
+# Between two boxes that belong together.
+_BETWEEN = re.compile(rf"(?:{_SPACE})*(?:(?:{_CONNECTIVE})(?:{_SPACE})*)+(?:{_NAME}[\s$]*)?")
+_MARK = re.compile(r"(?<!#)####(?!#)\s*(\S[^\n]*)")
+# A number and then a sentence, or what was counted; not `2 or 3` and not `2 pi`.
+_NUMBER_THEN_WORDS = re.compile(
+    r"([-+$\s]*\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?)[,;:]?\s+"
+    r"(?!(?:and|or|to|by|plus|minus|times|over)\s+[-+\d$\\])"
+    r"(?!pi\b|sqrt|times\b|over\b|e[+-]?\d|sin|cos|tan|log|ln\b|exp)\(?[A-Za-z]{2,}(?![A-Za-z(]).*"
+)
+_PHRASE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*(\S.*?)(?:\.?\s*\Z|\.\s|\n)", re.I)
+# How a formula begins, and an English sentence does not.
+_FORMULA = re.compile(r"[-+($\s]*(?:\d|\\|[A-Z]\)|[A-Za-z]\s*(?:[-+*/^=_(!]|\Z))")
 
 
 def grade(completion: str, answer: str) -> float:
     """1.0 if the completion's final answer equals `answer`, else 0.0.
 
-    Equality is math-verify's: 0.5 is 1/2, `1,000` is 1000, `x=5` is 5, `46\\text{ shells}` is 46.
-    Dollar signs, a final full stop and a final percent sign are dropped from both sides first. No
-    text makes it raise.
+    0.5 is 1/2, `1,000` is 1000, `x=5` is 5, `46\\text{ shells}` is 46: `rewards/equality.py` has
+    the rules. No text makes it raise.
 
     Raises:
         OnstreamError: math-verify is not installed.
@@ -54,9 +71,10 @@ def grade(completion: str, answer: str) -> float:
 def extract_answer(completion: str) -> str | None:
     """The completion's final answer as text.
 
-    It is the content of the last closed box. Where there is no box at all, it is what math-verify
-    finds in the last 400 characters. A box that was opened but never closed is a completion cut
-    short: None, as where nothing was found.
+    It is `extract_boxed`'s. A box that was opened but never closed is a completion cut short: None,
+    as where nothing was found. Where there is no box at all, the answer stands after the last
+    `####`, else in the last 400 characters: after the words "answer is", or where math-verify
+    finds one.
 
     Raises:
         OnstreamError: math-verify is not installed.
@@ -64,36 +82,107 @@ def extract_answer(completion: str) -> str | None:
     boxed = extract_boxed(completion)
     if boxed is not None or _BOX.search(completion):
         return boxed or None
+    if marked := extract_marked(completion):
+        worked, answer = marked
+        is_last_line = "\n" not in completion[len(worked) :].strip()
+        # Else it is a heading.
+        if is_last_line or (re.search(r"\d|\\", answer) and not re.match(r"\d+\. ", answer)):
+            return answer
     tail = completion[-TAIL:]
     if len(completion) > TAIL:
         # The first word may be the end of a longer number.
         tail = tail.partition(" ")[2]
-    return _found(tail) if re.search(r"[\d$\\]", tail) else None
+    for phrase in reversed(_PHRASE.findall(tail)):
+        if _FORMULA.match(phrase):
+            return _without_words(phrase.strip("* "))
+    if not re.search(r"[\d$\\]", tail):
+        return None
+    found = _found(tail)
+    return None if found is None or _is_part_of_a_formula(found, tail) else found
 
 
 def extract_boxed(text: str) -> str | None:
     """The stripped content of the last closed box, None without one.
 
-    A box is `\\boxed{…}`, `\\fbox{…}` or `\\box{…}`.
+    A box is `\\boxed{…}`, `\\fbox{…}` or `\\box{…}`. Boxes before the last one belong to the
+    answer where only a comma, a semicolon, `and` or `or` is between. So
+    `$x=\\boxed{2}$ or $x=\\boxed{-2}$` is `2, -2`. Different names stay: `a = 2, b = 3`.
     """
-    # Where the content of an open box starts; None for another brace.
-    open_braces: list[int | None] = []
-    last: tuple[int, int] | None = None
+    boxes = _closed_boxes(text)
+    if not boxes:
+        return None
+    start = len(boxes) - 1
+    while start and _BETWEEN.fullmatch(text[boxes[start - 1].end : boxes[start].start]):
+        start -= 1
+    together = boxes[start:]
+    contents = [box.content for box in together]
+    if len(contents) > 1:
+        names = [_NAME_BEFORE.search(text[max(0, box.start - 40) : box.start]) for box in together]
+        if all(names) and len({name["name"] for name in names if name}) == len(names):
+            contents = [
+                f"{name['name']} = {content}" for name, content in zip(names, contents) if name
+            ]
+    return ", ".join(dict.fromkeys(contents))
+
+
+class _Box(NamedTuple):
+    start: int
+    end: int
+    content: str
+
+
+def _closed_boxes(text: str) -> list[_Box]:
+    """The closed boxes that are in no other. A box of boxes has the content of the last one."""
+    # Of each open brace that opens a box: where the box and its content start; None for another.
+    open_braces: list[tuple[int, int] | None] = []
+    spans = []
     for token in _BRACES.finditer(text):
         if token[0] == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (last is None or start > last[0]):
-                last = start, token.start()
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None:
+                spans.append((*opened, token.start()))
         elif token[0].endswith("{") and token[0] != "\\{":
-            open_braces.append(None if token[0] == "{" else token.end())
-    return text[slice(*last)].strip() if last else None
+            open_braces.append(None if token[0] == "{" else (token.start(), token.end()))
+    boxes: list[_Box] = []
+    end = -1
+    for start, content_start, content_end in sorted(spans):
+        if start >= end:
+            end = content_end + 1
+            boxes.append(_Box(start, end, ""))
+        boxes[-1] = boxes[-1]._replace(content=text[content_start:content_end].strip())
+    return boxes
+
+
+def extract_marked(text: str) -> tuple[str, str] | None:
+    """The worked text before the last `####`, and the answer in the line after it; else None.
+
+    A sentence behind a number is no part of the answer.
+    """
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    return text[: marks[-1].start()].strip("* \n"), _without_words(marks[-1][1].strip("* \r"))
+
+
+def _without_words(text: str) -> str:
+    number = _NUMBER_THEN_WORDS.fullmatch(text)
+    return number[1].strip() if number else text
+
+
+def _is_part_of_a_formula(found: str, tail: str) -> bool:
+    """Whether a number that was found stands in a text such as `x + 5` or `5x`."""
+    before, number, after = tail.rpartition(found)
+    if not number or not re.fullmatch(r"[-\d.,]+", found):
+        return False
+    return bool(
+        re.search(r"(?<![A-Za-z])[A-Za-z)]\s*[-+*/^]\s*\Z", before)
+        or re.match(r"\s*[-+*/^]\s*[A-Za-z(\\]|[abcnpqrtuvwxyz](?![A-Za-z])", after)
+    )
 
 
 def _plain(text: str) -> str:
-    """The text without dollar signs, and without a percent sign and a full stop at its end."""
-    text = text.replace("\\$", "").replace("$", "")
-    text = text.strip().removesuffix(".")
-    return text.removesuffix("%").removesuffix("\\").strip()
+    """The text without dollar signs and without a full stop at its end."""
+    return text.replace("\\$", "").replace("$", " ").strip().removesuffix(".").strip()
 
 
 @lru_cache(maxsize=1 << 16)
@@ -185,15 +274,13 @@ def _serve(timeout: float) -> None:
     import resource
     import signal
 
-    from math_verify import parse, verify
+    from math_verify import parse
+
+    from rewards.equality import equal
 
     def find(tail: str) -> str | None:
         answers = parse(tail, parsing_timeout=None)
         return next((answer for answer in answers if isinstance(answer, str)), None)
-
-    def equal(*texts: str) -> bool:
-        prediction, answer = (parse(f"${text}$", parsing_timeout=None) for text in texts)
-        return verify(answer, prediction, timeout_seconds=None)
 
     functions: dict[str, Callable[..., Any]] = {"find": find, "equal": equal}
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")

@@ -1,14 +1,16 @@
+import json
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from recipes.components import VERIFIERS
 from recipes.errors import OnstreamError
 from rewards import math as rewards_math
-from rewards.math import extract_answer, extract_boxed, grade
+from rewards.math import extract_answer, extract_boxed, extract_marked, grade
 
 # Completion, reference answer. References are as in the files of GSM8K, MATH-500, AIME and
 # OlympiadBench.
@@ -83,6 +85,13 @@ WRONG = [
 ]
 
 
+GRADED = json.loads((Path(__file__).parent / "graded_answers.json").read_text("utf-8"))
+HOSTILE = [pair for pair in GRADED if pair["kind"] == "hostile"]
+USUAL = [pair for pair in GRADED if pair["kind"] != "hostile"]
+# Equal pairs that may be graded as wrong: docs/results/answers.md lists them.
+FALSE_NEGATIVES = 8
+
+
 @pytest.fixture(scope="module")
 def impatient():
     """A process with a short time limit."""
@@ -113,10 +122,44 @@ def test_wrong(completion, answer):
         (r"\boxed{1", None),
         ("none", None),
         (r"\mbox{4}", None),
+        (r"So $x=\boxed{2}$ or $x=\boxed{-2}$.", "2, -2"),
+        (r"$\boxed{1}$, $\boxed{2}$, and $$\boxed{3}$$", "1, 2, 3"),
+        (r"\[\boxed{1} \text{ or } \boxed{2}\]", "1, 2"),
+        (r"\boxed{1}; \boxed{2}", "1, 2"),
+        (r"$a=\boxed{2}$ and $b=\boxed{3}$", "a = 2, b = 3"),
+        (r"\boxed{4}, \boxed{4}", "4"),
+        (r"\boxed{1}. \boxed{2}", "2"),
+        (r"First \boxed{5}, so $x = \boxed{6}$", "6"),
+        (r"$a=\boxed{3}$, so $a+b=\boxed{7}$", "7"),
     ],
 )
 def test_extract_boxed(completion, content):
     assert extract_boxed(completion) == content
+
+
+@pytest.mark.parametrize(
+    "text, marked",
+    [
+        ("2+40=42\n#### 42", ("2+40=42", "42")),
+        ("2+40=42\n#### 42\nand the reasoning above", ("2+40=42", "42")),
+        ("2+40=42\n#### 42 and the reasoning above", ("2+40=42", "42")),
+        ("a\n#### 1\nb\n**#### 2**\nc", ("a\n#### 1\nb", "2")),
+        ("#### $1,042.50\n\nLet me know", ("", "$1,042.50")),
+        ("#### 2 or 3", ("", "2 or 3")),
+        ("#### x + 5\n", ("", "x + 5")),
+        ("#### City of Paris", ("", "City of Paris")),
+        ("##### a heading of five", None),
+        ("####", None),
+        ("none", None),
+    ],
+)
+def test_extract_marked(text, marked):
+    assert extract_marked(text) == marked
+
+
+def test_a_heading_is_no_answer():
+    assert extract_answer("#### Conclusion\nThe answer is 42.") == "42"
+    assert extract_answer("#### 1. Sum\nThe answer is 42.") == "42"
 
 
 def test_extract_answer_without_a_box_reads_the_end():
@@ -124,6 +167,48 @@ def test_extract_answer_without_a_box_reads_the_end():
     assert extract_answer("12 apples. " + "word " * 200) is None
     # Where the tail begins inside a number, that number is not taken for a shorter one.
     assert extract_answer("123456" + " word" * 79) is None
+
+
+def test_the_graded_pairs_are_many_and_balanced():
+    assert len(GRADED) >= 200
+    assert sum(not pair["equal"] for pair in GRADED) >= 0.4 * len(GRADED)
+    assert len({pair["kind"] for pair in GRADED}) >= 20
+
+
+def misgraded(pairs, equal):
+    return [
+        (pair["completion"][:100], pair["gold"][:100])
+        for pair in pairs
+        if pair["equal"] == equal and grade(pair["completion"], pair["gold"]) != equal
+    ]
+
+
+def test_no_graded_pair_is_a_false_positive():
+    assert misgraded(USUAL, equal=False) == []
+
+
+def test_the_graded_pairs_have_few_false_negatives():
+    wrong = misgraded(USUAL, equal=True)
+    assert len(wrong) <= FALSE_NEGATIVES, wrong
+
+
+def test_hostile_pairs_end_in_time_without_a_false_positive(impatient):
+    grade(r"\boxed{1/3}", "2/6")  # the process is up
+    slowest = 0.0
+    for pair in HOSTILE:
+        started = time.perf_counter()
+        graded = grade(pair["completion"], pair["gold"])
+        slowest = max(slowest, time.perf_counter() - started)
+        assert graded <= pair["equal"], pair["completion"][:100]
+    assert slowest < 4  # one second, and a new process before the next
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [(r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("x + 5", "5"), ("1 m", "1 km"), ("50%", "5%")],
+)
+def test_unequal_is_symmetric(one, other):
+    assert grade(rf"\boxed{{{one}}}", other) == grade(rf"\boxed{{{other}}}", one) == 0.0
 
 
 def test_registered_by_name():
