@@ -43,6 +43,11 @@ class ModelConfig:
     gradient_checkpointing: bool = key(
         False, "Compute activations again in the backward pass instead of keeping them."
     )
+    dropout: bool = key(
+        False,
+        "Keep the dropout of the model's own config in updates. Log-probs that are scored, and "
+        "samples, have none, so a ratio of the two is then off.",
+    )
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ class PolicyEngine:
         self.config, self.policy = config, policy
         self.bf16 = config.model.dtype == "bfloat16"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        if config.model.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()
+        policy.start_training(config.model.dropout, config.model.gradient_checkpointing)
         self.engine, _, _, _ = deepspeed.initialize(
             model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
         )
@@ -103,8 +101,14 @@ class PolicyEngine:
 
     @torch.no_grad()
     def score(self, batch, function):
-        """The same without gradients."""
-        return self.engine(batch, function)
+        """The same without gradients, and without dropout."""
+        if not self.config.model.dropout:
+            return self.engine(batch, function)
+        self.policy.eval()
+        try:
+            return self.engine(batch, function)
+        finally:
+            self.policy.train()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss` to the step's. A collective.
