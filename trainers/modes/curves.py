@@ -106,7 +106,8 @@ def curves_in(file: Path, about: dict[str, Any]) -> dict[str, list[Scores]]:
 
 def resolved(name: Path | str) -> str:
     """The whole path of what is here; the Hub's names stay."""
-    return str(Path(name).resolve()) if Path(name).exists() else str(name)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else str(name)
 
 
 def bounds_label(options) -> str:
