@@ -241,7 +241,8 @@ class KernelsConfig:
 class LogConfig:
     wandb: str = key(
         "auto",
-        "Mode of Weights & Biases. auto: online where a key is set, else offline.",
+        "Mode of Weights & Biases. auto: what WANDB_MODE says; else online where a key of W&B is "
+        "known, else offline.",
         choices=("auto", "online", "offline", "disabled"),
     )
     project: str = key("onstream", "Project of Weights & Biases.")

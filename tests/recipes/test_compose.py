@@ -177,7 +177,7 @@ TEXTS = [
     "a b, c = [d] {e}",
     "s3://x/y?z=1&a=b#c",
     "C:\\x\\y",
-    "Reason in \\boxed{}, then\nanswer: `x` < y; it's 50 % \"done\"!",
+    'Reason in \\boxed{}, then\nanswer: `x` < y; it\'s 50 % "done"!',
     " a space before and after ",
     "'a' or 'b'",
     "choice(a,b)",

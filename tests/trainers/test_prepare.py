@@ -218,8 +218,6 @@ def test_paths_with_a_tilde_and_any_letter_work(overrides, tiny_models, tmp_path
     paths = {key: f"{home}/{name}" for key, name in keys.items()}
     prepared = prepare(compose(overrides(**paths, run__dir=f"{home}/new")))
     assert len(prepared.prompts) == 8 and prepared.directory == folder / "new"
-    assert "already holds a run" in refused(
-        ConfigError, overrides(**paths, run__dir=f"{home}/run")
-    )
+    assert "already holds a run" in refused(ConfigError, overrides(**paths, run__dir=f"{home}/run"))
     resumed = overrides(**paths, run__dir="elsewhere", resume=f"{home}/run")
     assert "no checkpoint there" in refused(CheckpointError, resumed)
