@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.components import DECISION_HEADS
+from recipes.languages import DEFAULT_BLEU_TOKENIZER
 from rollouts.simultaneous.decision import DecisionHead, SimultaneousSampling
 from trainers.core.distributed import rank
 
@@ -64,6 +65,8 @@ def write_curves(
             "max_new_tokens": limit,
         },
     }
+    if run.mode.bleu_tokenizer != DEFAULT_BLEU_TOKENIZER:
+        about["measured"]["bleu_tokenizer"] = run.mode.bleu_tokenizer
     policies: dict[str, list[Scores]] = {}
     for name in heads:
         kind = DECISION_HEADS.resolve(name)
