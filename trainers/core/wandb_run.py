@@ -68,7 +68,8 @@ def mode(config) -> str:
     if asked != "auto":
         return asked
     try:
-        settings = _wandb().setup().settings
+        # wandb.setup() would start a service, which all later child processes share.
+        settings = _wandb().sdk.wandb_setup.singleton().settings
     except ImportError:
         return "disabled"
     hosts = (urlsplit(settings.base_url).netloc, *HOSTS)
