@@ -13,15 +13,19 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
-from recipes import schema
+from recipes import foreign_names, schema
 from recipes.errors import ConfigError, first_line
+from recipes.overrides import GROUPS, Override, parsed
 from recipes.registry import nearest
 from recipes.schema import Config
 
 TREE = Path(__file__).parent
-GROUPS = ("recipe", "engine")
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
@@ -29,9 +33,8 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 class Selection:
     """What some overrides select."""
 
-    overrides: list[str]
-    # The key and the value of each override.
-    given: tuple[tuple[str, Any], ...]
+    # In their order. Of two with one key, the last counts.
+    overrides: tuple[Override, ...]
     recipe: str
     trainer: str
     # The schema of the run.
@@ -51,13 +54,14 @@ def select(overrides: Iterable[str]) -> Selection:
     Raises:
         ConfigError: an override is not KEY=VALUE, or the recipe or the trainer is not known.
     """
-    given = [_parsed(text) for text in overrides]
-    recipe = str(dict(given).get("recipe", _default_recipe()))
+    parsed_overrides = tuple(map(parsed, overrides))
+    given = {override.key: override.value for override in parsed_overrides}
+    recipe = str(given.get("recipe", _default_recipe()))
     if recipe not in recipes():
         raise ConfigError(f"recipe={recipe} is not known{nearest(recipe, recipes())}")
-    trainer = str(dict(given).get("trainer", recipe_values(recipe)["trainer"]))
+    trainer = str(given.get("trainer", recipe_values(recipe)["trainer"]))
     kind = schema.run_schema(schema.groups_of(trainer))
-    return Selection(list(overrides), tuple(given), recipe, trainer, kind)
+    return Selection(parsed_overrides, recipe, trainer, kind)
 
 
 def compose(overrides: Iterable[str]) -> Config:
@@ -71,26 +75,13 @@ def compose(overrides: Iterable[str]) -> Config:
             line that names the key.
     """
     selection = select(overrides)
-    for key, value in selection.given:
-        _check_override(key, value, selection)
+    for override in selection.overrides:
+        _check_override(override.key, override.value, selection)
+        if override.fault:
+            raise ConfigError(override.fault)
     for key in recipe_values(selection.recipe):
         _check_recipe_key(key, selection)
     return _built(selection.kind, _composed(selection))
-
-
-def _parsed(text: str) -> tuple[str, Any]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise ConfigError(
-            f"'{text}' is not KEY=VALUE; quote values that hold spaces, commas or '='"
-        ) from error
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        raise ConfigError(f"'{text}': a key is neither added nor deleted; set it, as in KEY=VALUE")
-    return override.key_or_group, override.value()
 
 
 @functools.cache
@@ -189,7 +180,9 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
 def _no_such_key(key: str, kind: type[Config]) -> str:
     keys, leaf = _all_names(kind), key.rsplit(".", 1)[-1]
     same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
-    hint = f"; did you mean '{min(same)}'?" if same else nearest(key, keys)
+    hint = foreign_names.hint(key, keys)
+    if hint is None:
+        hint = f"; did you mean '{min(same)}'?" if same else nearest(key, keys)
     if len(hint) > 200:
         hint = "; `python train.py --help` prints every key"
     return f"there is no key '{key}'{hint}"
@@ -205,9 +198,14 @@ def _composed(selection: Selection) -> DictConfig:
     if not OmegaConf.has_resolver("now"):
         OmegaConf.register_new_resolver("now", datetime.now().strftime)
     ConfigStore.instance().store(name="schema", node=_editable(selection.kind))
+    others = [override.text for override in selection.overrides if not override.is_text]
     try:
         with initialize_config_dir(str(TREE), version_base="1.3"):
-            return hydra_compose("config", overrides=selection.overrides)
+            values = hydra_compose("config", overrides=others)
+        for override in selection.overrides:
+            if override.is_text:
+                OmegaConf.update(values, override.key, override.value)
+        return values
     except OmegaConfBaseException as error:
         raise ConfigError(_with_key(error)) from error
     except HydraException as error:
@@ -277,6 +275,8 @@ def _tupled(value: Any) -> Any:
 def _with_key(error: Exception) -> str:
     message = first_line(error)
     key = getattr(error, "full_key", None)
+    if isinstance(error, (GrammarParseError, InterpolationResolutionError)):
+        message += "; ${NAME} stands for the value of another key"
     return f"{key}: {message}" if key else message
 
 

@@ -27,8 +27,9 @@ def help_text(overrides: Iterable[str]) -> str:
     Raises:
         ConfigError: the overrides are wrong.
     """
+    overrides = list(overrides)
     selection = select(overrides)
-    values = flatten(compose(selection.overrides))
+    values = flatten(compose(overrides))
     engines = sorted(path.stem for path in (TREE / "engine").glob("*.yaml"))
     parts = [
         USAGE,

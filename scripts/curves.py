@@ -67,7 +67,7 @@ def sweep(config, out: str | None) -> dict:
     from trainers.modes.curves import write_curves
     from trainers.prepare import prepare_evaluation
 
-    file = Path(out) if out else default_file(Path(config.model.path))
+    file = Path(out or default_file(Path(config.model.path).expanduser())).expanduser()
     if not file.parent.is_dir():
         raise ConfigError(f"out={file}: there is no folder {file.parent}; make it")
     check_heads(config.proactive)

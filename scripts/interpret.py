@@ -105,6 +105,7 @@ def demo_simultaneous(config, lines: list[str]) -> Iterator[str]:
     from transformers.utils.logging import disable_progress_bar
 
     from rollouts.data.examples import Example
+    from rollouts.pretrained import vocabulary
     from trainers.core.policy import check_model
     from trainers.modes import reading_mode
     from trainers.modes.plain import make_requests
@@ -113,7 +114,8 @@ def demo_simultaneous(config, lines: list[str]) -> Iterator[str]:
 
     disable_progress_bar()
     run = Run(config=config, mode=reading_mode(config))
-    run.tokenizer, _ = check_model("model", config.model.path)
+    run.tokenizer, model = check_model("model", config.model.path)
+    run.vocab, run.missing = vocabulary(run.tokenizer, model)
     run.stop_ids = (*run.tokenizer.stop_ids, *config.rollout.stop_ids)
     examples = [
         Example(index, [{"role": "user", "content": line}]) for index, line in enumerate(lines)

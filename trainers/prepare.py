@@ -19,6 +19,7 @@ from trainers.core.operators import check_compiler
 from trainers.core.policy import DTYPES, check_model, check_same_vocabulary
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
+from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, eval_prompts
 from trainers.modes import reading_mode
 from trainers.run import Run
@@ -38,6 +39,7 @@ def prepare(config) -> Run:
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()
+    check_wandb(config, run.messages)
     run.facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
     run.facts["lora"] = adapter_form(config.model.lora)
     directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)

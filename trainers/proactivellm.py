@@ -35,7 +35,7 @@ from recipes.errors import ConfigError
 from rollouts.data.examples import Prompt
 from rollouts.layout import from_visible
 from rollouts.simultaneous.decision import check_heads
-from rollouts.simultaneous.prompts import target_words
+from rollouts.simultaneous.prompts import target_cut, target_words
 from rollouts.simultaneous.schedules import draw_schedule
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.base import Trainer, occurrences
@@ -86,7 +86,7 @@ class ProactiveLLM(Trainer):
             step: counts from 0.
             occurrence: how often the step had the prompt before.
         """
-        words = target_words(prompt.example.solution, self.run.tokenizer)
+        words = target_words(prompt.example.solution, self.run.tokenizer, target_cut(self.config))
         opening = [token for part in prompt.opening for token in part]
         target = [*opening, *(token for word in words for token in word)]
         # Source tokens that are read after so many units.

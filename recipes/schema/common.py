@@ -63,6 +63,11 @@ class ModelConfig:
     gradient_checkpointing: bool = key(
         False, "Compute activations again in the backward pass instead of keeping them."
     )
+    dropout: bool = key(
+        False,
+        "Keep the dropout of the model's own config in updates. Log-probs that are scored, and "
+        "samples, have none, so a ratio of the two is then off.",
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -257,7 +262,8 @@ class KernelsConfig:
 class LogConfig:
     wandb: str = key(
         "auto",
-        "Mode of Weights & Biases. auto: online where a key is set, else offline.",
+        "Mode of Weights & Biases. auto: what WANDB_MODE says; else online where a key of W&B is "
+        "known, else offline.",
         choices=("auto", "online", "offline", "disabled"),
     )
     project: str = key("onstream", "Project of Weights & Biases.")

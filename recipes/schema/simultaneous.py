@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes.components import DECISION_HEADS
 from recipes.errors import ConfigError
-from recipes.schema.common import Config, ModelConfig
+from recipes.schema.common import Config, EvalConfig, ModelConfig
 from recipes.schema.keys import as_text, key
 from recipes.schema.reading import ReadingConfig
 
@@ -29,9 +29,33 @@ class SimultaneousStreamingConfig(ReadingConfig):
         "was written.",
         choices=(None, "scheduled"),
     )
-    unit: str = key("word", "Unit in which a text is read.", choices=("word", "sentence"))
+    unit: str = key(
+        "word",
+        "Unit in which a text is read. In a language without spaces, a word is a character.",
+        choices=("word", "sentence"),
+    )
+    source_language: str | None = key(
+        None,
+        "Language of the text that is read, as its code: en, zh, ja, … null: that which "
+        "data.prompt_column has as its name.",
+    )
+    target_language: str | None = key(
+        None,
+        "Language of the text that is written. null: that which data.target_column has as its "
+        "name. Words of the target, and so lags and schedules, are characters in a language "
+        "without spaces (zh, ja, th, lo, km, my, bo, …).",
+    )
     unit_seconds: float = key(
         0.5, "Length of the unit in which a source of frames is read, seconds.", above=0
+    )
+
+
+@dataclass(frozen=True)
+class SimultaneousEvalConfig(EvalConfig):
+    bleu_tokenizer: str | None = key(
+        None,
+        "Tokenizer of sacrebleu's BLEU: 13a, zh, ja-mecab, ko-mecab, char, intl, flores200, … "
+        "null: the one for the target's language, 13a where that is not known.",
     )
 
 
@@ -103,6 +127,7 @@ class Simultaneous(Config):
     model: SimultaneousModelConfig = field(default_factory=SimultaneousModelConfig)
     streaming: SimultaneousStreamingConfig = field(default_factory=SimultaneousStreamingConfig)
     proactive: ProactiveConfig = field(default_factory=ProactiveConfig)
+    eval: SimultaneousEvalConfig = field(default_factory=SimultaneousEvalConfig)
 
 
 def check(config: Any) -> None:

@@ -11,24 +11,60 @@ from itertools import zip_longest
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from recipes.errors import ConfigError, one_line
+from recipes.languages import DEFAULT_BLEU_TOKENIZER, words
+from recipes.registry import nearest
+
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
+def bleu(
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: str = DEFAULT_BLEU_TOKENIZER,
+) -> tuple[float, str]:
     """sacrebleu's BLEU of the corpus, 0 to 100, and its signature.
 
-    The settings are sacrebleu's defaults (tokenizer 13a, smoothing exp).
+    The other settings are sacrebleu's defaults (smoothing exp).
 
     Args:
         texts: [N], not tokenised.
         references: [N] lists of one or more. Their numbers may differ, which the signature calls
             `nrefs:var`.
+        tokenizer: of sacrebleu, as `13a`, `zh` or `ja-mecab`.
 
     Raises:
         ValueError: no texts, not a list of references for each text, or an empty one.
+        ConfigError: as `check_bleu`.
     """
-    return _corpus(BLEU(), texts, references)
+    return _corpus(_bleu(tokenizer), texts, references)
+
+
+def check_bleu(tokenizer: str) -> None:
+    """Refuse a tokenizer of BLEU that cannot be used here.
+
+    Raises:
+        ConfigError: sacrebleu has no such tokenizer, or what it needs is not there.
+    """
+    _bleu(tokenizer)
+
+
+def _bleu(tokenizer: str) -> BLEU:
+    known = BLEU.TOKENIZERS
+    if tokenizer not in known:
+        raise ConfigError(
+            f"eval.bleu_tokenizer={tokenizer} is not known{nearest(tokenizer, known)}"
+        )
+    try:
+        return BLEU(tokenize=tokenizer)
+    except (RuntimeError, ImportError, OSError) as error:
+        extra, mecab, _ = tokenizer.partition("-mecab")
+        remedy = f"pip install 'sacrebleu[{extra}]'" if mecab else one_line(error, 100)
+        raise ConfigError(
+            f"eval.bleu_tokenizer={tokenizer} lacks what it needs ({remedy}); "
+            "get it, or take eval.bleu_tokenizer=char"
+        ) from error
 
 
 def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
@@ -44,8 +80,8 @@ def f1(text: str, references: Sequence[str]) -> float:
 
     It is the harmonic mean of precision and recall, as in SQuAD's evaluation script. Both sides are
     in lower case, without ASCII punctuation and articles. Repeated words count as often as both
-    have them. If a side has no words left, both must have none. That is the script's version 2;
-    version 1 says 0.
+    have them. Text without spaces between words is compared by its characters. If a side has no
+    words left, both must have none. That is the script's version 2; version 1 says 0.
 
     Args:
         text: one answer.
@@ -62,16 +98,20 @@ def exact(text: str, references: Sequence[str]) -> float:
 
     Arguments and errors are those of `f1`.
     """
-    words = _words(text)
-    return float(any(words == _words(reference) for reference in _some(references)))
+    own = _words(text)
+    return float(any(own == _words(reference) for reference in _some(references)))
 
 
-def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def text_scores(
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: str = DEFAULT_BLEU_TOKENIZER,
+) -> dict[str, float]:
     """`bleu` and `chrf` of the corpus, 0 to 100; `f1` and `exact`, means over texts, in [0, 1].
 
     Arguments and errors are those of `bleu`.
     """
-    corpus = {"bleu": bleu(texts, references)[0], "chrf": chrf(texts, references)[0]}
+    corpus = {"bleu": bleu(texts, references, tokenizer)[0], "chrf": chrf(texts, references)[0]}
     pairs = list(zip(texts, references))
     return corpus | {
         "f1": float(np.mean([f1(text, some) for text, some in pairs])),
@@ -107,15 +147,15 @@ def _some(references: Sequence[str]) -> Sequence[str]:
 def _words(text: str) -> list[str]:
     # The script's order. Articles count once the punctuation is gone: "A." is one, "a-b" is not.
     bare = text.lower().translate(_PUNCTUATION)
-    return _ARTICLES.sub(" ", bare).split()
+    return words(_ARTICLES.sub(" ", bare))
 
 
-def _f1(words: list[str], reference: list[str]) -> float:
-    if not words or not reference:
-        return float(words == reference)
-    common = (Counter(words) & Counter(reference)).total()
-    # 2 P R / (P + R) with P = common / words and R = common / reference.
-    return 2 * common / (len(words) + len(reference))
+def _f1(own: list[str], reference: list[str]) -> float:
+    if not own or not reference:
+        return float(own == reference)
+    common = (Counter(own) & Counter(reference)).total()
+    # 2 P R / (P + R) with P = common / own and R = common / reference.
+    return 2 * common / (len(own) + len(reference))
 
 
 def exact_answer(text: str, answer: str) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from recipes.components import DECISION_HEADS
 from recipes.errors import ConfigError, DataError
+from recipes.languages import begun
 from rollouts.pretrained import token_count
 from rollouts.trajectory import Sampling
 
@@ -162,7 +163,7 @@ class SimultaneousSampling(Sampling):
 
     # Decides whether to write or to read on. None until it is calibrated.
     head: DecisionHead | None = None
-    # [V] bool: the tokens that begin a word.
+    # [V] bool: the tokens that begin a word; or [V] int, how many words each begins.
     word_starts: np.ndarray | None = None
     # The head decides where a word begins, and not inside words.
     whole_words: bool = True
@@ -260,3 +261,42 @@ def word_starts(tokenizer) -> np.ndarray:
     return np.array(
         [index in special or (token or "").startswith(spaces) for index, token in enumerate(tokens)]
     )
+
+
+def character_starts(tokenizer) -> np.ndarray:
+    """[V] int: how many words each token begins in a language without spaces.
+
+    Words are characters there (recipes/languages.py). A token may begin several, and a token that
+    is a later part of a character's bytes begins none. What a token begins depends a little on the
+    one before it, which is not looked at: a word of another script begins after white space only.
+    A special token begins one.
+    """
+    special = set(tokenizer.all_special_ids)
+    return np.array(
+        [1 if index in special else begun(text) for index, text in enumerate(spellings(tokenizer))]
+    )
+
+
+def spellings(tokenizer) -> list[str]:
+    """The text of each token [V]. Joined, those of a text are as long as the text.
+
+    Of a character whose bytes are several tokens, the first has a sign in its place, and the others
+    have none.
+    """
+    entries = tokenizer.convert_ids_to_tokens(range(token_count(tokenizer)))
+    spaced = tokenizer.convert_ids_to_tokens(tokenizer(" b", add_special_tokens=False).input_ids)
+    if not any("\u0120" in entry for entry in spaced):
+        return [(entry or "").replace("\u2581", " ") for entry in entries]
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    values = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    # 10xxxxxx goes on with a character.
+    later = bytes(range(0x80, 0xC0))
+
+    def spell(entry: str) -> str:
+        if not set(entry) <= values.keys():
+            return entry  # an added token, which is text
+        written = bytes(values[sign] for sign in entry)
+        return written.lstrip(later).decode("utf-8", "replace")
+
+    return [spell(entry or "") for entry in entries]

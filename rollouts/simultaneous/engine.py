@@ -66,15 +66,15 @@ class ReadingState(RowState):
             asked=begins if whole_words else torch.ones_like(begins),
         )
 
-    def advance(self, write: Tensor, tokens: Tensor, begins: Tensor) -> None:
+    def advance(self, write: Tensor, tokens: Tensor, begun: Tensor) -> None:
         """Count a step, in which each row writes its token or reads one unit more.
 
         Args:
             write: [R] bool, the others read.
             tokens: [R] the proposals.
-            begins: [R] bool, the proposal begins a word.
+            begun: [R] how many words the proposal begins.
         """
-        self.words = self.words + (write & begins)
+        self.words = self.words + write * begun
         self.pending = torch.where(write, tokens, self.pending)
         self.read = self.read + ~write
         self.waited = torch.where(write, 0, self.waited + 1)
@@ -102,21 +102,22 @@ class SimultaneousEngine(StreamingEngine):
         cache, rows = self._encode(requests), self._start(requests)
         limits = [sampling.max_new_tokens] * len(requests)
         decoding = Decoding(requests, sampling, limits, self.device, reads=torch.long)
-        starts_V = torch.from_numpy(sampling.word_starts).to(self.device)
+        starts_V = torch.from_numpy(sampling.word_starts).long().to(self.device)
         while len(decoding.live):
             logits = self._run_pending(cache, decoding, rows, needs_attention)
             # Rows of the head past the tokenizer's tokens are padding.
             logits = logits[:, : len(starts_V)]
             tokens, logprobs = decoding.propose(logits)
-            begins = starts_V[tokens] | (decoding.written == 0)
-            state = rows.proposal(logits, begins, sampling.whole_words)
+            # The first token begins a word, whatever it is.
+            begun = starts_V[tokens].clamp(min=(decoding.written == 0).long())
+            state = rows.proposal(logits, begun > 0, sampling.whole_words)
             if needs_attention:
                 state.attention = attention_by_unit(cache.attention, cache.keys, rows.ends)
             write = decide(sampling, state, rows.waited)
             decoding.write(write, tokens=tokens, logprobs=logprobs, reads=rows.read)
             # A row that reads runs its last token again, seeing more: the key of now is hidden.
             cache.keys[0, ~write, -1] = PADDING
-            rows.advance(write, tokens, begins)
+            rows.advance(write, tokens, begun)
             decoding.leave(write & decoding.on_stop(tokens), decoding.full, cache, rows)
         return [self._trajectory(*completion) for completion in decoding.completions()]
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes import foreign_names
 from recipes.components import DECISION_HEADS, ENGINES, TOKEN_REWARDS, TRAINERS, VERIFIERS
 from recipes.compose import (
     compose,
     flatten,
     recipe_values,
     recipes,
+    schema_keys,
     to_dict,
     to_yaml,
     validate,
@@ -151,6 +153,14 @@ def test_a_baseline_differs_from_vanilla_distillation_in_one_key(baseline, key):
         ("eval.samples=2", "eval.samples=2 must be at least eval.k=4"),
         ("engine.offload_params=true", "needs engine.zero_stage=3"),
         ("no equals sign", "is not KEY=VALUE"),
+        ("train.lr=(3", "train.lr=(3 must be a number"),
+        ("train.lr=1,2", "train.lr=1,2 has several values; a run takes one"),
+        ("train.betas=0.9,0.95", "must be a pair of numbers, in brackets: train.betas=[0.9,0.95]"),
+        ("rollout.stop_ids=7", "be a list of whole numbers, in brackets: rollout.stop_ids=[7]"),
+        ("run.dir=null", "run.dir=null must be a text; leave the key out for its default"),
+        ("data.path=a${b", "data.path: no viable alternative at input '${b'; ${NAME} stands for"),
+        ("data.path=a${b}", "Interpolation key 'b' not found; ${NAME} stands for the value of"),
+        ("train.learning_rate=1", "there is no key 'train.learning_rate'; TRL's learning_rate is"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override, message):
@@ -158,6 +168,82 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
         compose([override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+TEXTS = [
+    "~/x",
+    "~/x (1)/ä",
+    "日本/データ",
+    "a b, c = [d] {e}",
+    "s3://x/y?z=1&a=b#c",
+    "C:\\x\\y",
+    'Reason in \\boxed{}, then\nanswer: `x` < y; it\'s 50 % "done"!',
+    " a space before and after ",
+    "'a' or 'b'",
+    "choice(a,b)",
+    "1e5",
+    "007",
+    "1_000",
+    "true",
+    "NULL",
+    "-1",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_key_of_text_takes_its_value_as_it_stands(text):
+    keys = ("model.path", "data.path", "eval.path", "data.suffix", "run.dir", "resume")
+    config = compose([f"{key}={text}" for key in keys])
+    values, saved = flatten(config), flatten(yaml.safe_load(to_yaml(config)))
+    for key in keys:
+        assert values[key] == saved[key] == text
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("\"a, b = 'c'\"", "a, b = 'c'"),
+        ("'null'", "null"),
+        ("'it\\'s'", "it's"),
+        ("null", None),
+        ("${recipe} (${train.steps})", "poweropd (200)"),
+    ],
+)
+def test_quotes_null_and_references_mean_in_a_text_what_they_mean_to_hydra(written, meant):
+    assert compose(["train.steps=200", f"data.suffix={written}"]).data.suffix == meant
+
+
+def test_keys_that_are_no_text_keep_hydras_grammar_and_the_last_of_two_counts():
+    overrides = ["recipe=proactivellm", "proactive.curve=[batch, wait_k]", "train.betas=[0.9,0.95]"]
+    config = compose([*overrides, "data.limit=null", "model.path=x", "model.path=y", "seed=1_000"])
+    assert config.proactive.curve == ("batch", "wait_k") and config.train.betas == (0.9, 0.95)
+    assert config.data.limit is None and config.model.path == "y" and config.seed == 1000
+
+
+@pytest.mark.parametrize(
+    "key, hint",
+    [
+        ("learning_rate", "TRL's learning_rate is train.lr here"),
+        ("actor_rollout_ref.actor.optim.lr", "verl's actor.optim.lr is train.lr here"),
+        ("data.train_batch_size", "verl's data.train_batch_size is train.prompts_per_step here"),
+        ("train.num_iterations", "TRL's num_iterations has no counterpart here: Each sample is"),
+        ("adam_beta2", "TRL's adam_beta2 is train.betas here"),
+        # A name that is ours too, in another section, is ours first.
+        ("path", "did you mean 'data.path'?"),
+    ],
+)
+def test_the_name_of_another_project_gets_ours(key, hint):
+    with pytest.raises(ConfigError) as caught:
+        compose([f"{key}=1"])
+    assert f"there is no key '{key}'; {hint}" in str(caught.value)
+
+
+def test_the_page_of_other_names_leads_to_keys_that_exist():
+    """The hints are read from the page."""
+    keys = {key for row in foreign_names.rows() for key in row.keys if "." in key}
+    assert len(foreign_names.rows()) > 120 and len(keys) > 40
+    assert keys <= schema_keys() | {"torchrun --nproc_per_node"}
 
 
 def test_more_ranks_than_prompts_is_refused():

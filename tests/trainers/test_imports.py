@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "recipes": set(),
     "kernels": set(),
-    "rewards.metrics": set(),
+    "rewards.metrics": {"recipes"},
     "rewards": {"recipes", "kernels", "rewards.metrics"},
     "rollouts": {"recipes"},
     "rollouts.data": {"recipes", "rewards", "rollouts"},

@@ -42,3 +42,95 @@ def test_a_model_with_sampling_settings_can_be_saved(model, tmp_path, settings):
     policy.model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert saved.get("temperature") == (0.6 if settings.get("do_sample") else None)
+
+
+# Each with the dropout that its family has, at a share that no gradient survives unchanged.
+FAMILIES = {
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+    },
+    "qwen3": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "attention_dropout": 0.5,
+    },
+    # Its layers call dropout as a function, under their own flag, and drop whole layers.
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.5,
+        "attention_dropout": 0.5,
+        "layerdrop": 0.5,
+    },
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attention_dropout": 0.5,
+        "hidden_dropout": 0.5,
+    },
+}
+
+
+def gradients(folder, dropout, checkpointing) -> list[torch.Tensor]:
+    """Of one loss on two packed sequences, as the engine has a policy make them."""
+    policy = load_policy(str(folder), torch.float32, torch.device("cpu"))
+    policy.start_training(dropout, checkpointing)
+    ids = torch.arange(3, 23)[None]
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    hidden = policy._states(ids, positions, [0, 12, 20])
+    hidden.square().sum().backward()
+    return [p.grad for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_off_in_updates_unless_it_is_asked_for(family, checkpointing, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
+    config = AutoConfig.for_model(family, **common, eos_token_id=0, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    free = {name: 0.0 for name in FAMILIES[family] if "drop" in name}
+    for name, value in free.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(tmp_path / "free")
+
+    off = gradients(tmp_path / "model", False, checkpointing)
+    assert len(off) > 10
+    for other in (
+        gradients(tmp_path / "model", False, checkpointing),
+        gradients(tmp_path / "free", True, False),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(off, other, strict=True))
+    on = gradients(tmp_path / "model", True, checkpointing)
+    assert len(on) != len(off) or any(not torch.equal(a, b) for a, b in zip(off, on))
+
+
+def test_checkpointing_still_computes_again_where_dropout_is_off(tiny_models):
+    """It saves fewer activations for the backward pass."""
+
+    def saved(checkpointing) -> int:
+        policy = load_policy(str(tiny_models["student"]), torch.float32, torch.device("cpu"))
+        policy.start_training(False, checkpointing)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            policy._states(torch.arange(20)[None], torch.arange(20)[None], [0, 20])
+        return len(kept)
+
+    assert saved(True) < saved(False) / 3

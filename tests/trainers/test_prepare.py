@@ -196,3 +196,28 @@ def test_a_config_of_an_older_version_differs_in_nothing_that_the_run_reads(tmp_
     older["train"]["lr"] = 1.0
     saved.write_text(to_yaml(older))
     assert changed_keys(saved, config) == ["train.lr"]
+
+
+def test_paths_with_a_tilde_and_any_letter_work(overrides, tiny_models, tmp_path, monkeypatch):
+    """Each key of a path, and what a resume reads."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "x (1), [a]=ä/日本 #"
+    for name, path in tiny_models.items():
+        shutil.copytree(path, folder / name)
+    rows = [{"prompt": f"{n}+1?", "answer": str(n + 1)} for n in range(8)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("")
+    keys = {
+        "model__path": "student",
+        "teacher__path": "teacher",
+        "data__path": "data.jsonl",
+        "eval__path": "data.jsonl",
+    }
+    home = "~/x (1), [a]=ä/日本 #"
+    paths = {key: f"{home}/{name}" for key, name in keys.items()}
+    prepared = prepare(compose(overrides(**paths, run__dir=f"{home}/new")))
+    assert len(prepared.prompts) == 8 and prepared.directory == folder / "new"
+    assert "already holds a run" in refused(ConfigError, overrides(**paths, run__dir=f"{home}/run"))
+    resumed = overrides(**paths, run__dir="elsewhere", resume=f"{home}/run")
+    assert "no checkpoint there" in refused(CheckpointError, resumed)

@@ -5,10 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import train
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
-from rollouts.simultaneous.decision import word_starts
+from recipes.languages import characters
+from rollouts.simultaneous.decision import character_starts, spellings, word_starts
+from rollouts.simultaneous.prompts import target_cut, target_words
 from rollouts.trajectory import Trajectory
 from scripts.curves import main
 from scripts.tiny_models import TinyModel, initialise
@@ -257,3 +262,63 @@ def test_nothing_to_calibrate_on(keys, tmp_path):
 def test_bad_settings_end_before_anything_loads(keys, extra, said):
     with pytest.raises(ConfigError, match=said):
         prepare(compose([*keys, *extra]))
+
+
+# 3 goes on with a word of another script, 4 and 5 are the bytes of one character.
+SPELLED = ["", "我们", "爱", "b", "\ufffd", "", " ", "。"]
+
+
+@pytest.mark.parametrize(
+    "ids, reads, expected",
+    [
+        ([1, 2], [3, 4], [3, 3, 4]),
+        ([2, 3, 3], [3, 4, 5], [3, 5]),
+        ([4, 5, 7], [1, 2, 3], [2, 3]),
+        ([1, 6, 3, 2], [1, 2, 3, 4], [1, 1, 3, 4]),  # a space comes with what follows it
+        ([5, 1], [1, 2], [1, 2, 2]),  # the first token begins a word, whatever it is
+    ],
+)
+def test_delays_of_the_characters_of_a_text(ids, reads, expected):
+    assert delays(written(ids, reads, "length"), STARTS, SPELLED).tolist() == expected
+
+
+TEXTS = ("我爱北京。", "日本語、テスト3回", "今天 Bob 来了!", "我有12支")
+
+
+def test_delays_are_as_many_as_a_text_has_characters(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        found = delays(written(ids, [8] * len(ids), "length"), STARTS, spellings(tokenizer))
+        assert len(found) == len(characters(text))
+
+
+def test_tokens_begin_characters(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert character_starts(tokenizer)[tokenizer("我爱，！").input_ids].sum() == 4
+    pieces = Tokenizer(models.BPE({"我": 0, "我们": 1, "a": 2}, [], unk_token="a"))
+    other = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="</s>", unk_token="a")
+    assert character_starts(other).tolist() == [1, 2, 1, 1]
+
+
+def test_a_run_into_chinese_counts_characters(keys, tmp_path, capsys):
+    """Two line-aligned files; the lags of what is written, and BLEU, are those of characters."""
+    english = [f"I have {n} pens, and I love Beijing." for n in range(20)]
+    chinese = [f"我有{n}支笔，而且我爱北京，真的很爱。" for n in range(20)]
+    for language, lines in (("en", english), ("zh", chinese)):
+        (tmp_path / f"train.{language}").write_text("".join(f"{line}\n" for line in lines))
+    data = [f"data.path={tmp_path}/train", f"eval.path={tmp_path}/train", "proactive.curve=[batch]"]
+    data += ["data.prompt_column=en", "data.target_column=zh", "rollout.max_new_tokens=60"]
+    data += ["data.max_prompt_tokens=200", "train.steps=2"]
+    run = prepare(compose(keys + data))
+    assert run.mode.bleu_tokenizer == "zh"
+    (prompt, *_) = run.eval_prompts
+    assert len(prompt.segments) - 1 == len(english[0].split())
+    ids = run.tokenizer(chinese[0]).input_ids
+    assert run.mode.starts(run.tokenizer)[ids].sum() == len(characters(chinese[0])) - 1
+    words = target_words(chinese[0], run.tokenizer, target_cut(run.config))
+    assert len(words) == len(characters(chinese[0])) + 1  # the end
+    assert train.main([*keys, *data]) == 0
+    assert "bleu (zh) " in capsys.readouterr().out
+    curves = json.loads((tmp_path / "run" / "curves.json").read_text())
+    assert curves["measured"]["bleu_tokenizer"] == "zh"

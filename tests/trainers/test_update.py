@@ -4,7 +4,9 @@ ZeRO stage.
 float32; tolerance 2e-6 of the largest entry of each tensor (summation order differs), real
 DeepSpeed, gloo."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +69,16 @@ def test_the_reported_norm_is_the_gradients_norm(gradients):
             if n not in ("norm", "loss")
         )
         assert float(values["norm"]) == pytest.approx(np.sqrt(squares), rel=1e-5), key
+
+
+def test_a_models_dropout_does_not_change_the_gradient(
+    gradients, tiny_models, run_command, tmp_path
+):
+    model = shutil.copytree(tiny_models["student"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    setting = f"zero1/100/given/{W}"
+    done = run_command(WORKER, model, tmp_path, setting)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for tensor, values in np.load(tmp_path / f"{name(setting, 1)}.npz").items():
+        np.testing.assert_array_equal(values, gradients[name(setting, 1)][tensor], tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -94,10 +95,9 @@ class PolicyEngine:
         self.adapted = lora.adapted_layers(policy.model)
         self.bf16 = config.model.dtype == "bfloat16"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        if config.model.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.sharded = config.engine.zero_stage == 3
-        policy.train()
+        policy.start_training(config.model.dropout, config.model.gradient_checkpointing)
+        self._set_dropout(True)
         self.engine, _, _, _ = deepspeed.initialize(
             model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
         )
@@ -108,11 +108,25 @@ class PolicyEngine:
 
     @torch.no_grad()
     def score(self, batch, function, adapters: bool = True):
-        """The same without gradients; and without LoRA's adapters, if `adapters` is false."""
-        if adapters:
-            return self.engine(batch, function)
-        with lora.without_adapters(self.policy.model):
-            return self.engine(batch, function)
+        """The same without gradients and without dropout.
+
+        Args:
+            adapters: false: without LoRA's adapters.
+        """
+        off = contextlib.nullcontext() if adapters else lora.without_adapters(self.policy.model)
+        self._set_dropout(False)
+        try:
+            with off:
+                return self.engine(batch, function)
+        finally:
+            self._set_dropout(True)
+
+    def _set_dropout(self, on: bool) -> None:
+        """Switch the dropout that updates have: the model's own, if it is kept, and LoRA's."""
+        if self.config.model.dropout:
+            self.policy.train(on)
+        for layer in self.adapted.values():
+            layer.lora_dropout.train(on)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss` to the step's. A collective.

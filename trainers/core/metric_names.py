@@ -241,13 +241,18 @@ METRICS: dict[str, Metric] = {
         "seconds", "The time to write a token that latency_s assumes.", STREAMING_EVALUATION
     ),
     "eval/<data>/bleu": Metric(
-        "0 to 100", "BLEU of the corpus against the references.", SIMULTANEOUS_EVALUATION
+        "0 to 100",
+        "BLEU of the corpus against the references, with eval.bleu_tokenizer.",
+        SIMULTANEOUS_EVALUATION,
     ),
     "eval/<data>/chrf": Metric(
         "0 to 100", "chrF of the corpus against the references.", SIMULTANEOUS_EVALUATION
     ),
     "eval/<data>/f1": Metric(
-        "share", "Mean F1 of the words against the nearest reference.", SIMULTANEOUS_EVALUATION
+        "share",
+        "Mean F1 of the words against the nearest reference; of text without spaces, of its "
+        "characters.",
+        SIMULTANEOUS_EVALUATION,
     ),
     "eval/<data>/exact": Metric(
         "share",

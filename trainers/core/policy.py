@@ -171,6 +171,48 @@ class Policy(nn.Module):
         """Run `function(head, hidden [T, H], batch)` on a micro-batch."""
         return self.head(self.hidden(batch), function, batch)
 
+    def start_training(self, dropout: bool, gradient_checkpointing: bool) -> None:
+        """Choose how forward passes are made in updates.
+
+        Args:
+            dropout: keep the model's own. Without it all modules are as in evaluation, so dropout
+                of any kind is off: of weights, activations, attention and whole layers.
+            gradient_checkpointing: `model.gradient_checkpointing`.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.train(dropout)
+        if not gradient_checkpointing:
+            return
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if dropout:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                _checkpoint_in_evaluation(layer)
+
+
+def _checkpoint_in_evaluation(layer: nn.Module) -> None:
+    """Let a layer of transformers be checkpointed while it computes as in evaluation.
+
+    transformers checkpoints a layer only where `layer.training`, a flag that also turns on the
+    layer's dropout. So the flag is set around the layer's forward, and not in it.
+    """
+    checkpoint = layer._gradient_checkpointing_func
+
+    def checkpointed(function, *arguments):
+        def run(*arguments):
+            layer.training = False
+            try:
+                return function(*arguments)
+            finally:
+                layer.training = True
+
+        return checkpoint(run, *arguments)
+
+    layer._gradient_checkpointing_func = checkpointed
+    layer.training = True
+
 
 def _close(values: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal but for the rounding of bfloat16."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,14 +13,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from recipes.compose import to_dict, to_yaml
-from recipes.errors import ConfigError
+from recipes.compose import to_yaml
 from rollouts.trajectory import Trajectory
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
+from trainers.core.wandb_run import WandbRun, mode
 
-# The columns of W&B's table of completions.
-COLUMNS = ("step", "prompt", "completion", "answer", "reward", "correct")
 # Of a step's printed line: metric, label, format.
 FIGURES = (
     ("reward/mean", "reward", "+.4f"),
@@ -55,8 +51,7 @@ class Tracker:
         last = start or -1
         self.metrics_file = _continued(run_dir / "metrics.jsonl", last)
         self.completions_file = _continued(run_dir / "completions.jsonl", last)
-        self.table: list[list] = []
-        self.wandb = _start_wandb(config, run_dir)
+        self.wandb = None if mode(config) == "disabled" else WandbRun(config, run_dir, start)
         # Seconds of the last steps.
         self.recent: deque[float] = deque(maxlen=20)
         # disable=None: no bar where stderr is no terminal. Every line has the time left anyway.
@@ -68,6 +63,8 @@ class Tracker:
             dynamic_ncols=True,
             disable=None,
         )
+        for note in self.wandb.notes if self.wandb else ():
+            self.say(note)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -125,7 +122,6 @@ class Tracker:
         for trajectory in trajectories:
             row = _completion_row(step, trajectory, tokenizer)
             self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.table.append([row[name] for name in COLUMNS])
 
     def finish(self) -> None:
         """Close everything."""
@@ -135,25 +131,13 @@ class Tracker:
         self.metrics_file.close()
         self.completions_file.close()
         if self.wandb is not None:
-            self._log_table()
             self.wandb.finish()
 
     def _record(self, row: dict) -> None:
         values = {name: _finite(value) for name, value in row.items()}
         self.metrics_file.write(json.dumps(values) + "\n")
         if self.wandb is not None:
-            charts = {
-                name: value
-                for name, value in values.items()
-                if not isinstance(value, list) and value is not None
-            }
-            self.wandb.log(charts, step=row["step"])
-
-    def _log_table(self) -> None:
-        import wandb
-
-        if self.table:
-            self.wandb.log({"completions": wandb.Table(list(COLUMNS), self.table)})
+            self.wandb.log(values)
 
 
 def _continued(path: Path, step: int) -> TextIO:
@@ -220,40 +204,3 @@ def keep_through(path: Path, step: int) -> None:
                 if json.loads(line)["step"] <= step:
                     output.write(line.removesuffix("\n") + "\n")
     temporary.replace(path)
-
-
-def _start_wandb(config, run_dir: Path):
-    mode = config.log.wandb
-    if mode == "disabled":
-        return None
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"log.wandb={mode}, but wandb does not import here ({error}); install it, or use "
-            "log.wandb=disabled"
-        ) from error
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
-    # A continued run goes on in the same record.
-    identity = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
-    return wandb.init(
-        project=config.log.project,
-        name=f"{config.recipe}/{run_dir.name}",
-        id=identity,
-        resume="allow",
-        dir=str(run_dir),
-        mode=mode,
-        config=to_dict(config),
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    )
-
-
-def _has_netrc_key() -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.components import DECISION_HEADS
+from recipes.languages import DEFAULT_BLEU_TOKENIZER
 from rollouts.simultaneous.decision import DecisionHead, SimultaneousSampling
 from trainers.core.distributed import rank
 
@@ -64,6 +65,8 @@ def write_curves(
             "max_new_tokens": limit,
         },
     }
+    if run.mode.bleu_tokenizer != DEFAULT_BLEU_TOKENIZER:
+        about["measured"]["bleu_tokenizer"] = run.mode.bleu_tokenizer
     policies: dict[str, list[Scores]] = {}
     for name in heads:
         kind = DECISION_HEADS.resolve(name)
@@ -106,7 +109,8 @@ def curves_in(file: Path, about: dict[str, Any]) -> dict[str, list[Scores]]:
 
 def resolved(name: Path | str) -> str:
     """The whole path of what is here; the Hub's names stay."""
-    return str(Path(name).resolve()) if Path(name).exists() else str(name)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else str(name)
 
 
 def bounds_label(options) -> str:

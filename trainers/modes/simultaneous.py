@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from recipes.components import DECISION_HEADS
+from recipes.languages import DEFAULT_BLEU_TOKENIZER, bleu_tokenizer, characters, is_spaceless
 from rewards.metrics.lag import lags
-from rewards.metrics.text import text_scores
+from rewards.metrics.text import check_bleu, text_scores
 from rollouts.data.examples import Example, Prompt
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import vocabulary
@@ -18,11 +19,13 @@ from rollouts.simultaneous.decision import (
     DecisionHead,
     Recorder,
     SimultaneousSampling,
+    character_starts,
     check_heads,
+    spellings,
     word_starts,
 )
 from rollouts.simultaneous.frames import embed, load_encoder
-from rollouts.simultaneous.prompts import unit_prompts
+from rollouts.simultaneous.prompts import target_cut, target_language, unit_prompts
 from rollouts.trajectory import Trajectory
 from trainers.core.distributed import gather, shard_contiguous
 from trainers.modes.plain import Plain, make_requests
@@ -35,6 +38,16 @@ class Simultaneous(Plain):
 
     sources = "sources and thoughts"
     masked = True
+
+    def __init__(self, config):
+        """Raises ConfigError: the tokenizer of BLEU cannot be used here."""
+        super().__init__(config)
+        language = target_language(config)
+        # The words of targets are characters.
+        self.by_character = is_spaceless(language)
+        self.bleu_tokenizer = config.eval.bleu_tokenizer or bleu_tokenizer(language)
+        if config.eval.every >= 0:
+            check_bleu(self.bleu_tokenizer)
 
     def prompts(
         self, examples: Sequence[Example], tokenizer, where: str
@@ -54,9 +67,10 @@ class Simultaneous(Plain):
         """Without a decision head, which `evaluation_sampling` adds."""
         if "vocab" not in limits:
             limits["vocab"], limits["missing"] = vocabulary(tokenizer)
-        options, starts = self.config.proactive, word_starts(tokenizer)
+        options = self.config.proactive
+        starts = self.starts(tokenizer).copy()
         # To stop is a decision too.
-        starts[list(stop_ids)] = True
+        starts[list(stop_ids)] = 1
         return SimultaneousSampling(
             stop_ids=tuple(stop_ids),
             word_starts=starts,
@@ -66,6 +80,10 @@ class Simultaneous(Plain):
             max_lag=options.max_lag,
             **limits,
         )
+
+    def starts(self, tokenizer) -> np.ndarray:
+        """[V]: the tokens that begin a word, as the language of the targets has them."""
+        return character_starts(tokenizer) if self.by_character else word_starts(tokenizer)
 
     def evaluation_sampling(self, run) -> SimultaneousSampling:
         sampling = super().evaluation_sampling(run)
@@ -119,43 +137,50 @@ class Simultaneous(Plain):
                 `ail`, `al`, `laal` in source units (rewards/metrics/lag.py), over the completions
                 that are not empty, NaN if all are; `head_setting`.
         """
-        rows = self._rows(run.eval_prompts, trajectories, sampling.word_starts)
+        rows = self._rows(run, trajectories, sampling.word_starts)
         texts, references, measured = zip(*rows)
         lag_rows = [lag for lag in measured if lag]
         lag_means = {
             name: float(np.mean([lag[name] for lag in lag_rows])) if lag_rows else float("nan")
             for name in LAGS
         }
-        scores = text_scores(list(texts), list(references)) | lag_means
+        scores = text_scores(list(texts), list(references), self.bleu_tokenizer) | lag_means
         return scores | {"head_setting": sampling.head.setting}
 
     def _rows(
-        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], starts: np.ndarray
+        self, run, trajectories: Sequence[Trajectory], starts: np.ndarray
     ) -> list[tuple[str, tuple[str, ...], dict[str, float]]]:
         """Text, references and lags of each completion of all ranks."""
-        by_index = {prompt.index: prompt for prompt in prompts}
+        by_index = {prompt.index: prompt for prompt in run.eval_prompts}
+        cut = target_cut(self.config)
+        texts = spellings(run.tokenizer) if self.by_character else None
         rows = []
         for trajectory in trajectories:
             prompt = by_index[trajectory.prompt_index]
             example = prompt.example
             references = example.references or (example.solution or example.answer,)
-            spent = delays(trajectory, starts).tolist()
-            units, words = len(prompt.segments) - 1, len(references[0].split())
+            spent = delays(trajectory, starts, texts).tolist()
+            units, words = len(prompt.segments) - 1, len(cut(references[0]))
             rows.append(
                 (trajectory.completion, references, lags(spent, units, words) if spent else {})
             )
         return [row for part in gather(rows) for row in part]
 
     def summary(self, scores: dict[str, Any]) -> str:
-        return f"bleu {scores['bleu']:.1f}  al {scores['al']:.2f}  rco {scores['rco']:.2f}  "
+        cut = self.bleu_tokenizer
+        label = "bleu" if cut == DEFAULT_BLEU_TOKENIZER else f"bleu ({cut})"
+        return f"{label} {scores['bleu']:.1f}  al {scores['al']:.2f}  rco {scores['rco']:.2f}  "
 
 
-def delays(trajectory: Trajectory, starts: np.ndarray) -> np.ndarray:
+def delays(
+    trajectory: Trajectory, starts: np.ndarray, texts: Sequence[str] | None = None
+) -> np.ndarray:
     """Source units that were read when each target word was complete, i.e. at its last token.
 
     Args:
         trajectory: with `reads`; its stop token is no word.
         starts: [V] bool, the tokens that begin a word.
+        texts: [V] of the tokens; words are then the characters of the text that they spell.
 
     Returns:
         [words] int.
@@ -166,5 +191,21 @@ def delays(trajectory: Trajectory, starts: np.ndarray) -> np.ndarray:
         ids, reads = ids[:-1], reads[:-1]
     if not len(ids):
         return reads
-    next_word = np.flatnonzero(np.append(False, starts[ids[1:]]))
-    return reads[np.append(next_word, len(ids)) - 1]
+    begun = starts[ids].astype(int) if texts is None else _begun([texts[i] for i in ids])
+    # The first token begins a word, whatever it is.
+    begun[0] = max(begun[0], 1)
+    first = np.flatnonzero(begun)
+    # Of the words that a token begins, the last is complete before the next word begins.
+    complete = np.repeat(reads[first], begun[first])
+    complete[np.cumsum(begun[first]) - 1] = reads[np.append(first[1:], len(ids)) - 1]
+    return complete
+
+
+def _begun(texts: Sequence[str]) -> np.ndarray:
+    """[T] int: how many characters of the joined texts each of them begins."""
+    joined = "".join(texts)
+    lengths = [len(piece) for piece in characters(joined)]
+    before = len(joined) - len(joined.lstrip())
+    places = before + np.cumsum([0, *lengths])[:-1]
+    owners = np.searchsorted(np.cumsum([len(text) for text in texts]), places, side="right")
+    return np.bincount(owners, minlength=len(texts))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.languages import words as words_of
 from rewards.metrics.latency import answer_latency, to_answer
 from rewards.streaming import Stages, score_stages
 from rollouts.data.examples import Example, Prompt
@@ -153,9 +154,9 @@ class Streaming(Plain):
 
 
 def sentence_words(prompt: Prompt, tokenizer) -> list[int]:
-    """The number of words of each sentence that is read."""
+    """The number of words of each sentence that is read; without spaces, of characters."""
     sentences = prompt.segments[len(prompt.opening) :]
-    return [len(tokenizer.decode(segment[:-1]).split()) for segment in sentences]
+    return [len(words_of(tokenizer.decode(segment[:-1]))) for segment in sentences]
 
 
 def decoding_speed(engine: Engine, prompt: Prompt, sampling: StreamingSampling) -> float:
