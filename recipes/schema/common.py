@@ -47,8 +47,7 @@ class LoraConfig:
 class ModelConfig:
     path: str = key(
         "stories-student",
-        "Model to train: a local folder, a Hugging Face name, or a model that comes with the "
-        "project.",
+        "Model to train: a local folder, a Hugging Face name, or a name of docs/models.md.",
     )
     dtype: str = key(
         "float32",

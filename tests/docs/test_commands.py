@@ -83,6 +83,8 @@ PLACEHOLDERS = {
     "MODEL_DIR": MODEL,
     "TEACHER_DIR": "stories-teacher",
     "DATA": "{work}/stories.jsonl",
+    # It would be fetched; tests/recipes/test_packaged_models.py fetches it.
+    "smollm2-135m": MODEL,
     "TEXT_FILE": "{work}/text.txt",
     "OUT_DIR": "{work}/qwen2_audio",
     "outputs/mine/checkpoints/step_100/model": MODEL,
@@ -143,6 +145,7 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
     "-m scripts.interpret": SIMULTANEOUS | {"rollout.max_new_tokens": "8"},
     "-m scripts.curves": EVALUATED | SIMULTANEOUS | {"heads": "batch", "out": "{work}/curves.json"},
     "-m scripts.new_model": {},
+    "-m scripts.remove_layers": {"layers": "1", "out": "{work}/two_layers"},
     "-m scripts.report": (),
     "-m benchmarks.streaming": ("--batch", "2", "--sentences", "1", "--repeats", "1"),
     "-m benchmarks.views": (

@@ -20,6 +20,7 @@ SCRIPTS_WITH_HELP = (
     "evaluate",
     "interpret",
     "new_model",
+    "remove_layers",
     "split_qwen2_audio",
     "stream",
     "tiny_models",

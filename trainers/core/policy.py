@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from recipes.embedded import model_folder, names
+from recipes.embedded import known_names, model_folder
 from recipes.errors import ModelError, first_line
 from recipes.registry import nearest
 from rollouts.layout import Layout, check_layouts
@@ -286,7 +286,7 @@ def check_model(key: str, path: str):
     folder = model_folder(path)
     local = Path(folder)
     if not local.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        hint = "" if "/" in path else nearest(path, names())
+        hint = "" if "/" in path else nearest(path, known_names())
         raise ModelError(f"{key}={path}: no such folder{hint}")
     try:
         config = AutoConfig.from_pretrained(folder)

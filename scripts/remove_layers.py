@@ -1,0 +1,144 @@
+"""Removes layers of a model: the folder of a smaller model that starts from the rest.
+
+    python -m scripts.remove_layers model=DIR layers=10,20,28 out=NEW_DIR
+
+`model` is anything that `model.path` takes. Layers count from 0, the one above the embedding. The
+others keep their weights and their order. What a model does less well without them can be learned
+again from the whole model, as its teacher: `model.path=NEW_DIR teacher.path=DIR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from recipes.errors import ConfigError, ModelError, first_line
+from recipes.registry import nearest
+from scripts.cli import key_values, launch, run_command
+
+OWN_KEYS = {
+    "model": "Model to start from, named as model.path is.",
+    "layers": "Layers to remove, as in 10,20,28; the first one is 0.",
+    "out": "New folder for the smaller model.",
+}
+# Lists of a config with an entry per layer.
+PER_LAYER = ("layer_types", "no_rope_layers")
+
+
+def main(arguments: list[str]) -> int:
+    """Write the model without the layers that the arguments name; returns the exit status."""
+    return run_command(print_smaller_model, arguments, __doc__, OWN_KEYS)
+
+
+def print_smaller_model(arguments: list[str]) -> None:
+    values = key_values(
+        arguments,
+        {},
+        module="scripts.remove_layers",
+        usage="model=DIR layers=10,20,28 out=NEW_DIR",
+        required=tuple(OWN_KEYS),
+    )
+    for key in values:
+        if key not in OWN_KEYS:
+            raise ConfigError(f"there is no key '{key}'{nearest(key, OWN_KEYS)}")
+    folder = Path(values["out"]).expanduser()
+    if folder.exists():
+        raise ConfigError(f"out={folder} exists; give a new folder, or delete it")
+    print(write_smaller_model(values["model"], layer_indices(values["layers"]), folder))
+
+
+def layer_indices(text: str) -> list[int]:
+    """The layers of `layers=10,20,28`.
+
+    Raises:
+        ConfigError: it has another form, or names a layer twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"layers={text} must be whole numbers with commas, as in layers=10,20,28")
+    layers = [int(part) for part in parts]
+    if len(set(layers)) < len(layers):
+        raise ConfigError(f"layers={text} names a layer twice")
+    return layers
+
+
+def write_smaller_model(path: str, layers: list[int], folder: Path) -> str:
+    """Write a model without some of its layers; returns a line about it.
+
+    Args:
+        path: a model, as `model.path` takes it.
+        layers: indices, from 0.
+        folder: a new folder.
+
+    Raises:
+        ConfigError: there is no such layer, or the folder cannot be written.
+        ModelError: the model cannot be loaded, or has no list of layers.
+    """
+    from scripts.cli import quiet_torch
+
+    quiet_torch()
+    from transformers import AutoModelForCausalLM
+
+    from recipes.embedded import model_folder
+    from rollouts.pretrained import drop_unused_sampling
+    from trainers.core.policy import check_model
+
+    tokenizer, _ = check_model("model", path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype="auto")
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model={path} cannot be loaded: {first_line(error)}") from error
+    drop_unused_sampling(model)
+    parameters, depth = model.num_parameters(), model.config.num_hidden_layers
+    remove_layers(model, layers)
+    work = folder.with_name(f"{folder.name}.part")
+    try:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        work.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written: {error}") from error
+    return (
+        f"{folder}: {model.config.num_hidden_layers} of {depth} layers, "
+        f"{model.num_parameters() / 1e6:.1f}M of {parameters / 1e6:.1f}M parameters"
+    )
+
+
+def remove_layers(model, layers: Collection[int]) -> None:
+    """Remove layers of a decoder, in place; its config then describes what is left.
+
+    Args:
+        model: a `*ForCausalLM` whose base model has a list `layers`.
+        layers: indices, from 0.
+
+    Raises:
+        ConfigError: there is no such layer, or none would be left.
+        ModelError: the model keeps its layers elsewhere.
+    """
+    from torch import nn
+
+    config, decoder = model.config, model.base_model
+    depth = config.num_hidden_layers
+    if len(getattr(decoder, "layers", ())) != depth:
+        raise ModelError(f"{type(model).__name__} has no list of {depth} layers to remove from")
+    missing = sorted(set(layers) - set(range(depth)))
+    if missing:
+        raise ConfigError(f"layers: the model has no layer {missing[0]}; its are 0 to {depth - 1}")
+    kept = [index for index in range(depth) if index not in layers]
+    if not kept:
+        raise ConfigError(f"layers: all {depth} layers would be removed; leave one at least")
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
+    # A layer's index is its place in the cache of keys and values.
+    for index, layer in enumerate(decoder.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        values = getattr(config, name, None)
+        if values:
+            setattr(config, name, [values[index] for index in kept])
+
+
+if __name__ == "__main__":
+    launch(main)
