@@ -77,8 +77,8 @@ class Policy(nn.Module):
     """A Hugging Face decoder split at its head.
 
     Args:
-        model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias and
-            soft-cap.
+        model: any `*ForCausalLM` whose logits are `lm_head(hidden)`, with an optional bias,
+            soft-cap and scale.
         embed: makes input embeddings [B, n, H] of (model, ids [B, n], frames), for sources that
             are no text. What it uses is not trained, so it is no part of the module.
 
@@ -91,6 +91,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.embed = embed
+        self.logit_scale = logit_scale(model.config)
         self.head = LMHead(
             model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
         )
@@ -98,29 +99,39 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        model, head = self.model, self.head
-        ids = torch.arange(4, device=head.weight.device)[None]
+        device = self.head.weight.device
+        first, second = torch.arange(16, device=device).view(2, 1, 8)
+        places = torch.arange(8, device=device)[None]
         training = self.training
         self.eval()
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head_logits = nn.functional.linear(hidden, head.weight, head.bias)
-        if head.softcap:
-            head_logits = head.softcap * torch.tanh(head_logits / head.softcap)
-        twice = torch.cat([ids, ids], 1)
-        packed = self._states(twice, twice, [0, 4, 8])
+        implementation = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        logits = self.model(input_ids=second, use_cache=False).logits
+        hidden = self.model.base_model(input_ids=second, use_cache=False).last_hidden_state
+        self.model.set_attn_implementation(implementation)
+        row = torch.cat([first, second], 1), torch.cat([places, places], 1)
+        # The flash kernels take 16 bits only; these weights are cast later.
+        sixteen_bits = implementation.startswith("flash") and hidden.dtype == torch.float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=sixteen_bits):
+            packed = self._states(*row, [0, 8, 16])
         self.train(training)
-        name = type(model).__name__
-        if not _close(head_logits, logits):
+        name = type(self.model).__name__
+        if not _close(self._logits(hidden), logits):
             raise ModelError(
                 f"{name} does more than a linear head after its last hidden state; not supported"
             )
-        # The second sequence of the packed row has the same tokens as the first.
-        if not _close(packed[4:], hidden[0]):
+        if not _close(packed[8:], hidden[0], sixteen_bits):
             raise ModelError(
-                f"{name} lets packed sequences see one another with model.attn_implementation="
-                f"{model.config._attn_implementation}; try another one"
+                f"{name} computes something else in packed sequences with "
+                f"model.attn_implementation={implementation} than in single ones with eager; "
+                "try another one"
             )
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the kernels make of the head, as a whole: logits [..., V] of hidden states."""
+        head = self.head
+        logits = nn.functional.linear(hidden * self.logit_scale, head.weight, head.bias)
+        return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
 
     def check_layouts(self) -> None:
         """Refuse a model that does not keep to the mask of a streaming layout.
@@ -161,21 +172,34 @@ class Policy(nn.Module):
         return output.last_hidden_state[0]
 
     def hidden(self, batch) -> torch.Tensor:
-        """Hidden states [T, H] that predict the micro-batch's targets."""
+        """Hidden states [T, H] that predict the micro-batch's targets.
+
+        The scale of a model's logits is in them, so the head is a linear one for all models.
+        """
         states = self._states(
             batch.input_ids, batch.position_ids, batch.bounds, batch.layouts, batch.frames
         )
-        return states.index_select(0, batch.rows)
+        states = states.index_select(0, batch.rows)
+        return states if self.logit_scale == 1 else states * self.logit_scale
 
     def forward(self, batch, function):
         """Run `function(head, hidden [T, H], batch)` on a micro-batch."""
         return self.head(self.hidden(batch), function, batch)
 
 
-def _close(values: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for the rounding of bfloat16."""
-    bound = 1e-2 * float(expected.abs().max())
-    return torch.allclose(values.float(), expected.float(), rtol=1e-2, atol=bound)
+def logit_scale(config) -> float:
+    """What a model multiplies its logits with, as Cohere (`logit_scale`) and Granite do."""
+    scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    numbers = [1 if not isinstance(x, (int, float)) else x for x in (scale, divisor)]
+    return numbers[0] / numbers[1]
+
+
+def _close(values: torch.Tensor, expected: torch.Tensor, sixteen_bits: bool = False) -> bool:
+    """Equal but for rounding: that of the dtype, or of 16 bits."""
+    exact = expected.dtype in (torch.float32, torch.float64) and not sixteen_bits
+    error = torch.linalg.vector_norm(values.float() - expected.float())
+    bound = 1e-4 if exact else 5e-2
+    return bool(error <= bound * torch.linalg.vector_norm(expected.float()))
 
 
 def load_policy(
