@@ -33,6 +33,19 @@ def vocabulary(tokenizer, *models) -> tuple[int, tuple[int, ...]]:
     return vocab, tuple(id for id in range(vocab) if id not in taken)
 
 
+def context_length(config) -> int | None:
+    """The longest sequence of a model, in tokens, by its config; None if that states none."""
+    config = config.get_text_config()
+    # transformers gives other names, as GPT-2's n_positions, under the first one as well.
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in lengths if length), None)
+
+
+def caps_attention(config) -> bool:
+    """Whether a model bounds its attention scores, which torch's own attention (sdpa) cannot."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def drop_unused_sampling(model) -> None:
     """Clear the sampling settings of a generation config that is greedy, where they do nothing.
 

@@ -58,8 +58,8 @@ FAMILIES = {
     "qwen2.5": Family(
         "Qwen2.5",
         "qwen2",
-        "biases, untied head, window in some layers",
-        ALTERNATING | {"use_sliding_window": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "biases, untied head",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         tied=False,
     ),
     "qwen3": Family("Qwen3", "qwen3", "normalised queries and keys"),
@@ -76,7 +76,10 @@ FAMILIES = {
         },
     ),
     "gemma3": Family(
-        "Gemma 3, text", "gemma3_text", "window, two rotary bases", ALTERNATING | {"query_pre_attn_scalar": 16}
+        "Gemma 3, text",
+        "gemma3_text",
+        "window, two rotary bases",
+        ALTERNATING | {"query_pre_attn_scalar": 16},
     ),
     "phi3": Family("Phi-3", "phi3", "fused matrices, window", WINDOWED, tied=False),
     "olmo2": Family("OLMo 2", "olmo2", "norms after attention", tied=False),

@@ -14,7 +14,7 @@ from recipes.embedded import model_folder, names
 from recipes.errors import ModelError, first_line
 from recipes.registry import nearest
 from rollouts.layout import Layout, check_layouts
-from rollouts.pretrained import drop_unused_sampling
+from rollouts.pretrained import caps_attention, drop_unused_sampling
 from trainers.core import attention
 
 DTYPES = {
@@ -287,6 +287,56 @@ def check_model(key: str, path: str):
             stop_ids += ends if isinstance(ends, list) else [ends]
     tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
     return tokenizer, config
+
+
+def check_architecture(key: str, path: str, config, attn_implementation: str) -> None:
+    """Refuse by its config a model that could not be trained rightly, before any weight is read.
+
+    Args:
+        key: the config key that names the model.
+        path: its value, for the message.
+        config: the model's.
+        attn_implementation: `model.attn_implementation`.
+
+    Raises:
+        ModelError: the model reads more than text, is no causal language model of transformers,
+            keeps a state besides keys and values, or computes its attention in its own way.
+    """
+    from transformers import AutoModelForCausalLM
+
+    classes = AutoModelForCausalLM._model_mapping
+    text = config.get_text_config()
+    if text is not config:
+        found = classes.get(type(text), None)
+        hint = f"save its text model by itself, as {found.__name__}" if found else "not supported"
+        raise ModelError(
+            f"{key}={path}: {config.model_type} is a text model inside a larger one "
+            f"(text_config); {hint}"
+        )
+    model = classes.get(type(config), None)
+    if model is None:
+        raise ModelError(f"{key}={path}: {config.model_type} is no causal language model")
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    others = sorted(layers - {"sliding_attention"})
+    if model._is_stateful or others:
+        what = f"{others[0]} layers" if others else "layers with a state"
+        raise ModelError(
+            f"{key}={path}: {config.model_type} has {what}, in which packed sequences would see "
+            "one another; not supported"
+        )
+    if attn_implementation == attention.NAME and not (
+        model._supports_attention_backend and model._supports_sdpa
+    ):
+        other = "sdpa" if model._supports_sdpa else "eager"
+        raise ModelError(
+            f"{key}={path}: {config.model_type} computes its attention in its own way; "
+            f"use model.attn_implementation={other}"
+        )
+    if attn_implementation == "sdpa" and caps_attention(config):
+        raise ModelError(
+            f"{key}={path}: {config.model_type} caps its attention scores, which "
+            "model.attn_implementation=sdpa cannot; use packed"
+        )
 
 
 def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str) -> None:
