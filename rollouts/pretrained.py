@@ -29,7 +29,7 @@ def vocabulary(tokenizer, *models) -> tuple[int, tuple[int, ...]]:
         models: configs of models, whose heads may have fewer rows.
     """
     taken = set(tokenizer.get_vocab().values())
-    vocab = min([max(taken) + 1, *(model.vocab_size for model in models)])
+    vocab = min([max(taken) + 1, *(model.get_text_config().vocab_size for model in models)])
     return vocab, tuple(id for id in range(vocab) if id not in taken)
 
 
