@@ -42,6 +42,8 @@ RUN = {
     "eval.every": -1,
     "log.wandb": "disabled",
 }
+# The probabilities of random models are small, and their fifth power gives no reward.
+TAUGHT = {"teacher.dtype": "float32", "reward.alpha": 0.1}
 
 
 class Failure(Exception):
@@ -93,9 +95,7 @@ class Subject:
         rng, size = np.random.default_rng(0), len(self.tokenizer)
         lengths = (6, 14, 9, 30, 14, 11)
         return [
-            Request(
-                i, 0, tuple(rng.integers(3, size, length).tolist()), sample_seed(0, 1, i, 0)
-            )
+            Request(i, 0, tuple(rng.integers(3, size, length).tolist()), sample_seed(0, 1, i, 0))
             for i, length in enumerate(lengths)
         ]
 
@@ -194,7 +194,7 @@ class Subject:
             "rollout.engine": self.sampler,
         }
         if recipe == "poweropd":
-            keys |= {"teacher.path": self.teacher, "teacher.dtype": "float32"}
+            keys |= TAUGHT | {"teacher.path": self.teacher}
         keys |= {name.replace("__", "."): value for name, value in changes.items()}
         command = [sys.executable]
         if ranks:
@@ -279,12 +279,12 @@ def sampler_gap(subject: Subject, engine) -> str:
 
 
 def hf_sync(subject: Subject) -> str:
-    """After an update every weight arrives, by its fingerprint and by the log-probs."""
+    """After an update every weight arrives, and one that does not is named."""
     return synced_gap(subject, subject.huggingface)
 
 
 def vllm_sync(subject: Subject) -> str:
-    """After an update every weight arrives, by its fingerprint and by the log-probs."""
+    """After an update every weight arrives, and one that does not is named."""
     return synced_gap(subject, subject.vllm)
 
 
@@ -297,7 +297,44 @@ def synced_gap(subject: Subject, engine) -> str:
     old = [t.logprobs for t in before]
     if np.allclose(np.concatenate(old), np.concatenate(subject.trainer_logprobs(before)), 1e-3):
         raise Failure("the update changed nothing, so the sync shows nothing")
-    return sampler_gap(subject, engine)
+    found = sampler_gap(subject, engine)
+    for name, _ in subject.policy.model.named_parameters():
+        check_named(subject, engine, name)
+    return found
+
+
+def check_named(subject: Subject, engine, late: str) -> None:
+    """Change every weight, and send an old one. Raises Failure: the sync does not name it."""
+    from recipes.errors import SyncError
+    from rollouts.sync import sync_weights
+
+    weights = {name: tensor.clone() for name, tensor in subject.weights()}
+    with torch.no_grad():
+        for parameter in subject.policy.parameters():
+            parameter.mul_(1.01)
+    expected = dict(subject.weights())
+    same = expected[late].data_ptr()
+    sent = {n: weights[n] if t.data_ptr() == same else t for n, t in expected.items()}
+    try:
+        sync_weights(Sender(engine, sent), subject.weights, salt=2)
+    except SyncError as error:
+        if late in str(error):
+            return
+    raise Failure(f"{late} did not arrive, and the sync did not say so")
+
+
+@dataclass
+class Sender:
+    """An engine that gets other tensors than it is said to get."""
+
+    engine: object
+    tensors: dict[str, Tensor]
+
+    def load_weights(self, weights) -> None:
+        self.engine.load_weights((name, self.tensors[name]) for name, _ in weights)
+
+    def fingerprints(self, names, salt):
+        return self.engine.fingerprints(names, salt)
 
 
 def poweropd(subject: Subject) -> str:
@@ -313,8 +350,14 @@ def grpo(subject: Subject) -> str:
         train__minibatches=2,
         rollout__samples_per_prompt=4,
         rollout__engine="hf",
+        reward__verifier="benchmarks.compatibility.features.odd_length",
     )
     return mismatch(run)
+
+
+def odd_length(completion: str, answer: str) -> float:
+    """A reward that random models earn half of the time."""
+    return float(len(completion) % 2)
 
 
 def sft(subject: Subject) -> str:
@@ -331,6 +374,8 @@ def rows(run: Path) -> list[dict]:
     found = [row for row in map(json.loads, lines) if "train/loss" in row]
     if len(found) < STEPS or not all(np.isfinite(row["train/loss"]) for row in found):
         raise Failure(f"{len(found)} of {STEPS} steps have a loss")
+    if not all(row["train/grad_norm"] > 1e-3 for row in found):
+        raise Failure("a step has no gradient")
     return found
 
 
@@ -397,7 +442,7 @@ def exported(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def zero3(subject: Subject) -> str:
-    """Two ranks under ZeRO-3 do what one rank does: the same loss and gradient in the first step."""
+    """Two ranks under ZeRO-3 have the loss and gradient of one rank in the first step."""
     folder = subject.train("poweropd", "zero3", ranks=2, engine="zero3")
     ours, theirs = rows(folder)[0], rows(subject.folder / "poweropd")[0]
     worst = max(

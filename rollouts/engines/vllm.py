@@ -249,8 +249,8 @@ def keep_transformers_classes() -> None:
     """Keep vLLM from changing classes of transformers.
 
     Models that vLLM has no code of its own for run as those of transformers. vLLM marks their class
-    for torch.compile, in place. The trainer's model and the teacher are of that class too, and could
-    not run any more. Without the mark vLLM does not compile such models.
+    for torch.compile, in place. The trainer's model and the teacher are of that class too, and
+    could not run any more. Without the mark vLLM does not compile such models.
     """
     from vllm.model_executor.models.transformers.base import Base
 

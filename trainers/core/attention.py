@@ -61,7 +61,7 @@ def packed_attention(
             sequence, and transformers' sdpa is used.
         sequence_masks: for each sequence a bool [L_i, L_i], or None where it is causal. None: all
             are.
-        softcap: bounds the scores, as Gemma 2 does: softcap * tanh(score / softcap). None: no bound.
+        softcap: scores become softcap * tanh(score / softcap), as Gemma 2's do. None: no bound.
 
     Returns:
         ([1, L, heads, d], None); the weights are not made.
