@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.compatibility.families import FAMILIES, make
 from benchmarks.compatibility.features import FAST, FEATURES, Subject
@@ -219,6 +219,24 @@ def test_packed_sequences_are_compared_with_eager_attention(tokenizer, tmp_path)
     folder = make(FAMILIES["gemma2"], tmp_path, tokenizer)
     with pytest.raises(ModelError, match="than in single ones with eager"):
         load_policy(str(folder), torch.float32, CPU, "sdpa")
+
+
+def sixteen_bits_only(module, query, key, value, mask, *, position_ids, **arguments):
+    """Stands for the flash kernels: what transformers would give them must have 16 bits."""
+    from transformers.integrations.flash_attention import get_target_dtype
+
+    dtype = get_target_dtype(query, module) or query.dtype
+    if dtype == torch.float32:
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 data type")
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    rows = (x.to(dtype) for x in (query, key, value))
+    bounds = [*starts, position_ids.shape[1]]
+    return packed_attention(module, *rows, None, sequence_bounds=bounds, **arguments)
+
+
+def test_a_policy_in_32_bits_is_checked_with_kernels_that_take_16(tiny_models):
+    AttentionInterface.register("flash_test", sixteen_bits_only)
+    load_policy(str(tiny_models["student"]), torch.float32, CPU, "flash_test")
 
 
 @pytest.mark.parametrize(
