@@ -236,7 +236,15 @@ def sixteen_bits_only(module, query, key, value, mask, *, position_ids, **argume
 
 def test_a_policy_in_32_bits_is_checked_with_kernels_that_take_16(tiny_models):
     AttentionInterface.register("flash_test", sixteen_bits_only)
-    load_policy(str(tiny_models["student"]), torch.float32, CPU, "flash_test")
+    model = load_policy(str(tiny_models["student"]), torch.float32, CPU).model
+
+    def select(name):
+        model.config._attn_implementation = name
+
+    # transformers looks for a package of any name with "flash" in it.
+    model.set_attn_implementation = select
+    select("flash_test")
+    Policy(model)
 
 
 @pytest.mark.parametrize(
