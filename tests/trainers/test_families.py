@@ -36,6 +36,10 @@ def test_a_family_works_with(subject, feature):
     FEATURES[feature].check(subject)
 
 
+def test_a_family_loads_in_16_bits(subject):
+    load_policy(str(subject.model), torch.bfloat16, CPU)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-moe", "gemma2", "gpt2", "olmo2"])
 def test_vllm_takes_a_family_and_its_weights(name, tokenizer, tmp_path):
@@ -258,3 +262,16 @@ def test_a_policy_in_32_bits_is_checked_with_kernels_that_take_16(tiny_models):
 )
 def test_the_context_by_any_name(model_type, options, length):
     assert context_length(AutoConfig.for_model(model_type, **options)) == length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_sees_the_sequence_before_is_refused(tiny_models, dtype):
+    """Also where the rounding of 16 bits leaves room."""
+
+    def leaks(module, query, key, value, mask, *, sequence_bounds=None, **arguments):
+        bounds = [0, query.shape[2]]
+        return packed_attention(module, query, key, value, None, sequence_bounds=bounds)
+
+    AttentionInterface.register("leaks", leaks)
+    with pytest.raises(ModelError, match="computes something else in packed sequences"):
+        load_policy(str(tiny_models["student"]), dtype, CPU, "leaks")

@@ -116,11 +116,14 @@ class Policy(nn.Module):
             packed = self._states(*row, [0, 8, 16])
         self.train(training)
         name = type(self.model).__name__
-        if not _close(self._logits(hidden), logits):
+        exact = hidden.dtype in (torch.float32, torch.float64)
+        if not _close(self._logits(hidden), logits, 1e-4 if exact else 2e-2):
             raise ModelError(
                 f"{name} does more than a linear head after its last hidden state; not supported"
             )
-        if not _close(packed[8:], hidden[0], sixteen_bits):
+        # The rounding of 16 bits adds up over the layers: 0.05 in a model of 30. Seeing another
+        # sequence makes 1.3 there.
+        if not _close(packed[8:], hidden[0], 1e-3 if exact and not sixteen_bits else 0.3):
             raise ModelError(
                 f"{name} computes something else in packed sequences with "
                 f"model.attn_implementation={implementation} than in single ones with eager; "
@@ -194,11 +197,9 @@ def logit_scale(config) -> float:
     return numbers[0] / numbers[1]
 
 
-def _close(values: torch.Tensor, expected: torch.Tensor, sixteen_bits: bool = False) -> bool:
-    """Equal but for rounding: that of the dtype, or of 16 bits."""
-    exact = expected.dtype in (torch.float32, torch.float64) and not sixteen_bits
+def _close(values: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    """The norm of the difference is at most `bound` times that of what is expected."""
     error = torch.linalg.vector_norm(values.float() - expected.float())
-    bound = 1e-4 if exact else 5e-2
     return bool(error <= bound * torch.linalg.vector_norm(expected.float()))
 
 
