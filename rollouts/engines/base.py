@@ -47,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the trainer's tensors in place; names are those of the Hugging Face checkpoint.
+        """Take the trainer's tensors in place; names are those of transformers' model.
 
         The iterable may be consumed lazily, as it gathers sharded parameters on the way.
         """

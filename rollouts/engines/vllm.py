@@ -31,12 +31,13 @@ FUSED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+# Matrices of all experts together: name in transformers -> name in vLLM.
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 # Matrices that the checkpoint holds as [in, out], by the model's type.
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 # Models whose window vLLM 0.32 makes one token wider than transformers does.
 WIDER_WINDOW = ("cohere2",)
-HEAD = "lm_head"
+HEAD = "lm_head"  # the module, in transformers and in vLLM
 
 
 class VllmEngine:

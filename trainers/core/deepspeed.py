@@ -137,7 +137,7 @@ class PolicyEngine:
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its checkpoint name, in the compute dtype.
+        """Every parameter whole, under its name in transformers, in the compute dtype.
 
         Under ZeRO-3 this is a collective that all ranks must walk through together, a bucket at a
         time. A tied head comes a second time under its own name. vLLM keeps a packed copy of it,

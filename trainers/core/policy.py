@@ -191,10 +191,10 @@ class Policy(nn.Module):
 
 
 def logit_scale(config) -> float:
-    """What a model multiplies its logits with, as Cohere (`logit_scale`) and Granite do."""
-    scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
-    numbers = [1 if not isinstance(x, (int, float)) else x for x in (scale, divisor)]
-    return numbers[0] / numbers[1]
+    """What a model multiplies its logits with: Cohere's `logit_scale`, Granite's divisor."""
+    scale, divisor = (getattr(config, name, 1) for name in ("logit_scale", "logits_scaling"))
+    # MPT's scale may be None or a word.
+    return scale / divisor if isinstance(scale, (int, float)) else 1.0
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
