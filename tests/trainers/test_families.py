@@ -13,6 +13,7 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
 from rollouts.engines.vllm import VllmEngine
 from rollouts.pretrained import context_length
+from rollouts.sync import sync_weights
 from trainers.core.attention import capped_attention, packed_attention
 from trainers.core.policy import Policy, load_policy
 from trainers.prepare import check_engine, prepare
@@ -73,6 +74,18 @@ def test_experts_that_vllm_packed_are_found_again(dtype):
     found = torch.empty_like(packed).flatten()
     found[_packed_places(packed, "vec")] = packed.flatten()
     assert torch.equal(found, experts.flatten())
+
+
+@pytest.mark.slow
+def test_experts_arrive_in_vllm_in_16_bits(tokenizer, tmp_path):
+    subject = Subject("qwen3-moe", tmp_path, tokenizer)
+    engine = VllmEngine(str(subject.model), compose([]), CPU, torch.bfloat16, max_length=64)
+
+    def weights():
+        return ((name, 1.5 * tensor.bfloat16()) for name, tensor in subject.weights())
+
+    sync_weights(engine, weights, salt=1)
+    engine.close()
 
 
 def attention_inputs(length):
