@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 # Nats, in float32: between a token's log-probs on two ways to compute them.
 TOLERANCE = 1e-5
+# What an export says where vLLM does not take the family.
+PARTLY = "transformers only"
 ZERO3 = ("llama-tied", "qwen3-moe", "gemma2")
 STEPS = 2
 RUN = {
@@ -182,6 +184,7 @@ class Subject:
         try:
             return "vllm" if self.vllm else "hf"
         except Exception:
+            # Its own feature has said why.
             return "hf"
 
     def train(self, recipe: str, run: str, ranks: int = 0, **changes) -> Path:
@@ -412,7 +415,7 @@ def export(subject: Subject) -> str:
         )
         theirs.append(answer[0, ids.shape[1] :].tolist())
     if subject.sampler == "hf":
-        return "transformers only"
+        return PARTLY
     greedy = Sampling(16, temperature=0.0, stop_ids=tuple(ends), vocab=len(subject.tokenizer))
     exported = Subject(subject.name, subject.folder, subject.tokenizer)
     exported.model = folder
