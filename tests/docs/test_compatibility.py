@@ -25,6 +25,6 @@ def test_what_does_not_hold_is_named_with_its_reason():
     found = copy.deepcopy(results())
     found["families"]["llama"]["features"]["sft"] = {"holds": False, "what": "it fell over"}
     text = page(found)
-    row = next(line for line in text.splitlines() if line.startswith("| Llama | "))
+    row = next(line for line in text.splitlines() if line.startswith("| Llama | yes | "))
     number = row.split("no (")[1].split(")")[0]
     assert f"\n{number}. it fell over\n" in text
