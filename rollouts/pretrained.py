@@ -29,8 +29,21 @@ def vocabulary(tokenizer, *models) -> tuple[int, tuple[int, ...]]:
         models: configs of models, whose heads may have fewer rows.
     """
     taken = set(tokenizer.get_vocab().values())
-    vocab = min([max(taken) + 1, *(model.vocab_size for model in models)])
+    vocab = min([max(taken) + 1, *(model.get_text_config().vocab_size for model in models)])
     return vocab, tuple(id for id in range(vocab) if id not in taken)
+
+
+def context_length(config) -> int | None:
+    """The longest sequence of a model, in tokens, by its config; None if that states none."""
+    config = config.get_text_config()
+    # transformers gives other names, as GPT-2's n_positions, under the first one as well.
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in lengths if length), None)
+
+
+def caps_attention(config) -> bool:
+    """Whether a model bounds its attention scores, which torch's own attention (sdpa) cannot."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def drop_unused_sampling(model) -> None:

@@ -327,7 +327,9 @@ class LiveReader:
 
     def check_room(self, source_length: int, target_length: int) -> None:
         """Raises DataError: source and target are longer than the model's context."""
-        context = getattr(self.model_config, "max_position_embeddings", None)
+        from rollouts.pretrained import context_length
+
+        context = context_length(self.model_config)
         # Target tokens have positions of their own, which begin at the offset.
         end = self.config.streaming.target_offset + target_length
         if context and max(source_length, end) > context:

@@ -11,12 +11,17 @@ from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
-from rollouts.pretrained import vocabulary
+from rollouts.pretrained import context_length, vocabulary
 from rollouts.streaming.tokens import add_tokens
 from trainers.base import Trainer
 from trainers.core.distributed import world_size
 from trainers.core.operators import check_compiler
-from trainers.core.policy import DTYPES, check_model, check_same_vocabulary
+from trainers.core.policy import (
+    DTYPES,
+    check_architecture,
+    check_model,
+    check_same_vocabulary,
+)
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.wandb_run import check_wandb
@@ -33,6 +38,7 @@ def prepare(config) -> Run:
     """
     method = TRAINERS.resolve(config.trainer)
     ENGINES.resolve(config.rollout.engine)
+    check_precision(config, method)
     run = Run(config=config, mode=reading_mode(config), method=method)
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
@@ -44,14 +50,16 @@ def prepare(config) -> Run:
     run.facts["lora"] = adapter_form(config.model.lora)
     directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
     run.place(directory)
-    context = prepare_models(run)
-    prepare_data(run, context)
+    model = prepare_models(run)
+    prepare_data(run, context_length(model))
     if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
         run.messages.append(
             "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "
             "estimate"
         )
-    run.max_length = max_length(run, context)
+    run.max_length = max_length(run, context_length(model))
+    if method.samples or run.eval_prompts:
+        check_engine(run, model)
     return run
 
 
@@ -78,7 +86,8 @@ def prepare_evaluation(config) -> Run:
     run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
         config, run.mode, run.tokenizer
     )
-    run.max_length = max_length(run, getattr(model, "max_position_embeddings", None))
+    run.max_length = max_length(run, context_length(model))
+    check_engine(run, model)
     start_engine(run)
     return run
 
@@ -90,14 +99,38 @@ def start_engine(run: Run) -> None:
     run.rollout = run.mode.wrap(make_engine(run.config, run.device, dtype, run.max_length))
 
 
-def prepare_models(run: Run) -> int | None:
+def check_engine(run: Run, model) -> None:
+    """Raises ModelError: the rollout engine refuses a model by its config."""
+    check = getattr(ENGINES.resolve(run.config.rollout.engine), "check_model", None)
+    # Engines from outside need not have it.
+    if check is not None:
+        check(run.config.model.path, model, run.max_length)
+
+
+def check_precision(config, method: type[Trainer]) -> None:
+    """Raises ConfigError: flash attention, which computes in 16 bits only, would get 32."""
+    attention = config.model.attn_implementation
+    dtypes = {"model.dtype": config.model.dtype}
+    if method.distills:
+        dtypes["teacher.dtype"] = config.teacher.dtype
+    for key, dtype in dtypes.items():
+        if attention.startswith("flash") and dtype == "float32":
+            raise ConfigError(
+                f"model.attn_implementation={attention} computes in 16 bits, and {key}=float32; "
+                "use bfloat16, or model.attn_implementation=packed"
+            )
+
+
+def prepare_models(run: Run):
     """Fill in the tokenizer and what depends on it, without reading a weight.
 
     Returns:
-        the model's context in tokens, None if it states none.
+        the model's config.
     """
     config, method = run.config, run.method
     run.tokenizer, model = check_model("model.path", config.model.path)
+    attention = config.model.attn_implementation
+    check_architecture("model.path", config.model.path, model, attention)
     tokenizer = run.tokenizer
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
@@ -108,13 +141,14 @@ def prepare_models(run: Run) -> int | None:
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
         teacher, teacher_model = check_model("teacher.path", config.teacher.path)
+        check_architecture("teacher.path", config.teacher.path, teacher_model, attention)
         check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
         heads.append(teacher_model)
     run.vocab, run.missing = vocabulary(tokenizer, *heads)
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
-    return getattr(model, "max_position_embeddings", None)
+    return model
 
 
 def prepare_data(run: Run, context: int | None) -> None:

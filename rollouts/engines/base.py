@@ -4,6 +4,9 @@
 constructs it as `Engine(path, config, device, dtype, max_length=…)`. The arguments are a model
 folder or hub name, the run's config, the rank's device, the dtype of the weights, and the longest
 sequence in tokens. tests/rollouts/test_conformance.py holds every engine to this interface.
+
+An engine may have a static `check_model(path, config, max_length)`. It is called with the model's
+config before any weight is read, and raises a ModelError for a model that the engine cannot sample.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the trainer's tensors in place; names are those of the Hugging Face checkpoint.
+        """Take the trainer's tensors in place; names are those of transformers' model.
 
         The iterable may be consumed lazily, as it gathers sharded parameters on the way.
         """

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipes.embedded import model_folder
 from rollouts.engines.decoding import Decoding
+from rollouts.pretrained import caps_attention
 from rollouts.sync import fingerprint
 from rollouts.trajectory import Request, Sampling, Trajectory
 
@@ -31,6 +32,8 @@ class HuggingFaceEngine:
 
         self.device, self.batch_size = device, config.rollout.batch_size
         model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype)
+        if caps_attention(model.config):
+            model.set_attn_implementation("eager")
         self.model = model.to(device).eval().requires_grad_(False)
         # Duplicates stay: a tied head is known by its own name too.
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))

@@ -1,9 +1,9 @@
 """The vLLM rollout engine, in the trainer's own process: one engine per rank, weights in place.
 
 vLLM's layers differ from the checkpoint's. Query, key and value are one matrix, gate and up are
-another. On a CPU each matrix is repacked for oneDNN after loading. `fingerprints` reads them back
-exactly all the same. So a tensor that did not arrive, or a stale packed copy of one that did, is
-named instead of sampled from.
+another. On a CPU each matrix is repacked for oneDNN after loading, and experts are for their own
+kernel. `fingerprints` reads them back exactly all the same. So a tensor that did not arrive, or a
+stale packed copy of one that did, is named instead of sampled from.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ FUSED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+# Matrices of all experts together: name in transformers -> name in vLLM.
+EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+# Matrices that the checkpoint holds as [in, out], by the model's type.
+TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+# Models whose window vLLM 0.32 makes one token wider than transformers does.
+WIDER_WINDOW = ("cohere2",)
+HEAD = "lm_head"  # the module, in transformers and in vLLM
 
 
 class VllmEngine:
@@ -50,6 +57,8 @@ class VllmEngine:
             if on_cpu:
                 interpret_small_functions()
             from vllm import LLM, SamplingParams
+
+            keep_transformers_classes()
         except ImportError as error:
             raise ConfigError(
                 f"rollout.engine=vllm, but vllm does not import here ({error}); "
@@ -65,6 +74,26 @@ class VllmEngine:
             self.llm = LLM(**options)
         except Exception as error:
             raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
+
+    @staticmethod
+    def check_model(path: str, config, max_length: int) -> None:
+        """Refuse a model that vLLM computes otherwise than transformers.
+
+        Args:
+            path: the model's, for the message.
+            config: the model's.
+            max_length: the longest sequence, in tokens.
+
+        Raises:
+            ModelError: it says what differs.
+        """
+        window = getattr(config, "sliding_window", None)
+        if config.model_type in WIDER_WINDOW and window and max_length > window:
+            raise ModelError(
+                f"rollout.engine=vllm: in vLLM a token of {path} sees one token more than its "
+                f"window of {window} in transformers; use rollout.engine=hf, or sequences of up to "
+                f"{window} tokens (they have {max_length})"
+            )
 
     def generate(
         self,
@@ -117,7 +146,7 @@ class VllmEngine:
 
         `weights` is consumed lazily, so it may gather as it goes.
         """
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.collective_rpc(_load, args=(weights,))
         self.llm.reset_prefix_cache()
 
     def fingerprints(self, names: Sequence[str], salt: int) -> dict[str, int | None]:
@@ -127,8 +156,10 @@ class VllmEngine:
         """
 
         def read(worker) -> dict[str, int | None]:
-            modules = dict(worker.model_runner.model.named_modules())
-            return {name: _fingerprint(modules, name, salt) for name in names}
+            model = worker.model_runner.model
+            modules = dict(model.named_modules())
+            transposed = TRANSPOSED.get(getattr(model.config, "model_type", ""), ())
+            return {name: _fingerprint(modules, name, salt, transposed) for name in names}
 
         return self.llm.collective_rpc(read)[0]
 
@@ -215,6 +246,38 @@ def interpret_small_functions() -> None:
     current_platform.simple_compile_backend = "eager"
 
 
+def keep_transformers_classes() -> None:
+    """Keep vLLM from changing classes of transformers.
+
+    Models that vLLM has no code of its own for run as those of transformers. vLLM marks their class
+    for torch.compile, in place. The trainer's model and the teacher are of that class too, and
+    could not run any more. Without the mark vLLM does not compile such models.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_for_torch_compile = lambda self: None
+
+
+def _load(worker, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Take the trainer's tensors in place, in a worker of vLLM."""
+    model = worker.model_runner.model
+    if not hasattr(model, HEAD):
+        # It computes logits with the embeddings, and knows no head.
+        weights = (pair for pair in weights if not pair[0].startswith(f"{HEAD}."))
+    worker.reload_weights(weights_iterator=weights)
+    for module in model.modules():
+        if (experts := _packed_experts(module)) is not None:
+            # vLLM 0.32 packs experts when it first loads them, but not when it loads them again.
+            experts.process_weights_after_loading(module)
+
+
+def _packed_experts(module: torch.nn.Module):
+    """vLLM's kernel of a layer of experts, where it is one that packs them on a CPU; or None."""
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    return experts if hasattr(experts, "isa") else None
+
+
 def _trajectory(request: Request, output) -> Trajectory:
     """The trajectory of one request, from vLLM's RequestOutput."""
     completion = output.outputs[0]
@@ -251,12 +314,25 @@ def _limit_logits(model: torch.nn.Module, vocab: int | None, missing: tuple[int,
 
 
 @torch.no_grad()
-def _fingerprint(modules: dict[str, torch.nn.Module], name: str, salt: int) -> int | None:
-    """The fingerprint of one checkpoint tensor, from the module of vLLM that computes with it."""
+def _fingerprint(
+    modules: dict[str, torch.nn.Module], name: str, salt: int, transposed: Sequence[str] = ()
+) -> int | None:
+    """The fingerprint of one checkpoint tensor, from the module of vLLM that computes with it.
+
+    Args:
+        modules: vLLM's, by name.
+        name: of the tensor.
+        salt: decides which columns are compared.
+        transposed: modules whose matrices the checkpoint holds as [in, out].
+    """
     path, _, kind = name.rpartition(".")
+    if path.endswith(".experts") and kind in EXPERTS:
+        return _experts_fingerprint(modules.get(f"{path}.routed_experts"), EXPERTS[kind])
     module, part = modules.get(path), None
-    if module is None:
-        parent, _, leaf = path.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
+    if module is None and path == HEAD:
+        module = _embeddings(modules)
+    elif module is None:
         fused, part = FUSED.get(leaf, (leaf, None))
         module = modules.get(f"{parent}.{fused}")
     tensor = getattr(module, kind, None)
@@ -264,8 +340,46 @@ def _fingerprint(modules: dict[str, torch.nn.Module], name: str, salt: int) -> i
         return None
     rows = _output_rows(module, part)
     if tensor.dim() == 2 or tensor.numel() == 0:
-        return _matrix_fingerprint(module, tensor, rows, name, salt)
+        return _matrix_fingerprint(module, tensor, rows, name, salt, leaf in transposed)
     return checksum(tensor[rows])
+
+
+def _embeddings(modules: dict[str, torch.nn.Module]) -> torch.nn.Module | None:
+    """The input embeddings, which are a tied head too."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return next((m for m in modules.values() if isinstance(m, VocabParallelEmbedding)), None)
+
+
+def _experts_fingerprint(module: torch.nn.Module | None, name: str) -> int | None:
+    """The fingerprint of all experts' matrices [E, out, in].
+
+    On a CPU they are packed, which only moves numbers. So packing their places tells where each is.
+    """
+    tensor = getattr(module, name, None)
+    if tensor is None:
+        return None
+    experts = _packed_experts(module)
+    if experts is not None:
+        places = _packed_places(tensor, experts.isa)
+        tensor = torch.empty_like(tensor).flatten().scatter_(0, places, tensor.flatten())
+    return checksum(tensor)
+
+
+def _packed_places(tensor: Tensor, isa: str) -> Tensor:
+    """Where each number of a packed tensor was before, as places in the flat tensor."""
+    from vllm import _custom_ops
+
+    bits = torch.int32 if tensor.element_size() == 4 else torch.int16
+    size = 2 ** (8 * tensor.element_size())
+    places = torch.arange(tensor.numel())
+    packed = 0
+    # Sixteen bits cannot count far: the digits of a place are packed one after the other.
+    for digit in range(1 if bits is torch.int32 else 2):
+        digits = (places // size**digit % size).to(bits).view(tensor.dtype).view(tensor.shape)
+        moved = _custom_ops.cpu_prepack_moe_weight(digits, isa).view(bits).flatten()
+        packed = packed + moved.long() % size * size**digit
+    return packed
 
 
 def _output_rows(module: torch.nn.Module, part: int | None) -> slice:
@@ -284,15 +398,19 @@ def _output_rows(module: torch.nn.Module, part: int | None) -> slice:
     return slice(None)
 
 
-def _matrix_fingerprint(module, weight: Tensor, rows: slice, name: str, salt: int) -> int | None:
+def _matrix_fingerprint(
+    module, weight: Tensor, rows: slice, name: str, salt: int, transposed: bool
+) -> int | None:
     """The fingerprint of sampled columns of the matrix that the module multiplies with.
 
     The columns are read, or recovered with one-hot inputs. One-hot inputs recover a packed matrix
     exactly, as every other product is a zero. Where both the plain and a packed copy exist, as for
     a head, they must agree. None is returned if they do not.
+
+    The columns of a matrix that the checkpoint holds transposed are rows here.
     """
     width = weight.shape[1] if weight.dim() == 2 else module.input_size
-    columns = sampled_columns(name, width, salt)
+    columns = torch.arange(width) if transposed else sampled_columns(name, width, salt)
     readings = []
     if weight.numel():
         readings.append(weight[rows][:, columns.to(weight.device)])
@@ -301,6 +419,8 @@ def _matrix_fingerprint(module, weight: Tensor, rows: slice, name: str, salt: in
         one_hot = torch.zeros(len(columns), width, dtype=dtype)
         one_hot[torch.arange(len(columns)), columns] = 1
         readings.append(module.cpu_linear(one_hot, weight, None).t()[rows])
+    if transposed:
+        readings = [r[sampled_columns(name, len(r), salt).to(r.device)].t() for r in readings]
     checksums = {checksum(reading) for reading in readings}
     return checksums.pop() if len(checksums) == 1 else None
 

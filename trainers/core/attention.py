@@ -12,6 +12,8 @@ A streaming layout (rollouts/layout.py) reaches the model in one of three forms:
     the others        one [L, L] mask over the packed row
 
 Implementations that would ignore the last are refused when the model is loaded.
+
+What a model asks of its attention and `packed` does not know is an error, never dropped.
 """
 
 from __future__ import annotations
@@ -22,9 +24,13 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from recipes.errors import ModelError
 from rollouts.layout import Layout, additive, sees
 
 NAME = "packed"
+FULL = "full_attention"
+# What models pass on that changes nothing here: the keys already have their positions.
+WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache", "output_router_logits"}
 
 
 def packed_attention(
@@ -38,6 +44,7 @@ def packed_attention(
     sliding_window=None,
     sequence_bounds=None,
     sequence_masks=None,
+    softcap=None,
     **kwargs,
 ):
     """Attention inside each sequence of a packed row, causal or by its mask.
@@ -54,16 +61,24 @@ def packed_attention(
             sequence, and transformers' sdpa is used.
         sequence_masks: for each sequence a bool [L_i, L_i], or None where it is causal. None: all
             are.
+        softcap: scores become softcap * tanh(score / softcap), as Gemma 2's do. None: no bound.
 
     Returns:
         ([1, L, heads, d], None); the weights are not made.
+
+    Raises:
+        ModelError: the model passes something else that is not None, such as attention sinks. Or
+            the layer has a window by its config, and passes none.
     """
     if sequence_bounds is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        _refuse(module, {"softcap": softcap, "s_aux": kwargs.get("s_aux")})
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _refuse(module, {name: kwargs[name] for name in kwargs.keys() - WITHOUT_EFFECT})
+    _check_window(module, sliding_window)
     lengths = [end - start for start, end in pairwise(sequence_bounds)]
     runs = equal_runs(lengths, sequence_masks or [None] * len(lengths))
     # The backward of `split` is one concatenation. Each slice's would fill a [T] gradient.
@@ -75,18 +90,69 @@ def packed_attention(
             mask = _window_mask(length, sliding_window, query.device)
         # [heads, count * length, d] -> [count, heads, length, d], without a copy.
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in run_parts)
-        attended = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout if module.training else 0.0,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=True,
-        )
+        options = {"dropout_p": dropout if module.training else 0.0, "scale": scaling}
+        if softcap is not None:
+            attended = capped_attention(q, k, v, mask, softcap, **options)
+        else:
+            attended = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True, **options
+            )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def capped_attention(query, key, value, mask, softcap, dropout_p=0.0, scale=None) -> torch.Tensor:
+    """Attention with bounded scores, which torch's own cannot compute.
+
+    The scores are made as a whole.
+
+    Args:
+        query: [count, heads, L, d].
+        key, value: [count, kv_heads, L, d].
+        mask: bool [L, L]; None: causal.
+        softcap: scores become softcap * tanh(score / softcap).
+        dropout_p: of the attention weights.
+        scale: of the scores; None: 1 / sqrt(d).
+
+    Returns:
+        [count, heads, L, d].
+    """
+    length, width = query.shape[-2:]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    weights = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout_p) @ value
+
+
+def _refuse(module, arguments: dict[str, Any]) -> None:
+    """Raises ModelError: the attention layer passes one of these arguments."""
+    if given := sorted(name for name, value in arguments.items() if value is not None):
+        raise ModelError(
+            f"{type(module).__name__} passes {given[0]} to its attention, which "
+            f"model.attn_implementation={NAME} does not know; try eager"
+        )
+
+
+def _check_window(module, window: int | None) -> None:
+    """Raises ModelError: a layer has a window by its config, but does not say so in its call.
+
+    Its model puts the window into a mask, which is not made here.
+    """
+    config = getattr(module, "config", None)
+    layers, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if layers is not None and layer is not None:
+        kind = layers[layer]
+    else:
+        kind = "sliding_attention" if getattr(config, "sliding_window", None) else FULL
+    if window is None and kind != FULL:
+        raise ModelError(
+            f"{type(module).__name__} has {kind} that model.attn_implementation={NAME} is not told "
+            "of; try sdpa"
+        )
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -159,7 +159,7 @@ class PolicyEngine:
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its checkpoint name, in the compute dtype.
+        """Every parameter whole, under its name in transformers, in the compute dtype.
 
         Under ZeRO-3 this is a collective that all ranks must walk through together, a bucket at a
         time. A tied head comes a second time under its own name. vLLM keeps a packed copy of it,
@@ -167,11 +167,11 @@ class PolicyEngine:
         """
         seen: set[int] = set()
         bucket: list[tuple[str, torch.nn.Parameter]] = []
-        size = 0
+        size, head = 0, self._head_name()
         for name, parameter in self.policy.model.named_parameters(remove_duplicate=False):
             if lora.is_adapter(name):
                 continue
-            if id(parameter) in seen and not name.startswith("lm_head."):
+            if id(parameter) in seen and not name.startswith(f"{head}."):
                 continue
             seen.add(id(parameter))
             bucket.append((name, parameter))
@@ -181,6 +181,12 @@ class PolicyEngine:
                 yield from self._gathered(bucket)
                 bucket, size = [], 0
         yield from self._gathered(bucket)
+
+    def _head_name(self) -> str:
+        """The name of the head's module."""
+        model = self.policy.model
+        head = model.get_output_embeddings()
+        return next(name for name, module in model.named_modules() if module is head)
 
     def _gathered(
         self, bucket: list[tuple[str, torch.nn.Parameter]]
@@ -218,7 +224,7 @@ class PolicyEngine:
             model.generation_config.eos_token_id = list(stop_ids)
             if model.config.tie_word_embeddings:
                 # The embeddings' own entry holds a tied head.
-                state.pop("lm_head.weight", None)
+                state.pop(f"{self._head_name()}.weight", None)
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
 
