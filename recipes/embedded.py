@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recipes import packaged_models
+from recipes import packaged_models, smaller_models
 
 FOLDER = Path(__file__).resolve().parent / "models"
 MANIFEST = "manifest.json"
@@ -22,8 +22,8 @@ def names() -> list[str]:
 
 
 def known_names() -> list[str]:
-    """Every name that stands for a model: those of the embedded and of the packaged models."""
-    return sorted([*names(), *packaged_models.MODELS])
+    """Every name that stands for a model: those of embedded, packaged and smaller models."""
+    return sorted([*names(), *packaged_models.MODELS, *smaller_models.MODELS])
 
 
 def manifest(folder: Path = FOLDER) -> dict:
@@ -45,4 +45,6 @@ def model_folder(path: str) -> str:
         return str(FOLDER / path)
     if path in packaged_models.MODELS:
         return str(packaged_models.packaged_folder(path))
+    if path in smaller_models.MODELS:
+        return str(smaller_models.smaller_folder(path))
     return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -9,7 +9,6 @@ again from the whole model, as its teacher: `model.path=NEW_DIR teacher.path=DIR
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from recipes.errors import ConfigError, ModelError, first_line
@@ -21,8 +20,6 @@ OWN_KEYS = {
     "layers": "Layers to remove, as in 10,20,28; the first one is 0.",
     "out": "New folder for the smaller model.",
 }
-# Lists of a config with an entry per layer.
-PER_LAYER = ("layer_types", "no_rope_layers")
 
 
 def main(arguments: list[str]) -> int:
@@ -80,6 +77,7 @@ def write_smaller_model(path: str, layers: list[int], folder: Path) -> str:
     from transformers import AutoModelForCausalLM
 
     from recipes.embedded import model_folder
+    from recipes.smaller_models import remove_layers
     from rollouts.pretrained import drop_unused_sampling
     from trainers.core.policy import check_model
 
@@ -102,42 +100,6 @@ def write_smaller_model(path: str, layers: list[int], folder: Path) -> str:
         f"{folder}: {model.config.num_hidden_layers} of {depth} layers, "
         f"{model.num_parameters() / 1e6:.1f}M of {parameters / 1e6:.1f}M parameters"
     )
-
-
-def remove_layers(model, layers: Collection[int]) -> None:
-    """Remove layers of a decoder, in place; its config then describes what is left.
-
-    Args:
-        model: a `*ForCausalLM` whose base model has a list `layers`.
-        layers: indices, from 0.
-
-    Raises:
-        ConfigError: there is no such layer, or none would be left.
-        ModelError: the model keeps its layers elsewhere.
-    """
-    from torch import nn
-
-    config, decoder = model.config, model.base_model
-    depth = config.num_hidden_layers
-    if len(getattr(decoder, "layers", ())) != depth:
-        raise ModelError(f"{type(model).__name__} has no list of {depth} layers to remove from")
-    missing = sorted(set(layers) - set(range(depth)))
-    if missing:
-        raise ConfigError(f"layers: the model has no layer {missing[0]}; its are 0 to {depth - 1}")
-    kept = [index for index in range(depth) if index not in layers]
-    if not kept:
-        raise ConfigError(f"layers: all {depth} layers would be removed; leave one at least")
-    decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
-    # A layer's index is its place in the cache of keys and values.
-    for index, layer in enumerate(decoder.layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    config.num_hidden_layers = len(kept)
-    for name in PER_LAYER:
-        values = getattr(config, name, None)
-        if values:
-            setattr(config, name, [values[index] for index in kept])
 
 
 if __name__ == "__main__":

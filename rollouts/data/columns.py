@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from recipes.errors import DataError
-from rewards.math import BOX, extract_boxed
+from rewards.math import BOX, extract_boxed, extract_marked
 from rollouts.data.cells import cell, cell_text, listed, without_gaps
 from rollouts.data.conversations import (
     chat_turns,
@@ -59,8 +59,6 @@ SOLUTION_COLUMNS = ("solution", "output", "response", "completion", "chosen")
 # Columns whose text depends on other columns, unless the user names them.
 JOINED_COLUMNS = {"instruction": instruction_text, "question": question_text}
 
-# A worked text that ends in its answer, as GSM8K's do.
-GSM8K = re.compile(r"(?P<worked>.*)####\s*(?P<answer>\S[^\n]*)", re.DOTALL)
 ONLY_A_BOX = re.compile(rf"\$*{BOX}[^\n]*\}}\$*\.?")
 THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3})")
 
@@ -295,8 +293,9 @@ def _answer(text: str | None, is_text: bool = False) -> tuple[tuple[str, ...], s
     """
     if text is None or not text.strip():
         return (), None
-    if marked := GSM8K.fullmatch(text.rstrip()):
-        return (THOUSANDS_COMMA.sub("", marked["answer"]),), marked["worked"].strip() or None
+    if (marked := extract_marked(text)) and marked[1]:
+        worked, answer = marked
+        return (THOUSANDS_COMMA.sub("", answer),), worked or None
     if boxed := extract_boxed(text):
         return (boxed,), None if ONLY_A_BOX.fullmatch(text.strip()) else text
     return ((), text) if is_text else ((text,), None)

@@ -22,6 +22,8 @@ class Writes:
         if self.fail:
             raise KeyboardInterrupt
 
+    adapted = ()
+
     def save_model(self, folder, tokenizer, stop_ids):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
