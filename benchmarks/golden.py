@@ -91,6 +91,7 @@ RUNS: dict[str, dict] = {
     "poweropd_resumed": {"recipe": "poweropd", "checkpoint.every": 2, "stop_at": 2},
     "poweropd_full": {},
     "poweropd_paper": TAUGHT,
+    "poweropd_lora": TAUGHT,
     "opd": {},
     "opd_clip": {},
     "opd_tanh": {},

@@ -177,12 +177,18 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
     raise ConfigError(_no_such_key(key, kind))
 
 
+def _depth_then_name(key: str) -> tuple[int, str]:
+    return key.count("."), key
+
+
 def _no_such_key(key: str, kind: type[Config]) -> str:
     keys, leaf = _all_names(kind), key.rsplit(".", 1)[-1]
     same = [name for name in keys if name.rsplit(".", 1)[-1] == leaf]
     hint = foreign_names.hint(key, keys)
     if hint is None:
-        hint = f"; did you mean '{min(same)}'?" if same else nearest(key, keys)
+        hint = (
+            f"; did you mean '{min(same, key=_depth_then_name)}'?" if same else nearest(key, keys)
+        )
     if len(hint) > 200:
         hint = "; `python train.py --help` prints every key"
     return f"there is no key '{key}'{hint}"

@@ -147,6 +147,35 @@ def _fields_reader(
     return partial(_table_fields, source=source, columns=_choose_columns(source, rows, named))
 
 
+def form_of(source: str, rows: Iterable[Row], named: NamedColumns) -> str:
+    """How the rows of a file are read, in words.
+
+    Args:
+        source: the file's name.
+        rows: of the file.
+        named: the columns that the user names.
+
+    Raises:
+        DataError: as `row_examples`.
+    """
+    filled = [without_gaps(row) for row in rows]
+    if not filled:
+        return "no rows"
+    read = _fields_reader(source, filled, named)
+    if read is segmented:
+        return "a text in sentences, a question and, for training, thoughts"
+    if read is squad:
+        return "SQuAD: context, question and answers"
+    columns = read.keywords["columns"]
+    parts = [f"prompt from '{columns.prompt}'"]
+    if columns.answer is not None:
+        parts.append(f"answer from '{columns.answer}'")
+    target = named.target or columns.solution
+    if target is not None:
+        parts.append(f"target from '{target}'")
+    return ", ".join(parts)
+
+
 def _choose_columns(source: str, rows: list[Row], named: NamedColumns) -> Columns:
     def first_of(columns: Iterable[str]) -> str | None:
         """The first column that has a value in any row."""

@@ -144,6 +144,8 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
     "-m scripts.stream": {"pace": "0", "max_new_tokens": "16"},
     "-m scripts.interpret": SIMULTANEOUS | {"rollout.max_new_tokens": "8"},
     "-m scripts.curves": EVALUATED | SIMULTANEOUS | {"heads": "batch", "out": "{work}/curves.json"},
+    "-m scripts.divergence": {"size": "1", "max_new_tokens": "8", "engine": "hf"},
+    "-m scripts.inspect": {},
     "-m scripts.new_model": {},
     "-m scripts.remove_layers": {"layers": "1", "out": "{work}/two_layers"},
     "-m scripts.report": (),

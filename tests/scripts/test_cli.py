@@ -17,7 +17,9 @@ from scripts.cli import key_values, next_steps, run_command
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SCRIPTS_WITH_HELP = (
     "curves",
+    "divergence",
     "evaluate",
+    "inspect",
     "interpret",
     "new_model",
     "remove_layers",

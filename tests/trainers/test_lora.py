@@ -40,6 +40,7 @@ def engine_of(policy) -> PolicyEngine:
     """The engine without DeepSpeed, which wants a process of its own."""
     engine = object.__new__(PolicyEngine)
     engine.policy, engine.engine, engine.sharded = policy, policy, False
+    engine.config = compose(["recipe=sft"])
     engine.adapted, engine.dtype = lora.adapted_layers(policy.model), torch.float32
     return engine
 

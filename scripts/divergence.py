@@ -1,0 +1,130 @@
+"""Measures how far a model is from its teacher: KL divergence and agreement on held-out prompts.
+
+    python -m scripts.divergence model=DIR teacher=DIR data=NAME_OR_FILE size=32
+
+The model writes a completion to each prompt, at temperature 1. At each of its tokens both
+distributions over the vocabulary are compared, in float32:
+
+    kl         the mean of KL(model || teacher), in nats per token: what on-policy distillation
+               lowers
+    agreement  the share of tokens at which both have the same most likely token
+
+The result is JSON on the last line of stdout. `data` is anything that `eval.path` takes, and
+`split` and `size` choose its rows. Every other key of the config works too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from scripts.cli import compose_values, key_values, launch, run_command
+
+SHORT_KEYS = {
+    "model": "model.path",
+    "teacher": "teacher.path",
+    "data": "eval.path",
+    "size": "eval.size",
+    "split": "eval.split",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "engine": "rollout.engine",
+}
+# Tokens whose distributions are compared at once.
+CHUNK = 256
+
+
+def main(arguments: list[str]) -> int:
+    """Compare the models that the arguments name; returns the exit status."""
+    return run_command(print_divergence, arguments, __doc__, SHORT_KEYS)
+
+
+def print_divergence(arguments: list[str]) -> None:
+    values = key_values(
+        arguments,
+        SHORT_KEYS,
+        module="scripts.divergence",
+        usage="model=DIR teacher=DIR data=NAME_OR_FILE size=32",
+        required=("model", "teacher", "data"),
+    )
+    defaults = {"recipe": "opd", "log.wandb": "disabled", "eval.k": "1", "eval.samples": "1"}
+    print(json.dumps(measure(compose_values(defaults | values))))
+
+
+def measure(config) -> dict:
+    """Sample from the model, and compare it with its teacher token by token.
+
+    Args:
+        config: of a recipe with a teacher; its evaluation data is read.
+
+    Returns:
+        `kl` (nats per token), `agreement` (0 to 1), and what they were measured on.
+
+    Raises:
+        OnstreamError: a model or the data cannot be used.
+    """
+    from trainers.core.policy import check_model, check_same_vocabulary
+    from trainers.evaluation import evaluate
+    from trainers.prepare import prepare_evaluation
+
+    teacher_tokenizer, _ = check_model("teacher", config.teacher.path)
+    run = prepare_evaluation(config)
+    check_same_vocabulary(run.tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
+    _, trajectories = evaluate(run)
+    run.rollout.close()
+    kl, agrees = compare(run, trajectories)
+    return {
+        "model": config.model.path,
+        "teacher": config.teacher.path,
+        "data": run.eval_name,
+        "prompts": len(run.eval_prompts),
+        "tokens": len(kl),
+        "kl": float(kl.mean()),
+        "kl_standard_error": float(kl.std() / len(kl) ** 0.5),
+        "agreement": float(agrees.float().mean()),
+    }
+
+
+@torch.no_grad()
+def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(model || teacher) in nats [T], and whether the most likely tokens are the same [T] bool.
+
+    Args:
+        run: prepared for evaluation.
+        trajectories: with T completion tokens.
+    """
+    from trainers.core.batching import make_microbatches, pack
+    from trainers.core.teacher import FrozenModel
+
+    config = run.config
+    models = [
+        FrozenModel(path, "float32", run).policy
+        for path in (config.model.path, config.teacher.path)
+    ]
+    divergences, agreements = [], []
+    lengths = [trajectory.length for trajectory in trajectories]
+    for members in make_microbatches(lengths, config.train.tokens_per_microbatch):
+        batch = pack(trajectories, members, run.device)
+        states = [model.hidden(batch) for model in models]
+        for chunk in zip(*(state.split(CHUNK) for state in states)):
+            model, teacher = (
+                logprobs(policy.head, hidden, run.vocab) for policy, hidden in zip(models, chunk)
+            )
+            # A token that neither can write has a log-prob of minus infinity in both.
+            terms = model.exp() * (model - teacher)
+            divergences.append(terms.nan_to_num(0.0).sum(-1))
+            agreements.append(model.argmax(-1) == teacher.argmax(-1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def logprobs(head, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Log-probs [T, vocab] of hidden states [T, H], in nats."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, :vocab].float()
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(-1)
+
+
+if __name__ == "__main__":
+    launch(main)
