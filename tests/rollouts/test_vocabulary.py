@@ -12,6 +12,7 @@ from recipes.compose import compose
 from rollouts.engines.huggingface import HuggingFaceEngine
 from rollouts.engines.vllm import VllmEngine
 from rollouts.pretrained import token_count
+from rollouts.streaming.tokens import add_tokens, extend_model
 from rollouts.trajectory import Request, Sampling
 from scripts.tiny_models import TinyModel, initialise
 from trainers.core.policy import load_policy
@@ -93,6 +94,23 @@ def test_a_run_with_padded_heads(padded, overrides, run_command, tmp_path, sampl
     rows = read(tmp_path / "run" / "metrics.jsonl")
     gaps = [row["mismatch/logp_abs_mean"] for row in rows if "train/loss" in row]
     assert len(gaps) == 2 and max(gaps) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_streaming_run_with_a_padded_head(padded, overrides, run_command, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(padded / "student")
+    model = extend_model(
+        str(padded / "student"), tokenizer, add_tokens(tokenizer), tmp_path / "streaming"
+    )
+    assert token_count(tokenizer) < ROWS
+    keys = {"rollout__samples_per_prompt": 2, "streaming__seconds_per_token": 0.01}
+    done = run_command("train.py", *overrides(recipe="adasr", model__path=model, **keys))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert max(row.get("mismatch/logp_abs_mean", 0) for row in rows) < 1e-5
+    # An id without a token is written as nothing.
+    written = [row["tokens"] for row in read(tmp_path / "run" / "completions.jsonl")]
+    assert written and all(token for tokens in written for token in tokens)
 
 
 def test_the_head_leaves_out_what_is_no_token(padded):
