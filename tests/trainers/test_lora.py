@@ -205,3 +205,21 @@ def test_streaming_sft_with_new_tokens(tiny_models, overrides, run_command, tmp_
     loaded = PeftModel.from_pretrained(base, checkpoint / "adapter")
     merged = logits(plain(checkpoint / "model"))
     torch.testing.assert_close(logits(loaded), merged, atol=1e-5, rtol=1e-5)
+
+
+def test_vllm_answers_with_the_adapter_as_with_the_merged_model(
+    tiny_models, overrides, run_command, tmp_path
+):
+    keys = {"recipe": "sft", "model__lora__rank": 8, "rollout__engine": "hf", "train__lr": 0.02}
+    done = run_command("train.py", *overrides(**keys, checkpoint__every=1))
+    assert done.returncode == 0, done.stderr[-2000:]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
+    done = run_command(
+        "-m",
+        "tests.trainers.lora_worker",
+        *(tiny_models["student"], checkpoint / "adapter", checkpoint / "model"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers["adapter"] == answers["merged"] == answers["transformers"]
+    assert answers["base"] != answers["merged"]
