@@ -61,7 +61,14 @@ def in_transformers(path: str, prompts: list[list[int]]) -> list[list[int]]:
     model.generation_config.eos_token_id = None
     answers = []
     for ids in prompts:
-        tokens = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        prompt = torch.tensor([ids])
+        # Without a mask, transformers takes end tokens in the prompt for padding.
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
         answers.append(tokens[0, len(ids) :].tolist())
     return answers
 
