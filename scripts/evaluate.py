@@ -6,6 +6,9 @@
     python -m scripts.evaluate mode=read_then_think model=DIR data=NAME_OR_FILE k=8
     python -m scripts.evaluate mode=simultaneous model=DIR data=NAME_OR_FILE proactive.head=entropy
 
+All rows of a file are measured, and a completion may have 1,024 tokens; `size` and `max_new_tokens`
+say otherwise. Of generated data, 400 prompts are. What was dropped is said on stderr.
+
 The result is JSON on the last line of stdout. `data` is anything that `data.path` takes. Every
 other key of the config works too, as in `data.suffix='…'` or `rollout.batch_size=64`.
 
@@ -27,6 +30,7 @@ sentences. They also add the answer's latency for a reader of `streaming.words_p
 from __future__ import annotations
 
 import json
+import sys
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
@@ -46,6 +50,9 @@ SHORT_KEYS = {
     "dtype": "model.dtype",
 }
 OWN_KEYS = {"mode": "How the model reads: streaming, read_then_think or simultaneous."}
+# Data that is generated: a part of it is measured. Of other data all rows are.
+GENERATED = ("stories", "translation")
+ALL_OF_A_FILE = {"eval.size": "null", "rollout.max_new_tokens": "1024"}
 # The value of streaming.layout in each mode.
 LAYOUTS = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}
 
@@ -64,7 +71,10 @@ def print_scores(arguments: list[str]) -> None:
         required=("model", "data"),
     )
     mode = values.pop("mode", None)
-    config = compose_values(mode_defaults(mode, values["eval.path"]) | values)
+    defaults = mode_defaults(mode, values["eval.path"])
+    if mode is None and values["eval.path"] not in GENERATED:
+        defaults |= ALL_OF_A_FILE
+    config = compose_values(defaults | values)
     scores = evaluate_model(config)
     if mode is not None:
         scores = {"mode": mode, **scores}
@@ -96,6 +106,8 @@ def evaluate_model(config) -> dict:
     from trainers.prepare import prepare_evaluation
 
     run = prepare_evaluation(config)
+    for message in run.messages:
+        print(message, file=sys.stderr)
     scores, _ = evaluate(run)
     run.rollout.close()
     return {

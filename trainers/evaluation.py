@@ -9,12 +9,11 @@ import numpy as np
 
 from recipes.errors import DataError
 from rewards.metrics.pass_at_k import avg_at_k, pass_at_k
-from rollouts.data.examples import Prompt
 from rollouts.data.load import configured_examples
 from rollouts.trajectory import Sampling, Trajectory, sample_seed
 from trainers.core.distributed import gather, rank, shard_contiguous
 from trainers.core.progress import Progress
-from trainers.modes.plain import Plain, make_requests
+from trainers.modes.plain import make_requests
 from trainers.run import Run
 
 GENERATED = ("stories", "translation")  # data sets with a held-out part
@@ -31,16 +30,14 @@ def eval_path(config) -> str | None:
     return config.eval.path or generated
 
 
-def eval_prompts(config, mode: Plain, tokenizer) -> tuple[str, list[Prompt], int]:
-    """The evaluation prompts.
-
-    Returns:
-        (the data's name, prompts, how many were dropped as over-long).
+def read_eval_prompts(run: Run) -> None:
+    """Fill in the evaluation prompts of a run with a tokenizer, and say what was dropped.
 
     Raises:
         DataError: the data cannot be used, or no row of it has an answer.
     """
-    path, evaluation = eval_path(config), config.eval
+    config, data, evaluation = run.config, run.config.data, run.config.eval
+    path = eval_path(config)
     examples = configured_examples(
         config.data,
         config.seed,
@@ -50,14 +47,30 @@ def eval_prompts(config, mode: Plain, tokenizer) -> tuple[str, list[Prompt], int
         size=evaluation.size,
         verbose=False,
         varied=False,
+        prompt_column=evaluation.prompt_column or data.prompt_column,
+        answer_column=evaluation.answer_column or data.answer_column,
+        target_column=evaluation.target_column or data.target_column,
     )
     answered = [example for example in examples if example.answer is not None]
     if not answered:
         raise DataError(
             f"eval.path={path}: no row has an answer to score against; name its column with "
-            "data.answer_column"
+            "eval.answer_column"
         )
-    return data_name(path), *mode.prompts(answered, tokenizer, f"eval.path={path}")
+    run.eval_name = data_name(path)
+    run.eval_prompts, run.eval_dropped = run.mode.prompts(
+        answered, run.tokenizer, f"eval.path={path}"
+    )
+    if run.eval_dropped:
+        run.messages.append(
+            f"eval  {run.eval_dropped} over-long prompts of {run.eval_name} were dropped"
+        )
+    unanswered = len(examples) - len(answered)
+    if unanswered:
+        run.messages.append(
+            f"eval  {unanswered} of {len(examples)} rows of {run.eval_name} have no answer and "
+            "were dropped"
+        )
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from trainers.core.policy import (
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.wandb_run import check_wandb
-from trainers.evaluation import eval_path, eval_prompts
+from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
 from trainers.run import Run
 
@@ -83,9 +83,7 @@ def prepare_evaluation(config) -> Run:
     run.tokenizer, model = check_model("model", config.model.path)
     run.vocab, run.missing = vocabulary(run.tokenizer, model)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
-    run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
-        config, run.mode, run.tokenizer
-    )
+    read_eval_prompts(run)
     run.max_length = max_length(run, context_length(model))
     check_engine(run, model)
     start_engine(run)
@@ -176,13 +174,7 @@ def prepare_data(run: Run, context: int | None) -> None:
     if not eval_path(config):
         run.messages.append("eval  off: name held-out data with eval.path")
         return
-    run.eval_name, run.eval_prompts, run.eval_dropped = eval_prompts(
-        config, run.mode, run.tokenizer
-    )
-    if run.eval_dropped:
-        run.messages.append(
-            f"eval  {run.eval_dropped} over-long prompts of {run.eval_name} were dropped"
-        )
+    read_eval_prompts(run)
 
 
 def answered(examples: Sequence[Example], run: Run) -> list[Example]:

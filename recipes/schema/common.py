@@ -228,13 +228,22 @@ class EvalConfig:
     samples: int | None = key(
         None, "Number of completions per prompt, k or more. null: k.", at_least=1
     )
-    size: int = key(400, "Number of prompts.", at_least=1)
+    size: int | None = key(400, "Number of prompts, from the first. null: all.", at_least=1)
     path: str | None = key(
         None,
         "Evaluation data, as data.path. null: the held-out part of generated data, and nothing "
         "for other data.",
     )
     split: str = key("heldout", "Split of the evaluation data.")
+    prompt_column: str | None = key(
+        None, "Column of the prompt in the evaluation data. null: as data.prompt_column says."
+    )
+    answer_column: str | None = key(
+        None, "Column of the answer in the evaluation data. null: as data.answer_column says."
+    )
+    target_column: str | None = key(
+        None, "Column of the target in the evaluation data. null: as data.target_column says."
+    )
     temperature: float = key(1.0, "Temperature of sampling. 0: greedy.", at_least=0)
     top_p: float = key(1.0, "Probability mass that is sampled from.", above=0, at_most=1)
     max_new_tokens: int | None = key(

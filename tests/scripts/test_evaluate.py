@@ -105,3 +105,16 @@ def test_a_model_without_the_protocol(tiny_models, capsys):
         "has no token <SEP>, which streaming needs; run recipe=streaming_sft first"
         in capsys.readouterr().err
     )
+
+
+def test_all_rows_of_a_file_and_what_was_dropped(tiny_models, tmp_path, capsys):
+    """The first 400 rows were measured, and rows without an answer went without a word."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"ask": "Say 1.", "gold": "1"}] * 401 + [{"ask": "Say 2.", "gold": None}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    keys = [f"model={tiny_models['student']}", f"data={file}", "k=1", "engine=hf"]
+    columns = ["eval.prompt_column=ask", "eval.answer_column=gold"]
+    assert main([*keys, *columns, "max_new_tokens=1"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["prompts"] == 401
+    assert "1 of 402 rows of rows have no answer and were dropped" in printed.err
