@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from recipes.compose import compose
 from recipes.errors import CheckpointError
 from trainers.core import checkpoint
-from trainers.core.tracking import keep_through
+from trainers.core.checkpoint import set_aside
+from trainers.core.tracking import Tracker, keep_through
 
 
 class Writes:
@@ -42,6 +44,29 @@ def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_4", "step_10"]
     _run, point = checkpoint.find("auto", tmp_path)
     assert point.name == "step_10" and checkpoint.verify(point, FACTS) == 10
+
+
+def test_a_run_that_goes_back_keeps_its_new_checkpoints(tmp_path):
+    """New ones were deleted as they were saved, and auto went on with the old branch."""
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, Writes(), None, (), FACTS, keep=3)
+    assert save(tmp_path, 3).is_dir()
+    notes = set_aside(tmp_path, 2)
+    assert len(notes) == 3 and "step_6.replaced_1" in notes[-1]
+    save(tmp_path, 4)
+    assert checkpoint.find("auto", tmp_path)[1].name == "step_4"
+    assert set_aside(tmp_path, 2)  # and once more
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    names = {"step_3.replaced_1", "step_4.replaced_1", "step_4.replaced_2", "step_6.replaced_1"}
+    assert left == {"step_2", *names}
+
+
+def test_the_tracker_of_a_run_that_goes_back_says_so(tmp_path, overrides, capsys):
+    for step in (2, 4):
+        save(tmp_path, step)
+    Tracker(compose(overrides()), tmp_path, 2, lambda scores: "").finish()
+    assert "step_4 is of an earlier attempt; it is step_4.replaced_1" in capsys.readouterr().out
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_2"]
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -16,6 +17,7 @@ from recipes.errors import CheckpointError
 from trainers.core import distributed
 
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step_\d+")
 # As in the default of run.dir.
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
@@ -58,7 +60,9 @@ def save(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        for old in complete(run_dir)[:-keep]:
+        # Later ones stay: they are of another attempt, and the new one must not go for them.
+        earlier = [path for path in complete(run_dir) if step_of(path) < step]
+        for old in earlier[: len(earlier) - keep + 1]:
             shutil.rmtree(old)
     distributed.barrier()
     return folder
@@ -75,12 +79,39 @@ def complete(run_dir: Path) -> list[Path]:
 
     A half-written one has another name and is not among them.
     """
-    checkpoints = [
-        (int(match[1]), path)
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(checkpoints)]
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in folders if STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The N of `step_N`."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def set_aside(run_dir: Path, start: int) -> list[str]:
+    """Rename the checkpoints that are later than the step that a run continues after.
+
+    They belong to the attempt that the run goes back behind. Under their names `resume=auto` would
+    take them for its own.
+
+    Args:
+        run_dir: the run directory.
+        start: the step.
+
+    Returns:
+        a remark for each.
+    """
+    remarks = []
+    for folder in complete(run_dir):
+        if step_of(folder) > start:
+            names = (f"{folder.name}.replaced_{number}" for number in itertools.count(1))
+            aside = next(path for path in map(folder.with_name, names) if not path.exists())
+            folder.rename(aside)
+            remarks.append(
+                f"resume  {folder} is of an earlier attempt; it is {aside.name} now, and can be "
+                "deleted"
+            )
+    return remarks
 
 
 def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
@@ -101,7 +132,7 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
         checkpoints = complete(run_dir)
         return run_dir, checkpoints[-1] if checkpoints else None
     path = Path(resume).expanduser()
-    if (path / MANIFEST).is_file() or (re.fullmatch(r"step_\d+", path.name) and path.is_dir()):
+    if (path / MANIFEST).is_file() or (STEP.fullmatch(path.name) and path.is_dir()):
         return path.resolve().parent.parent, path
     checkpoints = complete(path)
     if not checkpoints:
