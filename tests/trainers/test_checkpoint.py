@@ -1,13 +1,15 @@
 """Checkpoints: only whole ones count, and a broken one is named."""
 
 import json
+import shutil
 
 import pytest
 
 from recipes.compose import compose
-from recipes.errors import CheckpointError
+from recipes.errors import CheckpointError, ConfigError
 from trainers.core import checkpoint
 from trainers.core.checkpoint import set_aside
+from trainers.core.rundir import run_directory
 from trainers.core.tracking import Tracker, keep_through
 
 
@@ -38,12 +40,26 @@ def save(run, step, **kwargs):
     return checkpoint.save(run, step, Writes(**kwargs), None, (), FACTS, keep=2)
 
 
+def make(run, *steps):
+    """A run with the records of an attempt, and these checkpoints."""
+    for step in steps:
+        save(run, step)
+    (run / "metrics.jsonl").touch()
+    return run
+
+
+def chosen(*keys, facts=FACTS):
+    """What a run with these keys continues, and the remarks."""
+    messages = []
+    return *run_directory(compose([*map(str, keys)]), facts, messages), messages
+
+
 def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
     for step in (2, 4, 10):
         save(tmp_path, step)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_4", "step_10"]
-    _run, point = checkpoint.find("auto", tmp_path)
-    assert point.name == "step_10" and checkpoint.verify(point, FACTS) == 10
+    point = checkpoint.find(tmp_path)
+    assert point.name == "step_10" and checkpoint.verify(point)["step"] == 10
 
 
 def test_a_run_that_goes_back_keeps_its_new_checkpoints(tmp_path):
@@ -54,7 +70,7 @@ def test_a_run_that_goes_back_keeps_its_new_checkpoints(tmp_path):
     notes = set_aside(tmp_path, 2)
     assert len(notes) == 3 and "step_6.replaced_1" in notes[-1]
     save(tmp_path, 4)
-    assert checkpoint.find("auto", tmp_path)[1].name == "step_4"
+    assert checkpoint.find(tmp_path).name == "step_4"
     assert set_aside(tmp_path, 2)  # and once more
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     names = {"step_3.replaced_1", "step_4.replaced_1", "step_4.replaced_2", "step_6.replaced_1"}
@@ -73,24 +89,14 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
     save(tmp_path, 2)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 4, fail=True)
-    assert checkpoint.find("auto", tmp_path)[1].name == "step_2"
+    assert checkpoint.find(tmp_path).name == "step_2"
     save(tmp_path, 4)  # and does not stand in the way of the next attempt
-    assert checkpoint.find("auto", tmp_path)[1].name == "step_4"
+    assert checkpoint.find(tmp_path).name == "step_4"
 
 
-def test_auto_without_a_run_directory_continues_the_newest_run_of_the_recipe(tmp_path):
-    for name in ("2026-11-20_10-00-00", "2026-11-20_11-00-00"):
-        save(tmp_path / name, 4)
-    (tmp_path / "2026-11-20_12-00-00").mkdir()  # died before its first checkpoint
-    run, point = checkpoint.find("auto", tmp_path / "2026-11-20_13-00-00")
-    assert run.name == "2026-11-20_11-00-00" and point == run / "checkpoints" / "step_4"
-    assert checkpoint.find("auto", tmp_path / "mine") == (tmp_path / "mine", None)
-
-
-def test_without_a_checkpoint_auto_starts_and_a_path_is_refused(tmp_path):
-    assert checkpoint.find("auto", tmp_path) == (tmp_path, None)
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        checkpoint.find(str(tmp_path), tmp_path)
+        checkpoint.find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +113,76 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, message):
     folder = save(tmp_path, 2)
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.verify(checkpoint.find(str(folder), tmp_path)[1], FACTS)
+        checkpoint.verify(checkpoint.find(folder))
     assert "\n" not in str(caught.value)
+
+
+def check(folder, facts):
+    checkpoint.check_facts(folder, checkpoint.verify(folder), facts)
 
 
 def test_another_number_of_ranks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="was saved with ranks=1, this run has 2"):
-        checkpoint.verify(save(tmp_path, 2), FACTS | {"ranks": 2})
+        check(save(tmp_path, 2), FACTS | {"ranks": 2})
+
+
+def test_auto_without_a_run_directory_continues_the_newest_run_of_the_recipe(tmp_path):
+    for name in ("2026-11-20_10-00-00", "2026-11-20_11-00-00"):
+        make(tmp_path / name, 4)
+    (tmp_path / "2026-11-20_12-00-00").mkdir()  # died before its first checkpoint
+    default = f"run.dir={tmp_path / '2026-11-20_13-00-00'}"
+    run, point, start, _ = chosen(default, "resume=auto")
+    assert run.name == "2026-11-20_11-00-00" and start == 4
+    assert point == run / "checkpoints" / "step_4"
+    mine = tmp_path / "mine"
+    assert chosen(f"run.dir={mine}", "resume=auto")[:3] == (mine, None, 0)
+
+
+def test_a_checkpoint_continues_its_own_run(tmp_path):
+    run = make(tmp_path / "run", 2, 4)
+    point = run / "checkpoints" / "step_2"
+    assert chosen(f"run.dir={run}", f"resume={point}")[:3] == (run, point, 2)
+    default = f"run.dir={tmp_path / '2026-11-20_13-00-00'}"
+    assert chosen(default, f"resume={point}")[:3] == (run, point, 2)
+    assert chosen(default, f"resume={run}")[2] == 4
+
+
+@pytest.mark.parametrize("name", ["mine", "2026-11-20_13-00-00"])
+@pytest.mark.parametrize("place", ["backup/step_2", "backup/mine", "run/checkpoints/step_2.x"])
+def test_a_copied_checkpoint_starts_a_run_in_its_own_directory(tmp_path, name, place):
+    """The grandparent of the copy was taken for its run."""
+    source = checkpoint.find(make(tmp_path / "run", 2))
+    copy = shutil.copytree(source, tmp_path / place)
+    new = tmp_path / "new" / name
+    run, point, start, messages = chosen(f"run.dir={new}", f"resume={copy}")
+    assert (run, point, start) == (new, copy, 2)
+    assert messages[0] == f"resume  {new} is a new run, whose records begin at 3"
+
+
+def test_a_run_directory_that_was_given_is_a_new_run(tmp_path):
+    """It was ignored, and the records of the checkpoint's run were cut."""
+    run, other = make(tmp_path / "run", 2, 4), make(tmp_path / "other", 2)
+    point = run / "checkpoints" / "step_2"
+    new = tmp_path / "new"
+    for resume, step in ((point, 2), (run, 4)):
+        directory, _, start, messages = chosen(f"run.dir={new}", f"resume={resume}")
+        assert (directory, start) == (new, step) and "is a new run" in messages[0]
+    with pytest.raises(ConfigError, match="other already holds a run"):
+        chosen(f"run.dir={other}", f"resume={point}")
+
+
+def test_the_remedy_for_a_damaged_checkpoint_can_be_followed(tmp_path):
+    run = make(tmp_path / "run", 2, 4)
+    first, second = checkpoint.complete(run)
+    copy = shutil.copytree(second, tmp_path / "copy")
+    for folder in (copy, second, first):
+        (folder / "model" / "config.json").unlink()
+        with pytest.raises(CheckpointError) as caught:
+            chosen(f"run.dir={tmp_path / 'new'}", f"resume={folder}")
+        remedy = str(caught.value).split("; ", 1)[1]
+        assert {copy: "copy that folder again", second: f"resume={first}"}.get(
+            folder, "the run has none before it"
+        ) in remedy
 
 
 def test_records_after_the_checkpoint_and_a_cut_line_are_dropped(tmp_path):

@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.errors import CheckpointError
+from recipes.errors import CheckpointError, one_line
 from trainers.core import distributed
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step_\d+")
-# As in the default of run.dir.
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
 
 def save(
@@ -114,82 +112,78 @@ def set_aside(run_dir: Path, start: int) -> list[str]:
     return remarks
 
 
-def find(resume: str, run_dir: Path) -> tuple[Path, Path | None]:
-    """Which run to continue and from which checkpoint (None: from its start).
-
-    Args:
-        resume: `auto` (the newest checkpoint of `run_dir`, or a fresh start), or a run's or
-            checkpoint's folder.
-        run_dir: the run's directory. The default is named after the time, and so is always new.
-            Then `auto` takes the newest run beside it that has a checkpoint.
+def find(path: Path) -> Path:
+    """The checkpoint that a path names: a checkpoint's folder, or that of a run, for its newest.
 
     Raises:
         CheckpointError: the path is neither.
     """
-    if resume == "auto":
-        if TIMESTAMP.fullmatch(run_dir.name) and not run_dir.exists():
-            run_dir = _newest_run(run_dir.parent) or run_dir
-        checkpoints = complete(run_dir)
-        return run_dir, checkpoints[-1] if checkpoints else None
-    path = Path(resume).expanduser()
     if (path / MANIFEST).is_file() or (STEP.fullmatch(path.name) and path.is_dir()):
-        return path.resolve().parent.parent, path
+        return path
     checkpoints = complete(path)
     if not checkpoints:
         raise CheckpointError(
-            f"resume={resume}: no checkpoint there; give a run's folder that has "
+            f"resume={path}: no checkpoint there; give a run's folder that has "
             "checkpoints/step_N, or one of those"
         )
-    return path, checkpoints[-1]
+    return checkpoints[-1]
 
 
-def _newest_run(parent: Path) -> Path | None:
-    """The last run that is named after its time and has a checkpoint."""
-    runs = [
-        folder
-        for folder in parent.glob("*")
-        if TIMESTAMP.fullmatch(folder.name) and complete(folder)
-    ]
-    return max(runs, default=None)
+def run_of(folder: Path) -> Path | None:
+    """The run that a checkpoint's folder belongs to: RUN of RUN/checkpoints/step_N.
+
+    None: it is a copy in another place, or was set aside.
+    """
+    folder = folder.resolve()
+    inside = folder.parent.name == "checkpoints" and STEP.fullmatch(folder.name)
+    return folder.parent.parent if inside else None
 
 
-def verify(folder: Path, facts: dict) -> int:
-    """Check a checkpoint before anything loads.
+def verify(folder: Path) -> dict:
+    """Check a checkpoint's files before anything loads.
 
     Args:
         folder: the checkpoint's.
-        facts: what must agree with the run that saved it, by name.
 
     Returns:
-        its step.
+        its manifest: `step`, the facts of its run, `files`.
 
     Raises:
-        CheckpointError: a file is missing or changed, or the run differs in `facts`; the message
-            names it.
+        CheckpointError: a file is missing or changed; the message names it.
     """
-    remedy = "delete that folder to resume from the one before it"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
+        files, _ = manifest["files"], manifest["step"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {folder / MANIFEST} cannot be read ({error}); {remedy}"
+            f"checkpoint {folder / MANIFEST} cannot be read ({one_line(error)})"
         ) from error
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"checkpoint file {path} is missing; {remedy}")
+            raise CheckpointError(f"checkpoint file {path} is missing")
         if path.stat().st_size != size or _digest(path) != digest:
-            raise CheckpointError(
-                f"checkpoint file {path} is corrupt (its checksum differs); {remedy}"
-            )
+            raise CheckpointError(f"checkpoint file {path} is corrupt (its checksum differs)")
+    return manifest
+
+
+def check_facts(folder: Path, manifest: dict, facts: dict) -> None:
+    """Compare a run with the one that saved a checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        manifest: its own.
+        facts: what must agree, by name.
+
+    Raises:
+        CheckpointError: a fact differs; the message names it.
+    """
     for name, value in facts.items():
         if manifest.get(name) != value:
             raise CheckpointError(
                 f"checkpoint {folder} was saved with {name}={manifest.get(name)}, this run has "
                 f"{value}; resume with the same"
             )
-    return manifest["step"]
 
 
 def load(folder: Path, engine) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recipes.compose import flatten
-from recipes.errors import ConfigError
+from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import OLD_VALUES
 from trainers.core import checkpoint
 
+# As in the default of run.dir.
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 # Keys that may differ between a run and its continuation without a remark.
 UNREMARKED = ("resume", "run.dir", "dry_run")
 
@@ -20,6 +23,11 @@ def run_directory(
     config, facts: dict[str, Any], messages: list[str]
 ) -> tuple[Path, Path | None, int]:
     """Choose the run directory, and the checkpoint to continue from.
+
+    `resume=auto` continues the run in `run.dir`. The default `run.dir` is named after the time, and
+    so is always new; then it continues the newest run beside it that trains the same. A path
+    continues the run that the checkpoint belongs to, unless `run.dir` names another directory: that
+    is a new run, which starts from the checkpoint.
 
     Args:
         config: the run's.
@@ -35,21 +43,99 @@ def run_directory(
     """
     directory = Path(config.run.dir).expanduser()
     if config.resume is None:
-        if (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists():
-            raise ConfigError(
-                f"run.dir={directory} already holds a run; continue it with resume=auto, or name "
-                "another directory"
-            )
+        _check_unused(directory)
         return directory, None, 0
-    directory, point = checkpoint.find(config.resume, directory)
-    if point is None:
-        messages.append(f"resume  no checkpoint in {directory}: from the start")
-        return directory, None, 0
-    start = checkpoint.verify(point, facts)
+    if config.resume == "auto":
+        directory, point, manifest = _newest(directory, messages)
+        if point is None:
+            messages.append(f"resume  no checkpoint in {directory}: from the start")
+            return directory, None, 0
+        source: Path | None = directory
+    else:
+        point = checkpoint.find(Path(config.resume).expanduser())
+        manifest = _verified(point)
+        source = checkpoint.run_of(point)
+        directory = _continued(source, directory)
+    checkpoint.check_facts(point, manifest, facts)
+    start = manifest["step"]
+    if source is None or directory.resolve() != source.resolve():
+        messages.append(f"resume  {directory} is a new run, whose records begin at {start + 1}")
     messages.append(f"resume  from {point}")
-    for key in changed_keys(directory / "config.yaml", config):
-        messages.append(f"resume  {key} differs from the run's config.yaml")
+    if source is not None:
+        for key in changed_keys(source / "config.yaml", config):
+            messages.append(f"resume  {key} differs from the run's config.yaml")
     return directory, point, start
+
+
+def _check_unused(directory: Path) -> None:
+    """Raises ConfigError: a run is there."""
+    if (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists():
+        raise ConfigError(
+            f"run.dir={directory} already holds a run; continue it with resume=auto, or name "
+            "another directory"
+        )
+
+
+def _is_default(directory: Path) -> bool:
+    """Whether `run.dir` was left to its default."""
+    return TIMESTAMP.fullmatch(directory.name) is not None and not directory.exists()
+
+
+def _continued(source: Path | None, directory: Path) -> Path:
+    """The run directory of a resume from a checkpoint that was named.
+
+    Args:
+        source: the run that the checkpoint belongs to; None: to none.
+        directory: `run.dir`.
+
+    Raises:
+        ConfigError: `run.dir` holds another run.
+    """
+    if source is not None and _is_default(directory):
+        return source
+    if source is None or directory.resolve() != source.resolve():
+        _check_unused(directory)
+    return directory
+
+
+def _newest(directory: Path, messages: list[str]) -> tuple[Path, Path | None, dict]:
+    """The run that `resume=auto` continues, its newest checkpoint, and the manifest of that."""
+    if _is_default(directory):
+        directory = _newest_run(directory.parent) or directory
+    checkpoints = checkpoint.complete(directory)
+    if not checkpoints:
+        return directory, None, {}
+    return directory, checkpoints[-1], _verified(checkpoints[-1])
+
+
+def _newest_run(parent: Path) -> Path | None:
+    """The last run that is named after its time and has a checkpoint."""
+    runs = [
+        folder
+        for folder in parent.glob("*")
+        if TIMESTAMP.fullmatch(folder.name) and checkpoint.complete(folder)
+    ]
+    return max(runs, default=None)
+
+
+def _verified(point: Path) -> dict:
+    """The manifest of a checkpoint. Raises CheckpointError: it is damaged."""
+    try:
+        return checkpoint.verify(point)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_remedy(point)}") from error
+
+
+def _remedy(point: Path) -> str:
+    """What to do about a checkpoint that is damaged."""
+    run = checkpoint.run_of(point)
+    if run is None:
+        return "copy that folder again, or take another checkpoint"
+    step = checkpoint.step_of(point)
+    before = [path for path in checkpoint.complete(run) if checkpoint.step_of(path) < step]
+    if before:
+        return f"go on from the one before it with resume={before[-1]}"
+    return "the run has none before it; without that folder resume=auto starts from the beginning"
 
 
 def changed_keys(saved: Path, config) -> list[str]:
