@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,8 +47,7 @@ def prepare(config) -> Run:
     if config.engine.offload_optimizer:
         check_compiler()
     check_wandb(config, run.messages)
-    run.facts = {"ranks": world_size(), "zero_stage": config.engine.zero_stage}
-    run.facts["lora"] = adapter_form(config.model.lora)
+    run.facts = resume_facts(config)
     directory, run.checkpoint, run.start = run_directory(config, run.facts, run.messages)
     run.place(directory)
     model = prepare_models(run)
@@ -61,6 +61,18 @@ def prepare(config) -> Run:
     if method.samples or run.eval_prompts:
         check_engine(run, model)
     return run
+
+
+def resume_facts(config) -> dict[str, Any]:
+    """What must agree at a resume, by name: DeepSpeed's files have another form otherwise."""
+    return {
+        "ranks": world_size(),
+        "zero_stage": config.engine.zero_stage,
+        "lora": adapter_form(config.model.lora),
+        "model.dtype": config.model.dtype,
+        "engine.offload_optimizer": config.engine.offload_optimizer,
+        "engine.offload_params": config.engine.offload_params,
+    }
 
 
 def adapter_form(options) -> str | None:

@@ -56,7 +56,7 @@ class Run:
     directory: Path = Path()
     checkpoint: Path | None = None
     start: int = 0
-    # What must agree at a resume: the number of ranks, the ZeRO stage.
+    # What must agree at a resume, by name.
     facts: dict[str, Any] = field(default_factory=dict)
     # Remarks that are printed when the run starts.
     messages: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from recipes.compose import compose, to_dict, to_yaml
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
 from rollouts.data.examples import Example
 from trainers.core.rundir import changed_keys
-from trainers.prepare import prepare
+from trainers.prepare import prepare, resume_facts
 
 
 def refused(kind, overrides) -> str:
@@ -118,6 +118,42 @@ def test_a_corrupt_checkpoint(overrides, tmp_path):
         json.dumps({"step": 2, "files": {"weights.pt": [1, "0" * 32]}})
     )
     assert "weights.pt is corrupt" in refused(CheckpointError, overrides(resume="auto"))
+
+
+def saved(run, step, facts):
+    """A checkpoint of a run, as far as `prepare` reads it."""
+    folder = run / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"step": step, **facts, "files": {}}))
+
+
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        ({}, {"model__dtype": "bfloat16"}, "model.dtype=float32, this run has bfloat16"),
+        (
+            {"engine__offload_optimizer": "true"},
+            {},
+            "engine.offload_optimizer=True, this run has False",
+        ),
+        (
+            {"engine": "zero3"},
+            {"engine": "zero3", "engine__offload_params": "true"},
+            "engine.offload_params=False, this run has True",
+        ),
+    ],
+)
+def test_a_resume_with_another_form_of_the_state(overrides, tmp_path, before, now, said):
+    """It ended in a traceback about a file of DeepSpeed's that is not there."""
+    saved(tmp_path / "run", 1, resume_facts(compose(overrides(**before))))
+    message = refused(CheckpointError, overrides(**now, resume="auto"))
+    assert f"was saved with {said}; resume with the same" in message
+
+
+def test_a_checkpoint_of_an_older_version_resumes(overrides, tmp_path):
+    saved(tmp_path / "run", 1, {"ranks": 1, "zero_stage": 1})
+    keys = overrides(resume="auto", model__dtype="bfloat16", engine="zero1")
+    assert prepare(compose(keys)).start == 1
 
 
 def test_completions_longer_than_the_context(overrides):

@@ -17,6 +17,8 @@ from recipes.errors import CheckpointError, one_line
 from trainers.core import distributed
 
 MANIFEST = "manifest.json"
+# Facts that manifests of older versions lack.
+ADDED = ("model.dtype", "engine.offload_optimizer", "engine.offload_params")
 STEP = re.compile(r"step_\d+")
 
 
@@ -34,7 +36,7 @@ def save(
         engine: the `PolicyEngine`.
         tokenizer: goes into the model's folder.
         stop_ids: end tokens, which go there too.
-        facts: what must agree at a resume: number of ranks, ZeRO stage.
+        facts: what must agree at a resume, by name (`trainers.prepare.resume_facts`).
         keep: how many checkpoints stay, this one included.
         base: the model that LoRA's adapters belong to, a folder or hub name.
 
@@ -173,12 +175,14 @@ def check_facts(folder: Path, manifest: dict, facts: dict) -> None:
     Args:
         folder: the checkpoint's.
         manifest: its own.
-        facts: what must agree, by name.
+        facts: what must agree, by name. One of `ADDED` may be absent from the manifest.
 
     Raises:
         CheckpointError: a fact differs; the message names it.
     """
     for name, value in facts.items():
+        if name in ADDED and name not in manifest:
+            continue
         if manifest.get(name) != value:
             raise CheckpointError(
                 f"checkpoint {folder} was saved with {name}={manifest.get(name)}, this run has "
