@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from recipes.compose import compose
+from recipes.compose import compose, to_yaml
 from recipes.errors import CheckpointError, ConfigError
 from trainers.core import checkpoint
 from trainers.core.checkpoint import set_aside
@@ -127,15 +127,57 @@ def test_another_number_of_ranks_is_refused(tmp_path):
 
 
 def test_auto_without_a_run_directory_continues_the_newest_run_of_the_recipe(tmp_path):
-    for name in ("2026-11-20_10-00-00", "2026-11-20_11-00-00"):
-        make(tmp_path / name, 4)
-    (tmp_path / "2026-11-20_12-00-00").mkdir()  # died before its first checkpoint
     default = f"run.dir={tmp_path / '2026-11-20_13-00-00'}"
+    for name in ("2026-11-20_10-00-00", "2026-11-20_11-00-00"):
+        run = make(tmp_path / name, 4)
+        (run / "config.yaml").write_text(to_yaml(compose([f"run.dir={run}"])))
+    (tmp_path / "2026-11-20_12-00-00").mkdir()  # died before its first checkpoint
     run, point, start, _ = chosen(default, "resume=auto")
     assert run.name == "2026-11-20_11-00-00" and start == 4
     assert point == run / "checkpoints" / "step_4"
     mine = tmp_path / "mine"
     assert chosen(f"run.dir={mine}", "resume=auto")[:3] == (mine, None, 0)
+
+
+@pytest.mark.parametrize(
+    "key, goes_on",
+    [
+        ("seed=7", False),
+        ("model.path=other", False),
+        ("data.path=other.jsonl", False),
+        ("data.stories=41", False),
+        ("train.lr=1", True),
+        ("train.steps=200", True),
+    ],
+)
+def test_auto_without_a_run_directory_takes_no_other_run(tmp_path, key, goes_on):
+    """It continued the newest run of the recipe, whatever it had been trained on."""
+    default = tmp_path / "2026-11-20_13-00-00"
+    for name, keys in (("2026-11-20_10-00-00", [key]), ("2026-11-20_11-00-00", ["seed=9"])):
+        run = make(tmp_path / name, 4)
+        (run / "config.yaml").write_text(to_yaml(compose(keys)))
+    same = tmp_path / "2026-11-20_10-00-00"
+    # Behind a newer run of another seed.
+    assert chosen(f"run.dir={default}", "resume=auto", key)[0] == same
+    directory, _, _, messages = chosen(f"run.dir={default}", "resume=auto")
+    assert directory == (same if goes_on else default)
+    if not goes_on:
+        assert "11-00-00 is another run (differs: seed) and stays as it is" in messages[0]
+
+
+def test_auto_takes_the_checkpoint_before_a_damaged_one(tmp_path):
+    run = make(tmp_path / "run", 2, 4)
+    first, second = checkpoint.complete(run)
+    (second / "model" / "config.json").unlink()
+    _, point, start, messages = chosen(f"run.dir={run}", "resume=auto")
+    assert (point, start) == (first, 2)
+    assert f"{second}/model/config.json is missing; an earlier one is taken" in messages[0]
+    # Facts that differ are no damage.
+    with pytest.raises(CheckpointError, match="saved with ranks=1"):
+        chosen(f"run.dir={run}", "resume=auto", facts=FACTS | {"ranks": 2})
+    (first / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no other checkpoint of the run is whole"):
+        chosen(f"run.dir={run}", "resume=auto")
 
 
 def test_a_checkpoint_continues_its_own_run(tmp_path):

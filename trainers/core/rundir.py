@@ -15,6 +15,8 @@ from trainers.core import checkpoint
 
 # As in the default of run.dir.
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+# Keys in which a run must agree with an earlier one to be taken for it, beside all of `data`.
+IDENTITY = ("recipe", "trainer", "model.path", "seed")
 # Keys that may differ between a run and its continuation without a remark.
 UNREMARKED = ("resume", "run.dir", "dry_run")
 
@@ -46,7 +48,9 @@ def run_directory(
         _check_unused(directory)
         return directory, None, 0
     if config.resume == "auto":
-        directory, point, manifest = _newest(directory, messages)
+        if _is_default(directory):
+            directory = _same_run(directory, config, messages)
+        point, manifest = _newest(directory, messages)
         if point is None:
             messages.append(f"resume  no checkpoint in {directory}: from the start")
             return directory, None, 0
@@ -98,24 +102,52 @@ def _continued(source: Path | None, directory: Path) -> Path:
     return directory
 
 
-def _newest(directory: Path, messages: list[str]) -> tuple[Path, Path | None, dict]:
-    """The run that `resume=auto` continues, its newest checkpoint, and the manifest of that."""
-    if _is_default(directory):
-        directory = _newest_run(directory.parent) or directory
-    checkpoints = checkpoint.complete(directory)
-    if not checkpoints:
-        return directory, None, {}
-    return directory, checkpoints[-1], _verified(checkpoints[-1])
+def _newest(directory: Path, messages: list[str]) -> tuple[Path | None, dict]:
+    """The newest whole checkpoint of a run, and its manifest; None: there is no checkpoint.
+
+    Raises:
+        CheckpointError: the run has checkpoints, and all are damaged.
+    """
+    damage: list[str] = []
+    for point in reversed(checkpoint.complete(directory)):
+        try:
+            manifest = checkpoint.verify(point)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        messages += [f"resume  {text}; an earlier one is taken" for text in damage]
+        return point, manifest
+    if damage:
+        raise CheckpointError(
+            f"{damage[0]}, and no other checkpoint of the run is whole; delete "
+            f"{directory / 'checkpoints'} to start from the beginning"
+        )
+    return None, {}
 
 
-def _newest_run(parent: Path) -> Path | None:
-    """The last run that is named after its time and has a checkpoint."""
+def _same_run(new: Path, config, messages: list[str]) -> Path:
+    """The newest run beside `new` that trains the same; `new` itself where there is none.
+
+    A run of the default `run.dir` is named after its time. It counts once it has a checkpoint.
+    """
     runs = [
         folder
-        for folder in parent.glob("*")
+        for folder in new.parent.glob("*")
         if TIMESTAMP.fullmatch(folder.name) and checkpoint.complete(folder)
     ]
-    return max(runs, default=None)
+    for run in sorted(runs, reverse=True):
+        if (run / "config.yaml").is_file() and not _other_identity(run, config):
+            return run
+    if runs:
+        other = ", ".join(_other_identity(max(runs), config)) or "no config.yaml"
+        messages.append(f"resume  {max(runs)} is another run (differs: {other}) and stays as it is")
+    return new
+
+
+def _other_identity(run: Path, config) -> list[str]:
+    """The keys in which a run is another one."""
+    keys = changed_keys(run / "config.yaml", config)
+    return [key for key in keys if key in IDENTITY or key.startswith("data.")]
 
 
 def _verified(point: Path) -> dict:
