@@ -1,9 +1,14 @@
 """Checkpoints: only whole ones count, and a broken one is named."""
 
 import json
+import os
+import re
+import resource
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from recipes.compose import compose, to_yaml
 from recipes.errors import CheckpointError, ConfigError
@@ -83,6 +88,94 @@ def test_the_tracker_of_a_run_that_goes_back_says_so(tmp_path, overrides, capsys
     Tracker(compose(overrides()), tmp_path, 2, lambda scores: "").finish()
     assert "step_4 is of an earlier attempt; it is step_4.replaced_1" in capsys.readouterr().out
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_2"]
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow past 100 kB: writes fail as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class WritesTensors(Writes):
+    def save_state(self, folder):
+        super().save_state(folder)
+        torch.save(torch.zeros(1_000_000), folder / "state" / "large.pt")
+
+
+class WritesModel(Writes):
+    def save_model(self, folder, tokenizer, stop_ids):
+        super().save_model(folder, tokenizer, stop_ids)
+        save_file({"weight": torch.zeros(1_000_000)}, folder / "model.safetensors")
+
+
+class WritesText(Writes):
+    def save_model(self, folder, tokenizer, stop_ids):
+        super().save_model(folder, tokenizer, stop_ids)
+        (folder / "tokenizer.json").write_text("a" * 1_000_000)
+
+
+@pytest.mark.parametrize("engine", [WritesTensors, WritesModel, WritesText])
+def test_a_full_disk_is_one_line_with_folder_and_space(tmp_path, small_files, engine):
+    """It was an error of PyTorch's about a position, and the half-written folder stayed."""
+    save(tmp_path, 2)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.save(tmp_path, 4, engine(), None, (), FACTS, keep=2)
+    message = str(caught.value)
+    assert "\n" not in message and f"{tmp_path}/checkpoints/step_4 could not be written" in message
+    assert re.search(r"has [\d.]+ of [\d.]+ GiB free; make room", message)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_another_error_of_a_save_is_not_taken_for_a_full_disk(tmp_path):
+    class Fails(Writes):
+        def save_model(self, folder, tokenizer, stop_ids):
+            raise RuntimeError("a tensor has another shape")
+
+    with pytest.raises(RuntimeError, match="another shape"):
+        checkpoint.save(tmp_path, 2, Fails(), None, (), FACTS, keep=2)
+
+
+def test_leftovers_go_before_a_save_and_at_a_start(tmp_path, overrides):
+    """The partial folder of step 4 stayed until step 4 was saved again."""
+    left = tmp_path / "checkpoints" / ".step_4.partial"
+    (left / "state").mkdir(parents=True)
+    save(tmp_path, 2)
+    assert not left.exists()
+    left.mkdir()
+    Tracker(compose(overrides()), tmp_path, 2, lambda scores: "").finish()
+    assert not left.exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_remark(tmp_path, monkeypatch, capsys):
+    """As where another process holds a file of it, on NFS."""
+    save(tmp_path, 2)
+
+    def busy(path, *, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        save(tmp_path, 4)
+        save(tmp_path, 6)
+    assert "step_2 could not be removed" in capsys.readouterr().out
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_4", "step_6"]
+    save(tmp_path, 8)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step_6", "step_8"}
+
+
+def test_files_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    folder = save(tmp_path, 2)
+    partial = folder.with_name(".step_2.partial")
+    inside = {str(partial / path.relative_to(folder)) for path in folder.rglob("*")}
+    assert set(flushed[:-1]) == {*inside, str(partial)}
+    assert flushed[-1] == str(folder.parent)
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from recipes.errors import CheckpointError, one_line
 from trainers.core import distributed
@@ -19,6 +22,8 @@ from trainers.core import distributed
 MANIFEST = "manifest.json"
 # Facts that manifests of older versions lack.
 ADDED = ("model.dtype", "engine.offload_optimizer", "engine.offload_params")
+# What PyTorch, safetensors and tokenizers say of a file that cannot be written; none is an OSError.
+WRITE_ERROR = re.compile(r"os error \d+|basic_ios|unexpected pos|PytorchStreamWriter|iostream")
 STEP = re.compile(r"step_\d+")
 
 
@@ -42,30 +47,91 @@ def save(
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        CheckpointError: a file cannot be written.
     """
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".{folder.name}.partial")
-    if distributed.rank() == 0:
+    try:
+        if distributed.rank() == 0:
+            remove_leftovers(run_dir)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        engine.save_state(partial)
+        engine.save_model(partial / "model", tokenizer, stop_ids)
+        if engine.adapted:
+            engine.save_adapters(partial / "adapter", base)
+        torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
+        distributed.barrier()
+        if distributed.rank() == 0:
+            manifest = {"step": step, **facts, "files": _checksums(partial)}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _flush(partial)
+            _discard(folder)
+            partial.rename(folder)
+            _flush_one(folder.parent)
+    except Exception as error:
+        if not isinstance(error, OSError) and not WRITE_ERROR.search(str(error)):
+            raise
+        message = _write_failure(folder, error)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_state(partial)
-    engine.save_model(partial / "model", tokenizer, stop_ids)
-    if engine.adapted:
-        engine.save_adapters(partial / "adapter", base)
-    torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
-    distributed.barrier()
+        raise CheckpointError(message) from error
     if distributed.rank() == 0:
-        manifest = {"step": step, **facts, "files": _checksums(partial)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
         # Later ones stay: they are of another attempt, and the new one must not go for them.
         earlier = [path for path in complete(run_dir) if step_of(path) < step]
         for old in earlier[: len(earlier) - keep + 1]:
-            shutil.rmtree(old)
+            _discard(old)
     distributed.barrier()
     return folder
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what is left of checkpoints that were being written, or removed."""
+    for folder in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; a failure of that is a remark, and is tried again at the next save.
+
+    It loses its name first, so that no half of it is taken for a whole one.
+    """
+    hidden = folder.with_name(f".{folder.name}.removed")
+    try:
+        if folder.exists():
+            shutil.rmtree(folder.rename(hidden))
+    except OSError as error:
+        tqdm.write(f"checkpoint {folder} could not be removed ({one_line(error)})")
+
+
+def _write_failure(folder: Path, error: Exception) -> str:
+    """The message of a checkpoint that could not be written: folder, reason, free space."""
+    there = next(path for path in folder.absolute().parents if path.exists())
+    disk = shutil.disk_usage(there)
+    return (
+        f"checkpoint {folder} could not be written ({one_line(error)}); the disk has "
+        f"{disk.free / 2**30:.2f} of {disk.total / 2**30:.2f} GiB free; make room, or "
+        "lower checkpoint.keep, and continue with resume=auto"
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Write a folder's files and the folders themselves through to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _checksums(folder: Path) -> dict[str, list]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from recipes.compose import to_yaml
 from rollouts.trajectory import Trajectory
-from trainers.core.checkpoint import set_aside
+from trainers.core.checkpoint import remove_leftovers, set_aside
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
 from trainers.core.wandb_run import WandbRun, mode
@@ -47,6 +47,7 @@ class Tracker:
             return
         self.config, self.summary = config, summary
         run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
         notes = set_aside(run_dir, start)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         # A run from its start evaluates before step 1, under step 0; no earlier row may stay.
