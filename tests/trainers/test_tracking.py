@@ -1,10 +1,12 @@
 """What a resumed run keeps of its records."""
 
 import json
+import resource
 
 import pytest
 
-from trainers.core.tracking import keep_through
+from trainers.core.rundir import config_at
+from trainers.core.tracking import keep_through, write_config
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c"])
@@ -25,3 +27,42 @@ def test_a_line_that_was_cut_off_goes_and_what_comes_after_it_stays(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2, "los\n{"step": 2}\n{"step": 3')
     keep_through(path, 5)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_config_of_earlier_steps_stays(tmp_path):
+    """It was overwritten: what the steps before a resume were trained with was gone."""
+    write_config(tmp_path, "first", 0)
+    write_config(tmp_path, "first again", 0)  # died before its first checkpoint
+    write_config(tmp_path, "second", 4)
+    write_config(tmp_path, "second again", 4)  # and so did this one, of step 5
+    write_config(tmp_path, "third", 8)
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert texts == {
+        "config.4.yaml": "first again",
+        "config.8.yaml": "second again",
+        "config.yaml": "third",
+    }
+    assert [config_at(tmp_path, step).read_text() for step in (1, 4, 5, 8, 9)] == [
+        "first again",
+        "first again",
+        "second again",
+        "second again",
+        "third",
+    ]
+    # A run that goes back to step 2, which the first one trained.
+    write_config(tmp_path, "fourth", 2)
+    assert config_at(tmp_path, 2).read_text() == "first again"
+    assert config_at(tmp_path, 3).read_text() == "fourth"
+
+
+def test_a_config_is_whole_or_the_one_before(tmp_path):
+    """It was opened for writing first, so that a full disk left an empty one."""
+    write_config(tmp_path, "first", 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_config(tmp_path, "x" * 10_000, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "config.yaml").read_text() == "first"

@@ -15,6 +15,8 @@ from trainers.core import checkpoint
 
 # As in the default of run.dir.
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+# The config of a run up to the step of a resume.
+EARLIER = re.compile(r"config\.(\d+)\.yaml")
 # Keys in which a run must agree with an earlier one to be taken for it, beside all of `data`.
 IDENTITY = ("recipe", "trainer", "model.path", "seed")
 # Keys that may differ between a run and its continuation without a remark.
@@ -66,7 +68,7 @@ def run_directory(
         messages.append(f"resume  {directory} is a new run, whose records begin at {start + 1}")
     messages.append(f"resume  from {point}")
     if source is not None:
-        for key in changed_keys(source / "config.yaml", config):
+        for key in changed_keys(config_at(source, start), config):
             messages.append(f"resume  {key} differs from the run's config.yaml")
     return directory, point, start
 
@@ -168,6 +170,19 @@ def _remedy(point: Path) -> str:
     if before:
         return f"go on from the one before it with resume={before[-1]}"
     return "the run has none before it; without that folder resume=auto starts from the beginning"
+
+
+def earlier_configs(run: Path) -> dict[int, Path]:
+    """The files config.N.yaml of a run, by N: the config of the steps up to N."""
+    matches = ((EARLIER.fullmatch(path.name), path) for path in run.glob("config.*.yaml"))
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def config_at(run: Path, step: int) -> Path:
+    """The file that holds the config which a run trained a step with."""
+    files = earlier_configs(run)
+    ends = [end for end in files if end >= step]
+    return files[min(ends)] if ends else run / "config.yaml"
 
 
 def changed_keys(saved: Path, config) -> list[str]:

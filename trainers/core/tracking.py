@@ -18,6 +18,7 @@ from rollouts.trajectory import Trajectory
 from trainers.core.checkpoint import remove_leftovers, set_aside
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
+from trainers.core.rundir import config_at, earlier_configs
 from trainers.core.wandb_run import WandbRun, mode
 
 # Of a step's printed line: metric, label, format.
@@ -49,7 +50,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run_dir)
         notes = set_aside(run_dir, start)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_config(run_dir, to_yaml(config), start)
         # A run from its start evaluates before step 1, under step 0; no earlier row may stay.
         last = start or -1
         self.metrics_file = _continued(run_dir / "metrics.jsonl", last)
@@ -141,6 +142,27 @@ class Tracker:
         self.metrics_file.write(json.dumps(values) + "\n")
         if self.wandb is not None:
             self.wandb.log(values)
+
+
+def write_config(run_dir: Path, text: str, start: int) -> None:
+    """Write config.yaml; at a resume, what it was up to that step stays as config.START.yaml.
+
+    Args:
+        run_dir: the run directory.
+        text: the new one.
+        start: the step that the run continues after.
+    """
+    file = run_dir / "config.yaml"
+    written = file.with_name("config.yaml.tmp")
+    written.write_text(text, encoding="utf-8")
+    before = config_at(run_dir, start)
+    if start and before.exists():
+        before.rename(run_dir / f"config.{start}.yaml")
+    # Of steps whose records are dropped.
+    for end, path in earlier_configs(run_dir).items():
+        if end > start:
+            path.unlink()
+    written.replace(file)
 
 
 def _continued(path: Path, step: int) -> TextIO:
