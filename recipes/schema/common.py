@@ -291,7 +291,7 @@ class Config:
     resume: str | None = key(
         None,
         "Run to continue: auto for the one in run.dir, or the path of a run or a checkpoint. "
-        "null: start anew.",
+        "With a path and another run.dir, a new run starts from the checkpoint. null: start anew.",
     )
     dry_run: bool = key(False, "Check everything and print the config, but train nothing.")
     run: RunConfig = field(default_factory=RunConfig)

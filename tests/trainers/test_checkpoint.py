@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from trainers.core import checkpoint
 from trainers.core.checkpoint import set_aside
 from trainers.core.rundir import run_directory
 from trainers.core.tracking import Tracker, keep_through
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
 class Writes:
@@ -176,6 +179,20 @@ def test_files_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     inside = {str(partial / path.relative_to(folder)) for path in folder.rglob("*")}
     assert set(flushed[:-1]) == {*inside, str(partial)}
     assert flushed[-1] == str(folder.parent)
+
+
+def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, run_command, monkeypatch):
+    """Rank 0 reported a checkpoint without the other rank's part as saved."""
+    monkeypatch.setenv("PYTHONPATH", str(WORKER.parents[2]))
+    for place in ("own", "shared"):
+        done = run_command(WORKER, tmp_path, place, ranks=2)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = {(tmp_path / f"said_{rank}").read_text() for rank in (0, 1)}
+        if place == "shared":
+            assert said == {"saved"}
+            continue
+        assert len(said) == 2 and all("of rank 1 is not where rank 0 writes" in t for t in said)
+        assert not any((tmp_path / "run_0" / "checkpoints").iterdir())
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):

@@ -49,7 +49,7 @@ def save(
         the checkpoint's folder.
 
     Raises:
-        CheckpointError: a file cannot be written.
+        CheckpointError: a file cannot be written, or rank 0 does not see the files of another rank.
     """
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -63,7 +63,7 @@ def save(
         if engine.adapted:
             engine.save_adapters(partial / "adapter", base)
         torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
-        distributed.barrier()
+        _check_shared(partial)
         if distributed.rank() == 0:
             manifest = {"step": step, **facts, "files": _checksums(partial)}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -71,6 +71,9 @@ def save(
             _discard(folder)
             partial.rename(folder)
             _flush_one(folder.parent)
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except Exception as error:
         if not isinstance(error, OSError) and not WRITE_ERROR.search(str(error)):
             raise
@@ -84,6 +87,28 @@ def save(
             _discard(old)
     distributed.barrier()
     return folder
+
+
+def _check_shared(folder: Path) -> None:
+    """See that the files of all ranks are in the folder that rank 0 completes. A collective.
+
+    Raises:
+        CheckpointError: rank 0 does not see a file, on any rank.
+    """
+    own = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    # Once each rank has listed its files, all are written.
+    absent = [
+        (rank, name)
+        for rank, names in enumerate(distributed.gather(own))
+        for name in sorted(names)
+        if not (folder / name).is_file()
+    ]
+    if of_rank_0 := distributed.gather(absent)[0]:
+        rank, name = of_rank_0[0]
+        raise CheckpointError(
+            f"checkpoint file {folder / name} of rank {rank} is not where rank 0 writes; run.dir "
+            "must be one folder for all ranks, on a file system that they share"
+        )
 
 
 def remove_leftovers(run_dir: Path) -> None:
