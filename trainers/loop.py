@@ -101,10 +101,11 @@ class Loop:
             row, trajectories = self.step(step)
             tracker.step(row)
             tracker.completions(step, trajectories[: config.log.completions], run.tokenizer)
-            if self.is_due(step, config.eval.every):
-                self.evaluate(step)
+            # Saved first, so that an evaluation that fails loses nothing.
             if self.is_due(step, config.checkpoint.every):
                 self.save(step)
+            if self.is_due(step, config.eval.every):
+                self.evaluate(step)
         tracker.finish()
 
     def is_due(self, step: int, every: int) -> bool:
