@@ -14,6 +14,7 @@ import torch
 
 import kernels
 from recipes.embedded import model_folder
+from recipes.errors import TrainingError
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
@@ -81,6 +82,8 @@ class Loop:
         run.score_policy = self.score_policy
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Updates in a row that were skipped, as they were not finite.
+        self.nonfinite = 0
 
     def fit(self) -> None:
         """Train to `train.steps`."""
@@ -183,10 +186,15 @@ class Loop:
         """The optimizer updates of a step; those without a trajectory are skipped and counted."""
         lr = learning_rate(self.config.train, step)
         results: list[tuple[float, float]] = []
-        for trajectories in shards:
-            if trajectories:
-                results.append(self.update(trajectories, lr, stats, moved=bool(results)))
-        skipped = len(shards) - len(results)
+        nonfinite = 0
+        for trajectories in filter(None, shards):
+            loss, norm = self.update(trajectories, lr, stats, moved=bool(results))
+            if math.isfinite(norm):
+                results.append((loss, norm))
+            else:
+                nonfinite += 1
+            self.count_nonfinite(step, norm)
+        skipped = sum(not trajectories for trajectories in shards)
         if skipped:
             self.tracker.say(
                 f"step {step}: {skipped} of {len(shards)} updates skipped, no sample of theirs "
@@ -198,7 +206,27 @@ class Loop:
             "train/grad_norm": norm,
             "train/lr": lr,
             "train/skipped": skipped,
+            "train/nonfinite": nonfinite,
         }
+
+    def count_nonfinite(self, step: int, norm: float) -> None:
+        """Count an update that was skipped, as its gradient's norm says.
+
+        Raises:
+            TrainingError: it is the last of `train.max_nonfinite` in a row.
+        """
+        if math.isfinite(norm):
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        limit = self.config.train.max_nonfinite
+        if self.nonfinite == limit:
+            raise TrainingError(
+                f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
+                "(train.max_nonfinite); lower train.lr, look for NaN in the rewards, or resume "
+                "from a checkpoint"
+            )
+        self.tracker.say(f"step {step}: an update skipped, its loss or gradient was not finite")
 
     def update(
         self, trajectories: list[Trajectory], lr: float, stats: TokenStats, moved: bool = False
@@ -212,7 +240,8 @@ class Loop:
             moved: an update came between the samples and this one.
 
         Returns:
-            the loss, over all ranks, and the gradient's norm.
+            the loss, over all ranks, and the gradient's norm; infinite where it was not finite and
+            the weights stayed.
         """
         train = self.config.train
         groups = make_microbatches([t.length for t in trajectories], train.tokens_per_microbatch)
@@ -302,8 +331,17 @@ class Loop:
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. A collective."""
+        """Write a checkpoint. A collective.
+
+        Raises:
+            TrainingError: a weight is not finite. Nothing is written then.
+        """
         run = self.run
+        if not self.engine.is_finite():
+            raise TrainingError(
+                f"step {step}: weights are NaN or infinite, so no checkpoint was saved; lower "
+                "train.lr, and resume from an earlier checkpoint"
+            )
         folder = checkpoint.save(
             run.directory,
             step,

@@ -202,6 +202,12 @@ class TrainConfig:
     max_grad_norm: float = key(
         1.0, "Norm to which larger gradients are scaled down. 0: never.", at_least=0
     )
+    max_nonfinite: int = key(
+        3,
+        "Number of updates in a row with a loss or gradient that is not finite, at which the run "
+        "stops. Such an update is skipped.",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """A run never trains on with wrong weights, and loses none that it has trained."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).parent / "nonfinite_worker.py"
 
 VERIFIER = """
 calls = 0
@@ -40,3 +45,83 @@ def test_an_evaluation_that_fails_at_the_end_loses_nothing(plug, overrides, run_
     done = run_command("train.py", *overrides(**keys))
     assert "no verifier any more" in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "manifest.json").is_file()
+
+
+STAGES = [f"zero{stage}" for stage in range(4)] + [f"zero{stage}/bfloat16" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_update_that_is_not_finite_leaves_every_weight(
+    ranks, tiny_models, run_command, monkeypatch
+):
+    """Under zero0 it made all weights NaN."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = run_command(WORKER, tiny_models["student"], *STAGES, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in lines]
+    assert [row["stage"] for row in found] == STAGES
+    for row in found:
+        assert row["moved"] == [True, False, False, True], row
+        assert [math.isfinite(norm) for norm in row["norms"]] == row["moved"], row
+
+
+NAN_REWARD = """
+import math
+
+class Once:
+    # The second and the third update are not finite.
+    window, fused, calls = False, None, 0
+
+    def __init__(self, config):
+        pass
+
+    def __call__(self, teacher, student):
+        Once.calls += 1
+        reward = teacher.exp() - student.exp()
+        return reward * math.nan if Once.calls in (2, 3) else reward
+"""
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1"])
+@pytest.mark.parametrize("limit", [2, 3])
+def test_updates_that_are_not_finite_are_counted_and_stop_the_run(
+    stage, limit, plug, overrides, run_command, tmp_path
+):
+    plug("plug", NAN_REWARD)
+    keys = {"reward__token": "plug.Once", "rollout__engine": "hf", "engine": stage}
+    keys |= {"train__steps": 5, "eval__every": -1, "train__max_nonfinite": limit}
+    done = run_command("train.py", *overrides(**keys))
+    counts = [row["train/nonfinite"] for row in rows(tmp_path / "run")]
+    if limit == 3:
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert counts == [0, 1, 1, 0, 0]
+        model = load_file(tmp_path / "run/checkpoints/step_5/model/model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in model.values())
+        return
+    assert done.returncode == 1 and counts == [0, 1]
+    assert done.stderr.splitlines() == [
+        "error: step 3: the loss or gradient of 2 updates in a row was not finite "
+        "(train.max_nonfinite); lower train.lr, look for NaN in the rewards, or resume from a "
+        "checkpoint"
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "poweropd"])
+def test_a_run_that_diverges_ends_in_one_line(recipe, overrides, run_command, tmp_path):
+    keys = {"recipe": recipe, "rollout__engine": "hf", "train__lr": 1e30, "train__steps": 6}
+    keys |= {"train__schedule": "constant", "train__warmup_steps": 0, "eval__every": -1}
+    done = run_command("train.py", *overrides(**keys))
+    assert done.returncode == 1, done.stdout[-2000:]
+    (line,) = done.stderr.splitlines()
+    assert "updates in a row was not finite" in line
+
+
+def test_weights_that_are_not_finite_are_not_saved(overrides, run_command, tmp_path):
+    keys = {"recipe": "sft", "rollout__engine": "hf", "train__lr": 1e30, "train__steps": 1}
+    keys |= {"train__weight_decay": 1e30, "train__warmup_steps": 0, "eval__every": -1}
+    done = run_command("train.py", *overrides(**keys))
+    assert done.returncode == 1, done.stdout[-2000:]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: step 1: weights are NaN or infinite, so no checkpoint was saved")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
