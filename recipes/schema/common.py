@@ -330,6 +330,11 @@ def check(config: Any) -> None:
         raise ConfigError(
             "engine.offload_params=true needs engine.zero_stage=3, as in engine=zero3_offload"
         )
+    if config.model.dtype == "bfloat16" and config.engine.zero_stage == 0:
+        raise ConfigError(
+            "model.dtype=bfloat16 does not go with engine.zero_stage=0, which starts AdamW with an "
+            "update of its own; use engine=zero1"
+        )
     if config.engine.offload_optimizer and config.engine.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1 or more")
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from recipes.compose import compose
+from recipes.errors import ConfigError
+from trainers.prepare import prepare
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "nonfinite_worker.py"
 
@@ -125,3 +129,35 @@ def test_weights_that_are_not_finite_are_not_saved(overrides, run_command, tmp_p
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: step 1: weights are NaN or infinite, so no checkpoint was saved")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (["model.dtype=bfloat16", "engine=zero0"], "does not go with engine.zero_stage=0.*zero1"),
+        (["train.minibatches=2"], "train.minibatches=2: .*no importance ratio"),
+    ],
+)
+def test_updates_that_would_be_wrong_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare(compose(["recipe=poweropd", *keys]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
+def test_a_resumed_run_has_the_optimizers_options_of_its_command(
+    stage, overrides, run_command, tmp_path
+):
+    """DeepSpeed restored those of the first command: the weights would have stayed."""
+    keys = {"recipe": "sft", "engine": stage, "train__lr": 5e-3, "train__schedule": "constant"}
+    keys |= {"train__warmup_steps": 0, "train__steps": 1, "eval__every": -1}
+    norms = []
+    for more in ({}, {"resume": "auto", "train__steps": 2, "train__weight_decay": 100}):
+        keys |= more
+        done = run_command("train.py", *overrides(**keys))
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = tmp_path / f"run/checkpoints/step_{keys['train__steps']}/model"
+        weights = load_file(folder / "model.safetensors").values()
+        norms.append(sum(float(tensor.square().sum()) for tensor in weights) ** 0.5)
+    # AdamW takes off lr times the decay: a half.
+    assert norms[1] == pytest.approx(norms[0] / 2, rel=0.05)

@@ -54,13 +54,7 @@ def settings(config) -> dict[str, Any]:
 def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     """AdamW over the parameters that learn; DeepSpeed's CPUAdam where its state is offloaded."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    train = config.train
-    options = {
-        "lr": train.lr,
-        "betas": tuple(train.betas),
-        "eps": train.eps,
-        "weight_decay": train.weight_decay,
-    }
+    options = adam_options(config)
     if not config.engine.offload_optimizer:
         return torch.optim.AdamW(parameters, **options)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -68,6 +62,17 @@ def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     return operators.compile_once(
         "cpu_adam", lambda: DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     )
+
+
+def adam_options(config) -> dict[str, Any]:
+    """AdamW's options, by the names that a group of parameters has for them."""
+    train = config.train
+    return {
+        "lr": train.lr,
+        "betas": tuple(train.betas),
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+    }
 
 
 class PolicyEngine:
@@ -277,6 +282,9 @@ class PolicyEngine:
             load_lr_scheduler_states=False,
             load_module_strict=not self.adapted,
         )
+        # DeepSpeed restores the options of the run that saved. The config's own hold.
+        for group in self.engine.optimizer.param_groups:
+            group |= adam_options(self.config)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
