@@ -18,7 +18,7 @@ from recipes.errors import TrainingError
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed
+from trainers.core import checkpoint, distributed, lock
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -49,6 +49,7 @@ class Loop:
         run.device = distributed.setup()
         # The default run directory is named after the time, which each rank read for itself.
         run.place(distributed.gather(run.directory)[0])
+        self.lock = lock.hold(run.directory)
         self.config = config = run.config
         random.seed(config.seed)
         np.random.seed(config.seed)

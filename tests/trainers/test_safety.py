@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from recipes.compose import compose
 from recipes.errors import ConfigError
+from trainers.core import lock
 from trainers.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +75,8 @@ def test_an_update_that_is_not_finite_leaves_every_weight(
 
 NAN_REWARD = """
 import math
+import subprocess
+import sys
 
 class Once:
     # The second and the third update are not finite.
@@ -161,3 +166,32 @@ def test_a_resumed_run_has_the_optimizers_options_of_its_command(
         norms.append(sum(float(tensor.square().sum()) for tensor in weights) ** 0.5)
     # AdamW takes off lr times the decay: a half.
     assert norms[1] == pytest.approx(norms[0] / 2, rel=0.05)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trainers.core import lock
+
+held = lock.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_start_into_a_run_directory_names_the_first(overrides, run_command, tmp_path):
+    """It dropped the first one's records, and wrote the same checkpoints."""
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, run], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    for resume in ("null", "auto"):
+        keys = {"recipe": "sft", "resume": resume, "train__steps": 1, "eval__every": -1}
+        done = run_command("train.py", *overrides(**keys))
+        (line,) = done.stderr.splitlines()
+        assert f"run.dir={run}: process {holder.pid} on " in line and done.returncode == 1
+    # A killed process has no lock any more.
+    holder.kill()
+    holder.wait()
+    assert lock.hold(run) is not None
