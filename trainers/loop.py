@@ -30,6 +30,7 @@ from trainers.core.batching import (
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
 from trainers.core.policy import DTYPES, load_policy
+from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
@@ -86,9 +87,14 @@ class Loop:
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
 
-    def fit(self) -> None:
-        """Train to `train.steps`."""
+    def fit(self) -> bool:
+        """Train to `train.steps`, or to the step at which a signal asks for an end.
+
+        Returns:
+            whether all steps are done. Where they are not, the last one is saved.
+        """
         config, run = self.config, self.run
+        request = StopRequest()
         self.tracker = tracker = Tracker(run.config, run.directory, run.start, run.mode.summary)
         tracker.say(
             f"run {run.directory}  ranks {distributed.world_size()}  device {run.device.type}  "
@@ -105,12 +111,20 @@ class Loop:
             row, trajectories = self.step(step)
             tracker.step(row)
             tracker.completions(step, trajectories[: config.log.completions], run.tokenizer)
+            stopped = request.agreed() and step < config.train.steps
             # Saved first, so that an evaluation that fails loses nothing.
-            if self.is_due(step, config.checkpoint.every):
+            if stopped or self.is_due(step, config.checkpoint.every):
                 self.save(step)
+            if stopped:
+                tracker.say(f"stopped by a signal after step {step}; continue with resume=auto")
+                break
             if self.is_due(step, config.eval.every):
                 self.evaluate(step)
+        else:
+            stopped = False
         tracker.finish()
+        request.close()
+        return not stopped
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""

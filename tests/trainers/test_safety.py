@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_an_update_that_is_not_finite_leaves_every_weight(
 
 NAN_REWARD = """
 import math
+import signal
 import subprocess
 import sys
 
@@ -195,3 +197,22 @@ def test_a_second_start_into_a_run_directory_names_the_first(overrides, run_comm
     holder.kill()
     holder.wait()
     assert lock.hold(run) is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_at_the_next_step(number, overrides, environment, tmp_path):
+    """It ended the process, and all steps were lost."""
+    keys = {"recipe": "sft", "train__steps": 100_000, "eval__every": -1}
+    command = [sys.executable, "train.py", *overrides(**keys)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    last = rows(tmp_path / "run")[-1]["step"]
+    assert f"stopped by a signal after step {last}; continue with resume=auto" in rest
+    assert last < 50 and (tmp_path / f"run/checkpoints/step_{last}/manifest.json").is_file()
