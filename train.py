@@ -17,7 +17,10 @@ from scripts.cli import next_steps, print_error, quiet_libraries, quiet_torch
 
 
 def main(overrides: list[str]) -> int:
-    """Run; returns the exit status. A mistake of the user's ends in one line on stderr."""
+    """Run; returns the exit status. A mistake of the user's ends in one line on stderr.
+
+    A run that SIGTERM or SIGUSR1 ended has saved a checkpoint, and its status is 143.
+    """
     from recipes.compose import compose, to_yaml
     from recipes.errors import OnstreamError
 
@@ -43,7 +46,10 @@ def main(overrides: list[str]) -> int:
         from trainers.loop import Loop
 
         loop = Loop(run)
-        loop.fit()
+        if not loop.fit():
+            from trainers.core.preemption import EXIT_STATUS
+
+            return EXIT_STATUS
         try:
             loop.finish()
         finally:
@@ -65,12 +71,12 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == 0 and "torch" in sys.modules:
+    if status != 1 and "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
         # All is written and closed. Without the libraries' own ends, of which one has aborted a
         # finished rank.
-        os._exit(0)
+        os._exit(status)
     sys.exit(status)

@@ -39,5 +39,10 @@ class CheckpointError(OnstreamError):
     """A checkpoint cannot be saved or resumed; the message names the file."""
 
 
+class TrainingError(OnstreamError):
+    """A run stops before it does harm: updates or weights are not finite; the message names the
+    step."""
+
+
 class AnnotationError(OnstreamError):
     """A trainer writes an annotation that no loss reads, or one of another dtype."""

@@ -14,10 +14,11 @@ import torch
 
 import kernels
 from recipes.embedded import model_folder
+from recipes.errors import TrainingError
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed
+from trainers.core import checkpoint, distributed, lock
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -29,6 +30,7 @@ from trainers.core.batching import (
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
 from trainers.core.policy import DTYPES, load_policy
+from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
@@ -48,6 +50,7 @@ class Loop:
         run.device = distributed.setup()
         # The default run directory is named after the time, which each rank read for itself.
         run.place(distributed.gather(run.directory)[0])
+        self.lock = lock.hold(run.directory)
         self.config = config = run.config
         random.seed(config.seed)
         np.random.seed(config.seed)
@@ -81,10 +84,17 @@ class Loop:
         run.score_policy = self.score_policy
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Updates in a row that were skipped, as they were not finite.
+        self.nonfinite = 0
 
-    def fit(self) -> None:
-        """Train to `train.steps`."""
+    def fit(self) -> bool:
+        """Train to `train.steps`, or to the step at which a signal asks for an end.
+
+        Returns:
+            whether all steps are done. Where they are not, the last one is saved.
+        """
         config, run = self.config, self.run
+        request = StopRequest()
         self.tracker = tracker = Tracker(run.config, run.directory, run.start, run.mode.summary)
         tracker.say(
             f"run {run.directory}  ranks {distributed.world_size()}  device {run.device.type}  "
@@ -101,11 +111,20 @@ class Loop:
             row, trajectories = self.step(step)
             tracker.step(row)
             tracker.completions(step, trajectories[: config.log.completions], run.tokenizer)
+            stopped = request.agreed() and step < config.train.steps
+            # Saved first, so that an evaluation that fails loses nothing.
+            if stopped or self.is_due(step, config.checkpoint.every):
+                self.save(step)
+            if stopped:
+                tracker.say(f"stopped by a signal after step {step}; continue with resume=auto")
+                break
             if self.is_due(step, config.eval.every):
                 self.evaluate(step)
-            if self.is_due(step, config.checkpoint.every):
-                self.save(step)
+        else:
+            stopped = False
         tracker.finish()
+        request.close()
+        return not stopped
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
@@ -182,10 +201,15 @@ class Loop:
         """The optimizer updates of a step; those without a trajectory are skipped and counted."""
         lr = learning_rate(self.config.train, step)
         results: list[tuple[float, float]] = []
-        for trajectories in shards:
-            if trajectories:
-                results.append(self.update(trajectories, lr, stats, moved=bool(results)))
-        skipped = len(shards) - len(results)
+        nonfinite = 0
+        for trajectories in filter(None, shards):
+            loss, norm = self.update(trajectories, lr, stats, moved=bool(results))
+            if math.isfinite(norm):
+                results.append((loss, norm))
+            else:
+                nonfinite += 1
+            self.count_nonfinite(step, norm)
+        skipped = sum(not trajectories for trajectories in shards)
         if skipped:
             self.tracker.say(
                 f"step {step}: {skipped} of {len(shards)} updates skipped, no sample of theirs "
@@ -197,7 +221,27 @@ class Loop:
             "train/grad_norm": norm,
             "train/lr": lr,
             "train/skipped": skipped,
+            "train/nonfinite": nonfinite,
         }
+
+    def count_nonfinite(self, step: int, norm: float) -> None:
+        """Count an update that was skipped, as its gradient's norm says.
+
+        Raises:
+            TrainingError: it is the last of `train.max_nonfinite` in a row.
+        """
+        if math.isfinite(norm):
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        limit = self.config.train.max_nonfinite
+        if self.nonfinite == limit:
+            raise TrainingError(
+                f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
+                "(train.max_nonfinite); lower train.lr, look for NaN in the rewards, or resume "
+                "from a checkpoint"
+            )
+        self.tracker.say(f"step {step}: an update skipped, its loss or gradient was not finite")
 
     def update(
         self, trajectories: list[Trajectory], lr: float, stats: TokenStats, moved: bool = False
@@ -211,7 +255,8 @@ class Loop:
             moved: an update came between the samples and this one.
 
         Returns:
-            the loss, over all ranks, and the gradient's norm.
+            the loss, over all ranks, and the gradient's norm; infinite where it was not finite and
+            the weights stayed.
         """
         train = self.config.train
         groups = make_microbatches([t.length for t in trajectories], train.tokens_per_microbatch)
@@ -301,8 +346,17 @@ class Loop:
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. A collective."""
+        """Write a checkpoint. A collective.
+
+        Raises:
+            TrainingError: a weight is not finite. Nothing is written then.
+        """
         run = self.run
+        if not self.engine.is_finite():
+            raise TrainingError(
+                f"step {step}: weights are NaN or infinite, so no checkpoint was saved; lower "
+                "train.lr, and resume from an earlier checkpoint"
+            )
         folder = checkpoint.save(
             run.directory,
             step,

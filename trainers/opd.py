@@ -4,9 +4,9 @@ The student samples, and the teacher scores the sampled tokens. A token's reward
 log-prob in a plain REINFORCE loss. In PowerOPD (arXiv 2606.17199) the reward is a bounded function
 of the two probabilities; in vanilla OPD it is their log-ratio.
 
-There is one optimizer step per rollout batch, hence no importance ratio and no clip. As in the
-paper, there is no reference model, value function, discount or advantage normalisation: the token
-reward is dense and already relative to the student.
+There is one optimizer step per rollout batch, hence no importance ratio and no clip. More updates
+(`train.minibatches`) are refused. As in the paper, there is no reference model, value function,
+discount or advantage normalisation: the token reward is dense and already relative to the student.
 
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.
@@ -53,6 +53,12 @@ class OnPolicyDistillation(Trainer):
     @classmethod
     def check(cls, config) -> None:
         TOKEN_REWARDS.resolve(config.reward.token)
+        if config.objective == "policy_gradient" and config.train.minibatches > 1:
+            raise ConfigError(
+                f"train.minibatches={config.train.minibatches}: a policy gradient of on-policy "
+                "distillation has no importance ratio, so only the first update of a step would be "
+                "right; use train.minibatches=1 with fewer train.prompts_per_step"
+            )
         stop = config.reward.terminal_stop
         if config.objective != "policy_gradient" and stop in ("relabel", "cross_eos"):
             raise ConfigError(

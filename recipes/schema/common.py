@@ -202,6 +202,12 @@ class TrainConfig:
     max_grad_norm: float = key(
         1.0, "Norm to which larger gradients are scaled down. 0: never.", at_least=0
     )
+    max_nonfinite: int = key(
+        3,
+        "Number of updates in a row with a loss or gradient that is not finite, at which the run "
+        "stops. Such an update is skipped.",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -332,6 +338,11 @@ def check(config: Any) -> None:
     if config.engine.offload_params and config.engine.zero_stage != 3:
         raise ConfigError(
             "engine.offload_params=true needs engine.zero_stage=3, as in engine=zero3_offload"
+        )
+    if config.model.dtype == "bfloat16" and config.engine.zero_stage == 0:
+        raise ConfigError(
+            "model.dtype=bfloat16 does not go with engine.zero_stage=0, which starts AdamW with an "
+            "update of its own; use engine=zero1"
         )
     if config.engine.offload_optimizer and config.engine.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1 or more")

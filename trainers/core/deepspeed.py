@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainers.core import lora, operators
-from trainers.core.distributed import rank, world_size
+from trainers.core.distributed import gather, rank, world_size
 from trainers.core.policy import Policy
 
 # The end of the name of a weight whose layer has an adapter.
@@ -54,13 +54,7 @@ def settings(config) -> dict[str, Any]:
 def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     """AdamW over the parameters that learn; DeepSpeed's CPUAdam where its state is offloaded."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    train = config.train
-    options = {
-        "lr": train.lr,
-        "betas": tuple(train.betas),
-        "eps": train.eps,
-        "weight_decay": train.weight_decay,
-    }
+    options = adam_options(config)
     if not config.engine.offload_optimizer:
         return torch.optim.AdamW(parameters, **options)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -68,6 +62,17 @@ def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     return operators.compile_once(
         "cpu_adam", lambda: DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     )
+
+
+def adam_options(config) -> dict[str, Any]:
+    """AdamW's options, by the names that a group of parameters has for them."""
+    train = config.train
+    return {
+        "lr": train.lr,
+        "betas": tuple(train.betas),
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+    }
 
 
 class PolicyEngine:
@@ -136,22 +141,32 @@ class PolicyEngine:
             last: `step` follows.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * world_size(), scale_wrt_gas=False)
+        # The gradient of a loss that is not finite may be finite. Of NaN all ranks learn.
+        scale = world_size() if math.isfinite(loss.detach()) else math.nan
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip, update, clear the gradients. A collective.
 
+        A gradient that is not finite is cleared alone: the weights and the optimizer's state stay
+        as they are.
+
         Returns:
-            the gradient's global 2-norm before clipping.
+            the gradient's global 2-norm before clipping; infinite where the update was skipped.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # Without ZeRO, DeepSpeed computes no norm in float32.
         if self.config.engine.zero_stage == 0 and not self.bf16:
             norm = self._gradient_norm()
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return math.inf
             self.engine.step()
             return norm
         self.engine.step()
+        if self.engine.optimizer.overflow:
+            return math.inf
         return float(self.engine.get_global_grad_norm())
 
     def _gradient_norm(self) -> float:
@@ -181,6 +196,11 @@ class PolicyEngine:
                 yield from self._gathered(bucket)
                 bucket, size = [], 0
         yield from self._gathered(bucket)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number. A collective."""
+        finite = [bool(tensor.isfinite().all()) for _, tensor in self.weights()]
+        return all(gather(all(finite)))
 
     def _head_name(self) -> str:
         """The name of the head's module."""
@@ -262,6 +282,9 @@ class PolicyEngine:
             load_lr_scheduler_states=False,
             load_module_strict=not self.adapted,
         )
+        # DeepSpeed restores the options of the run that saved. The config's own hold.
+        for group in self.engine.optimizer.param_groups:
+            group |= adam_options(self.config)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

@@ -62,6 +62,11 @@ METRICS: dict[str, Metric] = {
     "train/skipped": Metric(
         "updates", "Updates of the step that no trajectory was kept for.", EVERY_STEP
     ),
+    "train/nonfinite": Metric(
+        "updates",
+        "Updates of the step that were skipped, as their loss or gradient was not finite.",
+        EVERY_STEP,
+    ),
     "train/tokens": Metric(
         "tokens",
         "Prompt and completion tokens of the step's trajectories, over all ranks.",
