@@ -6,8 +6,9 @@
     python -m scripts.evaluate mode=read_then_think model=DIR data=NAME_OR_FILE k=8
     python -m scripts.evaluate mode=simultaneous model=DIR data=NAME_OR_FILE proactive.head=entropy
 
-All rows of a file are measured, and a completion may have 1,024 tokens; `size` and `max_new_tokens`
-say otherwise. Of generated data, 400 prompts are. What was dropped is said on stderr.
+All rows of a file are measured; `size` says otherwise. Of generated data, 400 prompts are. Without
+`mode`, a completion for a file's row may have 1,024 tokens; `max_new_tokens` says otherwise. What
+was dropped is said on stderr.
 
 The result is JSON on the last line of stdout. `data` is anything that `data.path` takes. Every
 other key of the config works too, as in `data.suffix='…'` or `rollout.batch_size=64`.
@@ -52,7 +53,8 @@ SHORT_KEYS = {
 OWN_KEYS = {"mode": "How the model reads: streaming, read_then_think or simultaneous."}
 # Data that is generated: a part of it is measured. Of other data all rows are.
 GENERATED = ("stories", "translation")
-ALL_OF_A_FILE = {"eval.size": "null", "rollout.max_new_tokens": "1024"}
+ALL_OF_A_FILE = {"eval.size": "null"}
+LONG_COMPLETIONS = {"rollout.max_new_tokens": "1024"}
 # The value of streaming.layout in each mode.
 LAYOUTS = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}
 
@@ -72,8 +74,6 @@ def print_scores(arguments: list[str]) -> None:
     )
     mode = values.pop("mode", None)
     defaults = mode_defaults(mode, values["eval.path"])
-    if mode is None and values["eval.path"] not in GENERATED:
-        defaults |= ALL_OF_A_FILE
     config = compose_values(defaults | values)
     scores = evaluate_model(config)
     if mode is not None:
@@ -88,7 +88,11 @@ def mode_defaults(mode: str | None, data: str) -> dict[str, str]:
         ConfigError: there is no such mode.
     """
     defaults = {"log.wandb": "disabled"}
+    if data not in GENERATED:
+        defaults |= ALL_OF_A_FILE
     if mode is None:
+        if data not in GENERATED:
+            defaults |= LONG_COMPLETIONS
         # A recipe without a teacher: no teacher is made or looked for.
         return defaults | {"recipe": "sft"}
     if mode not in LAYOUTS:

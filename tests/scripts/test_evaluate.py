@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from scripts.evaluate import main
+from scripts.evaluate import main, mode_defaults
 
 FIGURES = {
     "streaming_length_mean",
@@ -118,3 +118,10 @@ def test_all_rows_of_a_file_and_what_was_dropped(tiny_models, tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1])["prompts"] == 401
     assert "1 of 402 rows of rows have no answer and were dropped" in printed.err
+
+
+@pytest.mark.parametrize("mode", [None, "streaming", "read_then_think", "simultaneous"])
+def test_every_mode_takes_all_rows_of_a_file(mode):
+    """With a mode, the first 400 were taken in silence."""
+    assert mode_defaults(mode, "rows.jsonl")["eval.size"] == "null"
+    assert "eval.size" not in mode_defaults(mode, "stories")

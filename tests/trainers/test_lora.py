@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from recipes.compose import compose
 from recipes.errors import CheckpointError, ConfigError
@@ -97,12 +97,58 @@ def test_new_tokens_learn_too(tiny_models):
     assert policy.model.get_input_embeddings().weight.requires_grad
 
 
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "no_such_layer"])
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head", "embed_tokens", "no_such_layer", "q_proj,no_such_layer", "q_proj,all-linear"],
+)
 def test_layers_that_cannot_have_an_adapter(tiny_models, name):
     with pytest.raises(ConfigError) as caught:
         adapted(tiny_models["student"], f"model.lora.targets=[{name}]")
     message = str(caught.value)
     assert message.startswith(f"model.lora.targets=[{name}]: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "gate", "down_proj"])
+def test_experts_are_refused_before_a_merge_fails(targets):
+    """peft adapts them as bare tensors, whose merged weights were looked for in `weight`."""
+    config = Qwen3MoeConfig(
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    options = compose(["recipe=sft", "model.lora.rank=3", f"model.lora.targets=[{targets}]"])
+    with pytest.raises(ConfigError, match="router or a set of experts"):
+        lora.add_adapters(AutoModelForCausalLM.from_config(config), options.model.lora)
+    options = compose(["recipe=sft", "model.lora.rank=3", "model.lora.targets=[q_proj,v_proj]"])
+    model = AutoModelForCausalLM.from_config(config)
+    lora.add_adapters(model, options.model.lora)
+    assert len(lora.adapted_layers(model)) == 2
+
+
+@pytest.mark.parametrize("dora", ["false", "true"])
+def test_dropout_is_on_in_updates_only(tiny_models, dora):
+    """DoRA had none: peft asks the layer, not its dropout, whether it is training."""
+    keys = ["model.lora.dropout=0.5", f"model.lora.dora={dora}"]
+    policy, _ = adapted(tiny_models["student"], *keys)
+    engine = engine_of(policy.eval())
+
+    def states():
+        with torch.no_grad():
+            return policy.model(input_ids=IDS).logits
+
+    engine._set_dropout(False)
+    still = states()
+    assert torch.equal(still, states())
+    engine._set_dropout(True)
+    assert not torch.equal(states(), states())
+    engine._set_dropout(False)
+    assert torch.equal(still, states())
 
 
 def test_the_reference_is_the_policy_without_its_adapters(tiny_models):

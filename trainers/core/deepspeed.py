@@ -132,6 +132,8 @@ class PolicyEngine:
             self.policy.train(on)
         for layer in self.adapted.values():
             layer.lora_dropout.train(on)
+            # DoRA reads this one too.
+            layer.training = on
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss` to the step's. A collective.

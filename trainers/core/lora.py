@@ -20,6 +20,8 @@ from recipes.errors import ConfigError, first_line
 ADAPTER = "default"
 # What peft puts between a layer's name and that of its own weight.
 BASE = ".base_layer"
+# The targets that stand for all linear layers but the head.
+ALL_LINEAR = ["all-linear"]
 # What peft and vLLM expect before the names of an adapter's tensors.
 PREFIX = "base_model.model."
 
@@ -34,7 +36,8 @@ def add_adapters(model: nn.Module, options, train_embeddings: bool = False) -> N
             tokens.
 
     Raises:
-        ConfigError: `model.lora.targets` names no layer, or one that cannot have an adapter.
+        ConfigError: `model.lora.targets` has a name of no layer, or of one that cannot have an
+            adapter.
     """
     from peft import inject_adapter_in_model
 
@@ -42,7 +45,23 @@ def add_adapters(model: nn.Module, options, train_embeddings: bool = False) -> N
         inject_adapter_in_model(_peft_config(options), model, ADAPTER)
     except ValueError as error:
         raise ConfigError(f"{_targets(options)}: {first_line(error)}") from error
-    for name, module in adapted_layers(model).items():
+    _check_layers(model, options)
+    if train_embeddings:
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.requires_grad_(True)
+
+
+def _check_layers(model: nn.Module, options) -> None:
+    """Raises ConfigError: a layer cannot have its adapter, or a target has no layer."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers = adapted_layers(model)
+    for name, module in layers.items():
+        if isinstance(module, ParamWrapper):
+            raise ConfigError(
+                f"{_targets(options)}: {name} is a router or a set of experts, which can have no "
+                "adapter; name linear layers, as model.lora.targets=[q_proj,k_proj,v_proj,o_proj]"
+            )
         if not isinstance(module, nn.Module) or not hasattr(module, "lora_A") or not module.lora_A:
             raise ConfigError(
                 f"{_targets(options)}: {name} is no linear layer; name linear layers only"
@@ -52,9 +71,9 @@ def add_adapters(model: nn.Module, options, train_embeddings: bool = False) -> N
                 f"{_targets(options)}: {name} is the head, which the losses read as a matrix; name "
                 "other layers"
             )
-    if train_embeddings:
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.requires_grad_(True)
+    for target in options.targets if list(options.targets) != ALL_LINEAR else ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise ConfigError(f"{_targets(options)}: no layer's name ends in {target}")
 
 
 def _targets(options) -> str:
@@ -70,7 +89,7 @@ def _peft_config(options):
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules="all-linear" if targets == ALL_LINEAR else targets,
         use_dora=options.dora,
     )
 
