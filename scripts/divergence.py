@@ -16,6 +16,7 @@ The result is JSON on the last line of stdout. `data` is anything that `eval.pat
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -70,6 +71,8 @@ def measure(config) -> dict:
 
     teacher_tokenizer, _ = check_model("teacher", config.teacher.path)
     run = prepare_evaluation(config)
+    for message in run.messages:
+        print(message, file=sys.stderr)
     check_same_vocabulary(run.tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
     _, trajectories = evaluate(run)
     run.rollout.close()

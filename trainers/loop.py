@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -365,7 +366,7 @@ class Loop:
             run.stop_ids,
             run.facts,
             self.config.checkpoint.keep,
-            base=model_folder(self.start_path),
+            base=absolute(model_folder(self.start_path)),
         )
         self.tracker.say(f"saved {folder}")
 
@@ -407,6 +408,11 @@ def start_model(run: Run) -> str:
         extend_model(path, run.tokenizer, run.new_tokens, folder)
     distributed.barrier()
     return str(folder)
+
+
+def absolute(path: str) -> str:
+    """A local folder's absolute path; a hub name stays as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
