@@ -18,8 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from scripts.cli import compose_values, key_values, launch, run_command
 
@@ -32,6 +31,9 @@ SHORT_KEYS = {
     "max_new_tokens": "rollout.max_new_tokens",
     "engine": "rollout.engine",
 }
+if TYPE_CHECKING:
+    import torch
+
 # Tokens whose distributions are compared at once.
 CHUNK = 256
 
@@ -89,7 +91,6 @@ def measure(config) -> dict:
     }
 
 
-@torch.no_grad()
 def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(model || teacher) in nats [T], and whether the most likely tokens are the same [T] bool.
 
@@ -97,6 +98,8 @@ def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
         run: prepared for evaluation.
         trajectories: with T completion tokens.
     """
+    import torch
+
     from trainers.core.batching import make_microbatches, pack
     from trainers.core.teacher import FrozenModel
 
@@ -109,7 +112,8 @@ def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = [trajectory.length for trajectory in trajectories]
     for members in make_microbatches(lengths, config.train.tokens_per_microbatch):
         batch = pack(trajectories, members, run.device)
-        states = [model.hidden(batch) for model in models]
+        with torch.no_grad():
+            states = [model.hidden(batch) for model in models]
         for chunk in zip(*(state.split(CHUNK) for state in states)):
             model, teacher = (
                 logprobs(policy.head, hidden, run.vocab) for policy, hidden in zip(models, chunk)
@@ -123,6 +127,8 @@ def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 def logprobs(head, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     """Log-probs [T, vocab] of hidden states [T, H], in nats."""
+    import torch
+
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, :vocab].float()
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)

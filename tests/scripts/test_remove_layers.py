@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from recipes.errors import ModelError
-from scripts.remove_layers import main, remove_layers
+from recipes.smaller_models import remove_layers
+from scripts.remove_layers import main
 from trainers.core.policy import check_model, load_policy
 
 IDS = torch.tensor([[5, 17, 3, 40, 8, 29]])
