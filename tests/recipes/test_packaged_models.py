@@ -250,7 +250,8 @@ def test_of_processes_at_once_one_fetches_and_a_killed_one_harms_none(cache, tin
     assert [process.returncode for process in waiting] == [0, 0], results
     assert {out.splitlines()[-1] for out, _ in results} == {str(cache / FOLDER)}
     assert sum(err.count("fetching") for _, err in results) == 1
-    assert visible(cache) == [FOLDER]
+    # The killed process's pip may outlive it, and make its work folder anew.
+    assert [name for name in visible(cache) if not name.startswith(".")] == [FOLDER]
     AutoTokenizer.from_pretrained(cache / FOLDER)
 
 
