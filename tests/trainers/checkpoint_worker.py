@@ -7,6 +7,8 @@ the save."""
 import sys
 from pathlib import Path
 
+import torch
+
 from recipes.errors import CheckpointError
 from trainers.core import checkpoint, distributed
 
@@ -33,6 +35,9 @@ def main(folder: Path, place: str) -> None:
     except CheckpointError as error:
         said = str(error)
     (folder / f"said_{distributed.rank()}").write_text(said)
+    # A rank that leaves while the other still talks to it would abort.
+    distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
