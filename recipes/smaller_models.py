@@ -17,6 +17,8 @@ from recipes.packaged_models import cache_folder, packaged_folder
 
 # Lists of a config with an entry per layer.
 PER_LAYER = ("layer_types", "no_rope_layers")
+# Settings that say by a layer's index what it is made of, where they are set.
+BY_INDEX = ("mlp_only_layers", "first_k_dense_replace", "moe_layer_start_index")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def remove_layers(model, layers: Collection[int]) -> None:
 
     Raises:
         ConfigError: there is no such layer, or none would be left.
-        ModelError: the model keeps its layers elsewhere.
+        ModelError: the model keeps its layers elsewhere, or its config says by their indices what
+            they are.
     """
     from torch import nn
 
@@ -89,6 +92,17 @@ def remove_layers(model, layers: Collection[int]) -> None:
     depth = config.num_hidden_layers
     if len(getattr(decoder, "layers", ())) != depth:
         raise ModelError(f"{type(model).__name__} has no list of {depth} layers to remove from")
+    for name in BY_INDEX:
+        if getattr(config, name, None):
+            raise ModelError(
+                f"{type(model).__name__}: its config says by a layer's index what it is ({name}), "
+                "which would mean other layers afterwards; take a model without that"
+            )
+    if getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: only some of its layers have experts (decoder_sparse_step), "
+            "by their indices; take a model without that"
+        )
     missing = sorted(set(layers) - set(range(depth)))
     if missing:
         raise ConfigError(f"layers: the model has no layer {missing[0]}; its are 0 to {depth - 1}")

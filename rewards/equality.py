@@ -336,7 +336,8 @@ def _as_set(value: Any) -> Any:
     parts = [_exact(part).xreplace(real) for part in _conjuncts(value)]
     try:
         return sympy.Intersection(*(part.as_set() for part in parts))
-    except (NotImplementedError, AttributeError):
+    except NotImplementedError:
+        # So sympy says of relations with periodic solutions, as sin(x) = 0.
         return None
 
 

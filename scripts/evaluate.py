@@ -51,10 +51,8 @@ SHORT_KEYS = {
     "dtype": "model.dtype",
 }
 OWN_KEYS = {"mode": "How the model reads: streaming, read_then_think or simultaneous."}
-# Data that is generated: a part of it is measured. Of other data all rows are.
-GENERATED = ("stories", "translation")
-ALL_OF_A_FILE = {"eval.size": "null"}
-LONG_COMPLETIONS = {"rollout.max_new_tokens": "1024"}
+# Which rows and columns: those of the evaluation serve for the calibration of a decision head too.
+OF_THE_DATA = ("split", "prompt_column", "answer_column", "target_column")
 # The value of streaming.layout in each mode.
 LAYOUTS = {"streaming": "grouped", "read_then_think": "batch", "simultaneous": "scheduled"}
 
@@ -74,6 +72,8 @@ def print_scores(arguments: list[str]) -> None:
     )
     mode = values.pop("mode", None)
     defaults = mode_defaults(mode, values["eval.path"])
+    if mode == "simultaneous":
+        defaults |= calibration_values(values)
     config = compose_values(defaults | values)
     scores = evaluate_model(config)
     if mode is not None:
@@ -87,12 +87,15 @@ def mode_defaults(mode: str | None, data: str) -> dict[str, str]:
     Raises:
         ConfigError: there is no such mode.
     """
+    from trainers.evaluation import GENERATED
+
     defaults = {"log.wandb": "disabled"}
     if data not in GENERATED:
-        defaults |= ALL_OF_A_FILE
+        # Of generated data a part is measured.
+        defaults["eval.size"] = "null"
     if mode is None:
         if data not in GENERATED:
-            defaults |= LONG_COMPLETIONS
+            defaults["rollout.max_new_tokens"] = "1024"
         # A recipe without a teacher: no teacher is made or looked for.
         return defaults | {"recipe": "sft"}
     if mode not in LAYOUTS:
@@ -102,6 +105,13 @@ def mode_defaults(mode: str | None, data: str) -> dict[str, str]:
         # The decision head is calibrated on `data.path`.
         return defaults | {"recipe": "proactivellm", "data.path": data}
     return defaults | {"recipe": "streaming_sft"}
+
+
+def calibration_values(values: dict[str, str]) -> dict[str, str]:
+    """The keys `data.…` of the data that a decision head is calibrated on: as evaluated."""
+    return {
+        f"data.{name}": values[f"eval.{name}"] for name in OF_THE_DATA if f"eval.{name}" in values
+    }
 
 
 def evaluate_model(config) -> dict:

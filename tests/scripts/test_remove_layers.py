@@ -107,6 +107,19 @@ def test_a_model_without_a_list_of_layers_is_refused():
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [{"mlp_only_layers": [1]}, {"first_k_dense_replace": 1}, {"decoder_sparse_step": 2}],
+)
+def test_settings_by_the_index_of_a_layer_are_refused(setting):
+    """The folder was written, and its layers were made anew at random when it was loaded."""
+    model = KINDS["gemma2"]()
+    for name, value in setting.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ModelError, match=next(iter(setting))):
+        remove_layers(model, [0])
+
+
+@pytest.mark.parametrize(
     "arguments, said",
     [
         (["layers=1", "out=OUT"], "model=… is missing"),
