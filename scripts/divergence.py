@@ -34,9 +34,6 @@ SHORT_KEYS = {
 if TYPE_CHECKING:
     import torch
 
-# Tokens whose distributions are compared at once.
-CHUNK = 256
-
 
 def main(arguments: list[str]) -> int:
     """Compare the models that the arguments name; returns the exit status."""
@@ -100,39 +97,44 @@ def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
+    import kernels
     from trainers.core.batching import make_microbatches, pack
+    from trainers.core.scoring import head_options
     from trainers.core.teacher import FrozenModel
 
     config = run.config
-    models = [
+    student, teacher = (
         FrozenModel(path, "float32", run).policy
         for path in (config.model.path, config.teacher.path)
-    ]
+    )
     divergences, agreements = [], []
     lengths = [trajectory.length for trajectory in trajectories]
     for members in make_microbatches(lengths, config.train.tokens_per_microbatch):
         batch = pack(trajectories, members, run.device)
         with torch.no_grad():
-            states = [model.hidden(batch) for model in models]
-        for chunk in zip(*(state.split(CHUNK) for state in states)):
-            model, teacher = (
-                logprobs(policy.head, hidden, run.vocab) for policy, hidden in zip(models, chunk)
+            states = [policy.hidden(batch) for policy in (student, teacher)]
+            result = kernels.fused_linear_distillation_divergence(
+                states[0],
+                student.head.weight,
+                states[1],
+                teacher.head.weight,
+                denominator=1.0,
+                divergence="reverse_kl",
+                student_bias=student.head.bias,
+                teacher_bias=teacher.head.bias,
+                student_logit_softcap=student.head.softcap,
+                teacher_logit_softcap=teacher.head.softcap,
+                valid_vocab_size=run.vocab,
             )
-            # A token that neither can write has a log-prob of minus infinity in both.
-            terms = model.exp() * (model - teacher)
-            divergences.append(terms.nan_to_num(0.0).sum(-1))
-            agreements.append(model.argmax(-1) == teacher.argmax(-1))
+            likeliest = [
+                kernels.fused_linear_topk_logprobs(
+                    hidden, policy.head.weight, 1, **head_options(policy.head, 1.0, run.vocab)
+                ).ids
+                for policy, hidden in zip((student, teacher), states)
+            ]
+        divergences.append(result.divergence)
+        agreements.append((likeliest[0] == likeliest[1]).flatten())
     return torch.cat(divergences), torch.cat(agreements)
-
-
-def logprobs(head, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Log-probs [T, vocab] of hidden states [T, H], in nats."""
-    import torch
-
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, :vocab].float()
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(-1)
 
 
 if __name__ == "__main__":
