@@ -73,7 +73,7 @@ def inspection(values: dict[str, str], marks: bool) -> Iterator[tuple[str, Any]]
         yield "note", message
     yield "lengths", f"prompts {spread([len(prompt.token_ids) for prompt in prompts])}"
     if run.method.learns:
-        lengths = [run.method.target_length(prompt, tokenizer) for prompt in prompts]
+        lengths = [run.method.target_length(prompt, run) for prompt in prompts]
         yield "", f"targets {spread(lengths)}"
     yield from first_example(run, marks)
     ends = (f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in run.stop_ids)

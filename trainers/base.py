@@ -57,7 +57,7 @@ class Trainer:
         """
 
     @classmethod
-    def target_length(cls, prompt: Prompt, tokenizer) -> int:
+    def target_length(cls, prompt: Prompt, run: Run) -> int:
         """The tokens of a supervised target, without an opening; for methods that have `learns`."""
         raise TypeError(f"{cls.__name__} does not define target_length()")
 

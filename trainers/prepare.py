@@ -247,7 +247,7 @@ def target_fits(run: Run, prompt: Prompt, context: int) -> bool:
     most = len((prompt.example.solution or "").encode()) + len(prompt.segments) + 3
     if prompt.example.solution and run.mode.read_positions(prompt, most) <= context:
         return True
-    exact = run.method.target_length(prompt, run.tokenizer)
+    exact = run.method.target_length(prompt, run)
     return run.mode.read_positions(prompt, exact) <= context
 
 

@@ -40,6 +40,7 @@ from rollouts.simultaneous.schedules import draw_schedule
 from rollouts.trajectory import Trajectory, sample_seed
 from trainers.base import Trainer, occurrences
 from trainers.losses import Loss
+from trainers.run import Run
 
 
 class ProactiveLLM(Trainer):
@@ -68,8 +69,9 @@ class ProactiveLLM(Trainer):
         check_heads(options)
 
     @classmethod
-    def target_length(cls, prompt: Prompt, tokenizer) -> int:
-        return sum(map(len, target_words(prompt.example.solution, tokenizer)))
+    def target_length(cls, prompt: Prompt, run: Run) -> int:
+        words = target_words(prompt.example.solution, run.tokenizer, target_cut(run.config))
+        return sum(map(len, words))
 
     def draw(self, step: int) -> list[Trajectory]:
         indices = self.run.sampler.indices(step)

@@ -18,6 +18,7 @@ from rollouts.data.examples import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer
 from trainers.losses import Loss
+from trainers.run import Run
 
 
 class CrossEntropyTrainer(Trainer):
@@ -40,8 +41,8 @@ class SupervisedFineTuning(CrossEntropyTrainer):
     learns = ("solution",)
 
     @classmethod
-    def target_length(cls, prompt: Prompt, tokenizer) -> int:
-        return len(target_ids(prompt, tokenizer))
+    def target_length(cls, prompt: Prompt, run: Run) -> int:
+        return len(target_ids(prompt, run.tokenizer))
 
     def draw(self, step: int) -> list[Trajectory]:
         indices = self.run.sampler.indices(step)

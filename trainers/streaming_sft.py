@@ -15,6 +15,7 @@ from rollouts.data.examples import Prompt
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import target_segments
 from rollouts.trajectory import Trajectory
+from trainers.run import Run
 from trainers.sft import SupervisedFineTuning
 
 
@@ -29,8 +30,8 @@ class StreamingSFT(SupervisedFineTuning):
         check_layout(config)
 
     @classmethod
-    def target_length(cls, prompt: Prompt, tokenizer) -> int:
-        return sum(map(len, target_segments(prompt.example, tokenizer)))
+    def target_length(cls, prompt: Prompt, run: Run) -> int:
+        return sum(map(len, target_segments(prompt.example, run.tokenizer)))
 
     def read(self, prompt: Prompt) -> Trajectory:
         streaming, tokenizer = self.config.streaming, self.run.tokenizer

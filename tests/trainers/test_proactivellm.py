@@ -95,6 +95,20 @@ def prompt(index: int) -> Prompt:
     )
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_length_of_a_target_is_that_of_one_view(language):
+    """Whether an example fits the model's context hangs on it. It was counted as if by words."""
+    method = trainer(schedules=2)
+    run = method.run
+    streaming = replace(run.config.streaming, target_language=language)
+    run.config = method.config = replace(run.config, streaming=streaming)
+    example = Example(0, [], "a  b", "a  b")
+    source = replace(prompt(0), example=example)
+    views = 3
+    read = method.read(source, step=0)
+    assert method.target_length(source, run) * views == int(read.sampled_mask.sum())
+
+
 def loss_of(policy, method, trajectories) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss in one forward, divided as the loop does, and its gradients."""
     for trajectory in trajectories:
