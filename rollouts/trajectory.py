@@ -30,6 +30,9 @@ ANNOTATIONS = {
     "mask": Annotation(
         "bool", "The token counts in the loss.", "every method", "loss, loop, stats"
     ),
+    "candidates": Annotation(
+        "bool", "The token could have been selected to learn from.", "opd", "stats"
+    ),
     "targets": Annotation(
         "int64", "The id that the policy scores, where it is not the sampled one.", "opd", "loss"
     ),
@@ -59,6 +62,9 @@ ANNOTATIONS = {
         "float32", "The starting weights' log-prob.", "the reference", "loss"
     ),
     "advantages": Annotation("float32", "Added to the token reward.", "grpo, hrpo, opd", "loss"),
+    "task_advantages": Annotation(
+        "float32", "The verifier's part of `advantages`.", "opd", "its metrics"
+    ),
     "rewards": Annotation(
         "float32", "Token reward plus advantage, as it was used.", "the loop", "completions.jsonl"
     ),

@@ -57,6 +57,11 @@ class Trainer:
         """
 
     @classmethod
+    def needs_answers(cls, config) -> bool:
+        """Whether the method learns from the verifier under this config."""
+        return cls.verifies
+
+    @classmethod
     def target_length(cls, prompt: Prompt, run: Run) -> int:
         """The tokens of a supervised target, without an opening; for methods that have `learns`."""
         raise TypeError(f"{cls.__name__} does not define target_length()")

@@ -38,10 +38,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rewards.groups import group_advantages
 from rewards.streaming import Stages, score_stages
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.grpo import GRPO, group_advantages
+from trainers.grpo import GRPO
 from trainers.streaming_sft import check_layout
 
 

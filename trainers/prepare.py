@@ -169,7 +169,7 @@ def prepare_data(run: Run, context: int | None) -> None:
     """
     config, data = run.config, run.config.data
     examples = configured_examples(data, config.seed)
-    if run.method.verifies:
+    if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
     check_targets(run.prompts, run.method, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes.components import TOKEN_REWARDS
+from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.schema.common import Config, RewardConfig
 from recipes.schema.keys import key
 
@@ -20,12 +20,31 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    score: str | None = key(
+        None,
+        "Score of a response's tokens, of which the highest alone learn. null: all learn. dial: "
+        "|log p - log q|^(1 - beta) * |p - q|^beta (DIAL-OPD).",
+        component=TOKEN_SCORES,
+    )
+    keep: float = key(
+        0.4, "Share of a response's tokens that learn, one at least.", above=0, at_most=1
+    )
+    beta: float = key(
+        1.0,
+        "Exponent of the dial score. 0 selects by the log-ratio, 1 by the difference of the "
+        "probabilities.",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
 class DistillationRewardConfig(RewardConfig):
     token: str = key(
         "power",
         "Reward of a sampled token, of the teacher's probability p and the student's q. power: "
         "p^alpha - q^alpha. log_ratio: log p - log q. clip, tanh: bounded log-ratios. zscore: the "
-        "log-ratio standardised over the step's tokens.",
+        "log-ratio standardised over the step's tokens. sign: the log-ratio's sign (TV-OPD).",
         component=TOKEN_REWARDS,
     )
     alpha: float = key(5.0, "Exponent of the power reward.", above=0)
@@ -36,6 +55,19 @@ class DistillationRewardConfig(RewardConfig):
     )
     clip: float = key(1.0, "Bound of the clip reward, nats.", above=0)
     tanh_scale: float = key(5.0, "Scale of the tanh reward, nats: tanh(log-ratio / it).", above=0)
+    sign_scale: float = key(1.0, "Size of the sign reward.", above=0)
+    teacher_weight: float = key(1.0, "Weight of the token reward.", at_least=0)
+    task_weight: float = key(
+        0.0,
+        "Weight of the verifier's score beside the token reward: of a completion's advantage over "
+        "the other samples of its prompt, as in GRPO. Above 0, rollout.samples_per_prompt must be "
+        "2 or more.",
+        at_least=0,
+    )
+    task_normalize_std: bool = key(
+        True, "Divide that advantage by the standard deviation of its prompt's scores."
+    )
+    select: SelectConfig = field(default_factory=SelectConfig)
     terminal_stop: str = key(
         "mask",
         "What the stop token that ends a completion counts as. raw: as any token. mask: it does "

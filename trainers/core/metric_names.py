@@ -15,7 +15,10 @@ DISTILLING = "steps of recipes with a teacher or self-distillation"
 TAUGHT = "steps of recipes with a teacher"
 TOKEN_REWARDS = "steps of recipes with a reward or an advantage per token"
 ALL_REWARDS = f"{TOKEN_REWARDS}, and of on-policy SFT"
-GROUPS = "steps of recipes with group advantages: GRPO and AdaSR"
+TEACHER_REWARDS = "steps of recipes with a teacher and objective=policy_gradient"
+SELECTING = "steps of recipes with reward.select"
+MIXED = "steps of recipes with a teacher and reward.task_weight above 0"
+GROUPS = "steps of recipes with group advantages: GRPO, AdaSR, reward.task_weight above 0"
 MINIBATCHES = "steps of GRPO and AdaSR with train.minibatches above 1"
 REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
 FILTERING = "steps of on-policy SFT"
@@ -111,6 +114,20 @@ METRICS: dict[str, Metric] = {
         "Prompts whose completions all have the same reward, and so no advantage.",
         GROUPS,
     ),
+    "reward/dead_frac": Metric(
+        "share",
+        "Unmasked tokens whose token reward is exactly 0, as where both probabilities underflow.",
+        TEACHER_REWARDS,
+    ),
+    "reward/selected_frac": Metric(
+        "share", "Tokens that learn, of those that could be selected.", SELECTING
+    ),
+    "reward/teacher_mean": Metric(
+        "the reward's", "Mean weighted token reward, without the verifier's part.", MIXED
+    ),
+    "reward/task_abs_mean": Metric(
+        "the reward's", "Mean size of the verifier's weighted advantage, over tokens.", MIXED
+    ),
     "reward/format": Metric(
         "share", "Mean product of the format scores of the streaming and the deep part.", ADASR
     ),
@@ -168,6 +185,11 @@ METRICS: dict[str, Metric] = {
         "nats",
         "Divergence from the teacher: the objective's own, or the mean of log q - log p.",
         DISTILLING,
+    ),
+    "teacher/tv": Metric(
+        "share",
+        "Total variation of student and teacher, its unbiased estimate: mean of max(0, 1 - p/q).",
+        TAUGHT,
     ),
     "teacher/agreement": Metric(
         "share", "Sampled tokens that are the teacher's most likely one.", TAUGHT

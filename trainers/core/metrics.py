@@ -91,13 +91,16 @@ class TokenStats:
 
     def _add_teacher(self, trajectory: Trajectory, output: Mapping[str, np.ndarray]) -> None:
         annotations = trajectory.annotations
-        mask = annotations["mask"]
+        counted = compared_tokens(trajectory)
         teacher = annotations["teacher_logprobs"].astype(np.float64)
         # The log-ratio of a sampled token estimates the reverse KL, where it is not computed.
-        kl = output["divergence"] if "divergence" in output else output["logprobs"] - teacher
+        if "divergence" in output:
+            kl = output["divergence"]
+        else:
+            kl = compared_logprobs(trajectory, output) - teacher
         likely = annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
         agrees = teacher >= likely
-        self._add("teacher", mask.sum(), kl[mask].sum(), agrees[mask].sum())
+        self._add("teacher", counted.sum(), kl[counted].sum(), agrees[counted].sum())
 
     def _add_rewards(self, rewards: np.ndarray, mask: np.ndarray) -> None:
         unmasked = rewards[mask]
@@ -157,6 +160,28 @@ class TokenStats:
             "reward/by_position": by_position,
             "reward/by_position_bins": [i * self.bin_width for i in range(POSITION_BINS)],
         }
+
+
+def compared_tokens(trajectory: Trajectory) -> np.ndarray:
+    """[T] bool: the tokens on which student and teacher are compared.
+
+    They are the unmasked ones, with those that were not selected to learn from.
+    """
+    annotations = trajectory.annotations
+    if trajectory.padding:
+        return annotations["mask"]
+    return annotations.get("candidates", annotations["mask"])
+
+
+def compared_logprobs(trajectory: Trajectory, output: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T] nats, the student's log-probs of these tokens.
+
+    Args:
+        trajectory: annotated.
+        output: the loss's per-token arrays, which have nothing for tokens that do not learn.
+    """
+    selected = "candidates" in trajectory.annotations
+    return trajectory.annotations["student_logprobs"] if selected else output["logprobs"]
 
 
 def _mismatch_metrics(
