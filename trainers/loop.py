@@ -77,12 +77,13 @@ class Loop:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
             run.rollout = run.mode.wrap(engine)
+        run.score_policy, run.write_scores = self.score_policy, self.write_scores
+        run.policy_head = policy.head
         if run.method.distills:
-            from trainers.core.teacher import Teacher
+            from trainers.core.teacher import make_teacher
 
             say(f"loading {config.teacher.path}")
-            run.teacher = Teacher(run)
-        run.score_policy = self.score_policy
+            run.teacher = make_teacher(run)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
         # Updates in a row that were skipped, as they were not finite.
@@ -318,17 +319,42 @@ class Loop:
             name: the annotation that is written.
             adapters: false: under the weights without LoRA's adapters.
         """
+
+        def score(head, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+            scored = score_tokens(
+                head,
+                hidden,
+                targets=batch.targets,
+                temperature=self.config.rollout.temperature,
+                vocab=self.run.vocab,
+            )
+            return {name: scored.logprobs}
+
+        self.write_scores(trajectories, score, adapters)
+
+    def write_scores(
+        self, trajectories: list[Trajectory], function: Callable, adapters: bool = True
+    ) -> None:
+        """Write annotations that the current weights give, without gradients.
+
+        A collective: a rank with fewer micro-batches runs its last one again.
+
+        Args:
+            trajectories: this rank's, at least one.
+            function: maps the head, hidden states [T, H] and their micro-batch to each
+                annotation's values [T, …].
+            adapters: false: under the weights without LoRA's adapters.
+        """
         lengths = [t.length for t in trajectories]
         groups = make_microbatches(lengths, self.config.train.tokens_per_microbatch)
-        score = functools.partial(
-            _score, temperature=self.config.rollout.temperature, vocab=self.run.vocab
-        )
         for index in range(max(distributed.gather(len(groups)))):
             group = groups[min(index, len(groups) - 1)]
             batch = pack(trajectories, group, self.run.device)
-            logprobs = unpack(batch, trajectories, self.engine.score(batch, score, adapters))
-            for member, array in zip(batch.members, logprobs):
-                trajectories[member].annotations[name] = array
+            values = self.engine.score(batch, function, adapters)
+            for name, tensor in values.items():
+                arrays = unpack(batch, trajectories, tensor)
+                for member, array in zip(batch.members, arrays):
+                    trajectories[member].annotations[name] = array
 
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
@@ -423,11 +449,6 @@ def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
     from trainers.core.lora import add_adapters
 
     return functools.partial(add_adapters, options=options, train_embeddings=bool(run.new_tokens))
-
-
-def _score(head, hidden, batch, *, temperature, vocab):
-    scored = score_tokens(head, hidden, targets=batch.targets, temperature=temperature, vocab=vocab)
-    return scored.logprobs
 
 
 def normalize(

@@ -11,6 +11,10 @@ discount or advantage normalisation: the token reward is dense and already relat
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.
 
+`teacher.prompt` or `teacher.prompt_column` gives the teacher another prompt than the student: one
+with a worked solution, a demonstration, instructions. The teacher may then be the student itself
+(`teacher.path=self`: OPSD, SDFT and their kin). A completion's ids are the student's.
+
 `reward.select` lets the tokens of highest score alone learn, as DIAL-OPD does (arXiv 2610.11659).
 `reward.task_weight` adds the verifier's score: w_d r_t + w_r A, where A is the completion's
 advantage over the other samples of its prompt, as in GRPO. With w_r = 0 it is distillation alone,
@@ -38,6 +42,7 @@ from rollouts.trajectory import Trajectory
 from trainers.base import Trainer
 from trainers.core.distributed import world_size
 from trainers.core.metrics import compared_logprobs, compared_tokens
+from trainers.core.teacher import SELF
 from trainers.losses import Loss
 
 # Added to the standard deviation of a step's rewards.
@@ -72,6 +77,7 @@ class OnPolicyDistillation(Trainer):
                 "right; use train.minibatches=1 with fewer train.prompts_per_step"
             )
         check_reward(config)
+        check_self_teaching(config)
         stop = config.reward.terminal_stop
         if config.objective != "policy_gradient" and stop in ("relabel", "cross_eos"):
             raise ConfigError(
@@ -106,6 +112,7 @@ class OnPolicyDistillation(Trainer):
         mode = self.config.reward.terminal_stop
         for trajectory in trajectories:
             annotate_stop(trajectory, mode, self.run.teacher_stop)
+            trajectory.annotations["mask"][: self.config.teacher.skip_tokens] = False
         self.run.teacher.annotate(trajectories, hidden=self.full)
         standardises = self.reward is not None and self.reward.window
         if standardises or self.score is not None:
@@ -147,7 +154,7 @@ class OnPolicyDistillation(Trainer):
             )
         return Loss(
             divergence=full_objective(self.config),
-            teacher_head=self.run.teacher.policy.head,
+            teacher_head=self.run.teacher.head,
             temperature=temperature,
             vocab=vocab,
         )
@@ -185,6 +192,33 @@ def check_reward(config) -> None:
     if not options.teacher_weight and not options.task_weight:
         raise ConfigError(
             "reward.teacher_weight=0 and reward.task_weight=0 leave no reward; raise one of them"
+        )
+
+
+def check_self_teaching(config) -> None:
+    """Raises ConfigError: keys of a student that teaches itself that are impossible together."""
+    teacher, where = config.teacher, f"teacher.weights={config.teacher.weights}"
+    if teacher.weights == "frozen":
+        return
+    if teacher.path != SELF:
+        raise ConfigError(
+            f"{where} is of a student that teaches itself; use teacher.path={SELF}, or "
+            "teacher.weights=frozen"
+        )
+    if teacher.weights == "base" and config.model.lora.rank is None:
+        raise ConfigError(
+            f"{where} are the weights without LoRA's adapters, and there are none; set "
+            "model.lora.rank, or use teacher.weights=frozen"
+        )
+    if teacher.weights == "current" and teacher.prompt is teacher.prompt_column is None:
+        raise ConfigError(
+            f"{where}: teacher and student are the same and read the same, so there is nothing to "
+            "learn; give the teacher more with teacher.prompt or teacher.prompt_column"
+        )
+    if config.train.minibatches > 1:
+        raise ConfigError(
+            f"train.minibatches={config.train.minibatches}: {where} change with the first update "
+            "of a step; use train.minibatches=1"
         )
 
 

@@ -23,8 +23,10 @@ from trainers.core.policy import (
     check_model,
     check_same_vocabulary,
 )
+from trainers.core.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
+from trainers.core.teacher import teacher_path
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
@@ -150,9 +152,11 @@ def prepare_models(run: Run):
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
-        teacher, teacher_model = check_model("teacher.path", config.teacher.path)
-        check_architecture("teacher.path", config.teacher.path, teacher_model, attention)
-        check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
+        path = teacher_path(config)
+        teacher, teacher_model = check_model("teacher.path", path)
+        check_architecture("teacher.path", path, teacher_model, attention)
+        check_same_vocabulary(tokenizer, teacher, config.model.path, path)
+        run.teacher_context = context_length(teacher_model)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
         heads.append(teacher_model)
@@ -168,7 +172,9 @@ def prepare_data(run: Run, context: int | None) -> None:
         context: the model's, in tokens; None if it states none.
     """
     config, data = run.config, run.config.data
-    examples = configured_examples(data, config.seed)
+    another = run.method.distills and reads_another_prompt(config)
+    changes = {"teacher_column": config.teacher.prompt_column} if another else {}
+    examples = configured_examples(data, config.seed, **changes)
     if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
@@ -180,6 +186,8 @@ def prepare_data(run: Run, context: int | None) -> None:
             f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
             f"{data.max_prompt_tokens} and were dropped"
         )
+    if another:
+        add_teacher_prompts(run)
     run.sampler = PromptSampler(len(run.prompts), config.train.prompts_per_step, config.seed)
     if config.eval.every < 0:
         return

@@ -11,7 +11,28 @@ from recipes.schema.keys import key
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = key("stories-teacher", "Teacher, named as model.path is; of the same vocabulary.")
+    path: str = key(
+        "stories-teacher",
+        "Teacher, named as model.path is; of the same vocabulary. self: the student.",
+    )
+    weights: str = key(
+        "frozen",
+        "Weights of a student that teaches itself. frozen: those it starts from. current: those of "
+        "the step. base: those without LoRA's adapters. The last two need no second model.",
+        choices=("frozen", "current", "base"),
+    )
+    prompt: str | None = key(
+        None,
+        "Last turn of the prompt that the teacher reads in place of the student's. {prompt}, "
+        "{solution} and {answer} stand for the row's. null: the student's own.",
+    )
+    prompt_column: str | None = key(
+        None,
+        "Column of the prompt that the teacher reads, a text or chat turns, with the same fields.",
+    )
+    skip_tokens: int = key(
+        0, "Number of tokens of each completion, from the first, that do not learn.", at_least=0
+    )
     dtype: str = key(
         "float32",
         "Type of the teacher's weights and computation.",
