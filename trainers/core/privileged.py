@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 from recipes.errors import ConfigError, DataError
 from recipes.registry import nearest
@@ -74,10 +75,11 @@ def check_template(config, mode) -> None:
             "steps; use it with streaming.layout=null"
         )
     for name in FIELD.findall(teacher.prompt or ""):
-        hint = nearest(name, FIELDS)
         # Other braces are the text's own, as in LaTeX.
-        if name not in FIELDS and hint:
-            raise ConfigError(f"teacher.prompt has {{{name}}}, which is no field{hint}")
+        if name not in FIELDS and get_close_matches(name, FIELDS):
+            raise ConfigError(
+                f"teacher.prompt has {{{name}}}, which is no field{nearest(name, FIELDS)}"
+            )
 
 
 def render(prompts: Sequence[Prompt], tokenizer, config, where: str) -> list[Prompt]:
