@@ -96,6 +96,8 @@ RUNS: dict[str, dict] = {
     "opd_clip": {},
     "opd_tanh": {},
     "opd_zscore": {},
+    "opd_tv": {},
+    "dial_opd": {},
     "opd_forward_kl": {},
     "opd_jsd": {},
     "opd_reverse_kl": {},
