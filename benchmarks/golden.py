@@ -92,6 +92,7 @@ RUNS: dict[str, dict] = {
     "poweropd_full": {},
     "poweropd_paper": TAUGHT,
     "poweropd_lora": TAUGHT,
+    "poweropd_task": SAMPLED | {"recipe": "poweropd", "reward.task_weight": 0.5},
     "opd": {},
     "opd_clip": {},
     "opd_tanh": {},

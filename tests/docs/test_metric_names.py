@@ -33,7 +33,10 @@ WRITERS = {
     names.TAUGHT: lambda c: c.trainer == "opd",
     names.TOKEN_REWARDS: lambda c: c.trainer in ("opd", *GROUPED),
     names.ALL_REWARDS: lambda c: c.trainer in SAMPLED,
-    names.GROUPS: lambda c: c.trainer in GROUPED,
+    names.TEACHER_REWARDS: lambda c: c.trainer == "opd" and c.objective == "policy_gradient",
+    names.SELECTING: lambda c: c.trainer == "opd" and c.reward.select.score is not None,
+    names.MIXED: lambda c: c.trainer == "opd" and c.reward.task_weight > 0,
+    names.GROUPS: lambda c: c.trainer in GROUPED or WRITERS[names.MIXED](c),
     names.MINIBATCHES: lambda c: c.trainer in GROUPED and c.train.minibatches > 1,
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
@@ -53,7 +56,9 @@ def written(run: str) -> set[str]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_golden_run_wrote_the_names_that_the_table_gives_it(run):
-    config = compose([f"recipe={RUNS[run].get('recipe', run)}"])
+    keys = {"recipe": run} | RUNS[run]
+    keys.pop("stop_at", None)
+    config = compose([f"{key}={value}" for key, value in keys.items()])
     promised = {name for name, metric in METRICS.items() if WRITERS[metric.rows](config)}
     assert written(run) == promised - NOT_RECORDED
 
