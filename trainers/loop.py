@@ -30,6 +30,7 @@ from trainers.core.batching import (
 )
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
+from trainers.core.parity import check_parity
 from trainers.core.policy import DTYPES, load_policy
 from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
@@ -106,6 +107,8 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
+        if run.rollout is not None:
+            tracker.say(check_parity(run, self.engine))
         if run.start == 0:
             self.evaluate(0)
         for step in range(run.start + 1, config.train.steps + 1):
