@@ -30,13 +30,13 @@ from trainers.core.batching import (
 )
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
-from trainers.core.parity import check_parity
 from trainers.core.policy import DTYPES, load_policy
 from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
+from trainers.parity import check_parity
 from trainers.run import Run
 
 

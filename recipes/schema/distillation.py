@@ -36,6 +36,12 @@ class DistillationRewardConfig(RewardConfig):
     )
     clip: float = key(1.0, "Bound of the clip reward, nats.", above=0)
     tanh_scale: float = key(5.0, "Scale of the tanh reward, nats: tanh(log-ratio / it).", above=0)
+    importance_cap: float | None = key(
+        None,
+        "Largest weight of a token, by the trainer's probability of it over the sampler's. For "
+        "objective=policy_gradient. null: no token is weighted.",
+        above=0,
+    )
     terminal_stop: str = key(
         "mask",
         "What the stop token that ends a completion counts as. raw: as any token. mask: it does "
