@@ -5,10 +5,13 @@ log-prob in a plain REINFORCE loss. In PowerOPD (arXiv 2606.17199) the reward is
 of the two probabilities; in vanilla OPD it is their log-ratio.
 
 There is one optimizer step per rollout batch, hence no ratio to an older policy and no clip. More
-updates (`train.minibatches`) are refused. `reward.importance_cap` makes up for a rollout engine
-whose log-probs differ from the trainer's, as where it computes in another precision. It weights
-each token by the ratio of the two, cut at the cap. As in the paper, there is no reference model, value function,
-discount or advantage normalisation: the token reward is dense and already relative to the student.
+updates (`train.minibatches`) are refused. As in the paper, there is no reference model, value
+function, discount or advantage normalisation: the token reward is dense and already relative to the
+student.
+
+`reward.importance_cap` makes up for a rollout engine whose log-probs differ from the trainer's, as
+where it computes in another precision. It weights each token by the ratio of the two, cut at the
+cap.
 
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.

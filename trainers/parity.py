@@ -11,6 +11,12 @@ completions of its own prompts, and compares three log-probs of each token:
 All are in the type of the computation, at `rollout.temperature`. Nothing is truncated: vLLM would
 renormalise. The samples have seeds of their own, and no generator of the training moves.
 
+In float32 the largest difference is bounded, in bfloat16 the mean one. How much bfloat16 rounds
+depends on the model. In smollm2-135m any two right computations differ by 0.03 nats on average, and
+in stories-student by 0.001. So where the default bound of 0.01 is passed, the model's own rounding
+is measured: how the trainer's log-probs change when the last bit of the embeddings does. Twice that
+is allowed.
+
 The check of a model at load (trainers/core/policy.py) also compares with eager attention. It has
 random ids, and the type of the loaded weights, which is float32 where bfloat16 is trained in.
 """
@@ -20,10 +26,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from recipes.errors import TrainingError
 from rollouts.trajectory import Trajectory, sample_seed
@@ -39,6 +46,9 @@ NEW_TOKENS = 32
 # `rollout.max_mismatch` null, in nats: on the largest difference, and in bfloat16 on the mean one.
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-4, 1e-2
 OFF = -1
+# In bfloat16, differences of so many times the model's own rounding are allowed.
+ROUNDING_FACTOR = 2
+LAST_BIT = 2**-8  # of a bfloat16, relative to its value
 # Eager attention makes [L, L] scores for each head. Longer sequences are compared without it.
 EAGER_TOKENS = 2048
 
@@ -68,10 +78,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that log-probs may differ, in nats, and whether that is on average."""
+    """The most that log-probs may differ, in nats, and whether that is on average.
+
+    Attributes:
+        adapts: it grows with the rounding of a model.
+    """
 
     most: float
     on_average: bool
+    adapts: bool
 
     @classmethod
     def of(cls, config) -> Bound:
@@ -79,7 +94,8 @@ class Bound:
         on_average = config.model.dtype == "bfloat16"
         given = config.rollout.max_mismatch
         default = MEAN_DIFFERENCE if on_average else MAX_DIFFERENCE
-        return cls(default if given is None else given, on_average)
+        adapts = on_average and given is None
+        return cls(default if given is None else given, on_average, adapts)
 
     @property
     def statistic(self) -> str:
@@ -114,13 +130,16 @@ def check_parity(run: Run, engine: PolicyEngine) -> str:
     bound = Bound.of(config)
     others = ["sampler"] + ["eager"] * all(token.eager is not None for token in tokens)
     found = {other: bound.measure(tokens, other) for other in others}
+    if bound.adapts and max(found.values()) > bound.most:
+        allowed = ROUNDING_FACTOR * rounding(run, engine, trajectories)
+        bound = replace(bound, most=max(bound.most, allowed))
     for other, value in found.items():
         if not value <= bound.most:
             raise TrainingError(explained(run, tokens, bound, found, other))
     eager = f"eager attention {found['eager']:.1e}" if "eager" in found else "eager left out"
     return (
         f"parity  {bound.statistic} difference of log-probs on {len(tokens)} tokens: "
-        f"sampler {found['sampler']:.1e}, {eager}, at most {bound.most:g} nats  "
+        f"sampler {found['sampler']:.1e}, {eager}, at most {bound.most:.3g} nats  "
         f"({time.perf_counter() - started:.1f} s)"
     )
 
@@ -145,12 +164,11 @@ def scored(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory]) -
     Args:
         run: the run.
         engine: the trainer.
-        trajectories: this rank's; their annotations are written.
+        trajectories: this rank's. They get `old_logprobs`, the trainer's.
     """
     for trajectory in trajectories:
         trajectory.annotations["mask"] = trajectory.sampled_mask
-    run.score_policy(trajectories)
-    trainer = [trajectory.annotations.pop("student_logprobs") for trajectory in trajectories]
+    run.score_policy(trajectories, "old_logprobs")
     eager: list = [None] * len(trajectories)
     longest = max(trajectory.length for trajectory in trajectories)
     if max(distributed.gather(longest)) <= EAGER_TOKENS:
@@ -163,11 +181,11 @@ def scored(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory]) -
             trajectory.prompt_index,
             int(place),
             trajectory.completion_ids[place],
-            float(ours[place]),
+            float(trajectory.annotations["old_logprobs"][place]),
             float(trajectory.logprobs[place]),
             None if theirs is None else float(theirs[place]),
         )
-        for trajectory, ours, theirs in zip(trajectories, trainer, eager)
+        for trajectory, theirs in zip(trajectories, eager)
         for place in np.flatnonzero(trajectory.annotations["mask"])
     ]
 
@@ -183,6 +201,37 @@ def eager_attention(model) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
+def rounding(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory]) -> float:
+    """The mean change, in nats, of the trainer's log-probs with the last bit of the embeddings.
+
+    A collective.
+
+    Args:
+        run: the run.
+        engine: the trainer, in bfloat16.
+        trajectories: this rank's, of `scored`.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module, inputs, embeddings):
+        signs = torch.randint(0, 2, embeddings.shape, generator=generator) * 2 - 1
+        moved = embeddings.float() * (1 + LAST_BIT * signs.to(embeddings.device))
+        return moved.to(embeddings.dtype)
+
+    hook = engine.policy.model.get_input_embeddings().register_forward_hook(move)
+    try:
+        run.score_policy(trajectories)
+    finally:
+        hook.remove()
+    own = []
+    for annotations in (trajectory.annotations for trajectory in trajectories):
+        change = np.abs(annotations["student_logprobs"] - annotations["old_logprobs"])
+        own += change[annotations["mask"]].tolist()
+    changes = np.array([change for part in distributed.gather(own) for change in part])
+    finite = changes[np.isfinite(changes)]
+    return float(finite.mean()) if len(finite) else 0.0
+
+
 def explained(
     run: Run, tokens: Sequence[Token], bound: Bound, found: dict[str, float], other: str
 ) -> str:
@@ -194,7 +243,7 @@ def explained(
     return (
         f"before step {run.start + 1} the {bound.statistic} difference between the trainer's "
         f"log-probs and those of {names[other]} is {found[other]:.2g} nats, more than "
-        f"{bound.most:g} (rollout.max_mismatch); it is largest at token "
+        f"{bound.most:.3g} (rollout.max_mismatch); it is largest at token "
         f"{run.tokenizer.decode([worst.token_id])!r}, place {worst.place} of the completion of row "
         f"{worst.row}: trainer {worst.trainer:.6g}, sampler {worst.sampler:.6g}{eager}; "
         f"{advice(config, bound, found)}"
