@@ -224,9 +224,11 @@ def rounding(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory])
     finally:
         hook.remove()
     own = []
-    for annotations in (trajectory.annotations for trajectory in trajectories):
-        change = np.abs(annotations["student_logprobs"] - annotations["old_logprobs"])
-        own += change[annotations["mask"]].tolist()
+    for trajectory in trajectories:
+        moved, before, mask = (
+            trajectory.annotations[name] for name in ("student_logprobs", "old_logprobs", "mask")
+        )
+        own += np.abs(moved - before)[mask].tolist()
     changes = np.array([change for part in distributed.gather(own) for change in part])
     finite = changes[np.isfinite(changes)]
     return float(finite.mean()) if len(finite) else 0.0
