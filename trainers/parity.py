@@ -11,11 +11,11 @@ completions of its own prompts, and compares three log-probs of each token:
 All are in the type of the computation, at `rollout.temperature`. Nothing is truncated: vLLM would
 renormalise. The samples have seeds of their own, and no generator of the training moves.
 
-In float32 the largest difference is bounded, in bfloat16 the mean one. How much bfloat16 rounds
-depends on the model. In smollm2-135m any two right computations differ by 0.03 nats on average, and
-in stories-student by 0.001. So where the default bound of 0.01 is passed, the model's own rounding
-is measured: how the trainer's log-probs change when the last bit of the embeddings does. Twice that
-is allowed.
+In float32 the largest difference is bounded, in bfloat16 the mean one. How much rounding does
+depends on the model. In bfloat16 any two right computations differ by 0.03 nats on average in
+smollm2-135m, and by 0.001 in stories-student. So where the default bound is passed, the model's own
+rounding is measured: how the trainer's log-probs change when the last bit of the embeddings does.
+Twice that is allowed.
 
 The check of a model at load (trainers/core/policy.py) also compares with eager attention. It has
 random ids, and the type of the loaded weights, which is float32 where bfloat16 is trained in.
@@ -46,9 +46,10 @@ NEW_TOKENS = 32
 # `rollout.max_mismatch` null, in nats: on the largest difference, and in bfloat16 on the mean one.
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-4, 1e-2
 OFF = -1
-# In bfloat16, differences of so many times the model's own rounding are allowed.
+# By default, differences of so many times the model's own rounding are allowed.
 ROUNDING_FACTOR = 2
-LAST_BIT = 2**-8  # of a bfloat16, relative to its value
+# Of a number, relative to its value.
+LAST_BIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 # Eager attention makes [L, L] scores for each head. Longer sequences are compared without it.
 EAGER_TOKENS = 2048
 
@@ -94,17 +95,15 @@ class Bound:
         on_average = config.model.dtype == "bfloat16"
         given = config.rollout.max_mismatch
         default = MEAN_DIFFERENCE if on_average else MAX_DIFFERENCE
-        adapts = on_average and given is None
-        return cls(default if given is None else given, on_average, adapts)
+        return cls(default if given is None else given, on_average, adapts=given is None)
 
     @property
     def statistic(self) -> str:
         return "mean" if self.on_average else "largest"
 
-    def measure(self, tokens: Sequence[Token], other: str) -> float:
-        """What is bounded, of the differences between the trainer and `other`."""
-        gaps = [token.gap(other) for token in tokens]
-        return float(np.mean(gaps) if self.on_average else np.max(gaps))
+    def measure(self, differences: Sequence[float]) -> float:
+        """What is bounded: their mean or the largest."""
+        return float(np.mean(differences) if self.on_average else np.max(differences))
 
 
 def check_parity(run: Run, engine: PolicyEngine) -> str:
@@ -129,10 +128,10 @@ def check_parity(run: Run, engine: PolicyEngine) -> str:
     tokens = [t for part in distributed.gather(scored(run, engine, trajectories)) for t in part]
     bound = Bound.of(config)
     others = ["sampler"] + ["eager"] * all(token.eager is not None for token in tokens)
-    found = {other: bound.measure(tokens, other) for other in others}
+    found = {other: bound.measure([token.gap(other) for token in tokens]) for other in others}
     if bound.adapts and max(found.values()) > bound.most:
-        allowed = ROUNDING_FACTOR * rounding(run, engine, trajectories)
-        bound = replace(bound, most=max(bound.most, allowed))
+        changes = rounding(run, engine, trajectories)
+        bound = replace(bound, most=max(bound.most, ROUNDING_FACTOR * bound.measure(changes)))
     for other, value in found.items():
         if not value <= bound.most:
             raise TrainingError(explained(run, tokens, bound, found, other))
@@ -201,22 +200,25 @@ def eager_attention(model) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def rounding(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory]) -> float:
-    """The mean change, in nats, of the trainer's log-probs with the last bit of the embeddings.
+def rounding(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory]) -> list[float]:
+    """How the trainer's log-probs change, in nats, with the last bit of the embeddings.
 
     A collective.
 
     Args:
         run: the run.
-        engine: the trainer, in bfloat16.
+        engine: the trainer.
         trajectories: this rank's, of `scored`.
+
+    Returns:
+        the change of each token of all ranks; 0 where it is not finite.
     """
     generator = torch.Generator().manual_seed(0)
 
     def move(module, inputs, embeddings):
-        signs = torch.randint(0, 2, embeddings.shape, generator=generator) * 2 - 1
-        moved = embeddings.float() * (1 + LAST_BIT * signs.to(embeddings.device))
-        return moved.to(embeddings.dtype)
+        signs = torch.randint(0, 2, embeddings.shape, generator=generator).double() * 2 - 1
+        factors = 1 + LAST_BIT[embeddings.dtype] * signs.to(embeddings.device)
+        return (embeddings.double() * factors).to(embeddings.dtype)
 
     hook = engine.policy.model.get_input_embeddings().register_forward_hook(move)
     try:
@@ -229,9 +231,8 @@ def rounding(run: Run, engine: PolicyEngine, trajectories: Sequence[Trajectory])
             trajectory.annotations[name] for name in ("student_logprobs", "old_logprobs", "mask")
         )
         own += np.abs(moved - before)[mask].tolist()
-    changes = np.array([change for part in distributed.gather(own) for change in part])
-    finite = changes[np.isfinite(changes)]
-    return float(finite.mean()) if len(finite) else 0.0
+    changes = [change for part in distributed.gather(own) for change in part]
+    return [change if np.isfinite(change) else 0.0 for change in changes]
 
 
 def explained(

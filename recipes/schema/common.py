@@ -152,8 +152,8 @@ class RolloutConfig:
         None,
         "Largest difference, in nats, between the trainer's and the sampler's log-probs before the "
         "first step; above it the run ends. Of float32 it is the largest of a token, of bfloat16 "
-        "the mean. null: 1e-4 in float32; in bfloat16 0.01, or twice the model's own rounding. -1: "
-        "not checked.",
+        "the mean. null: 1e-4 in float32, 0.01 in bfloat16, or twice the model's own rounding if "
+        "that is more. -1: not checked.",
         off=-1,
         above=0,
     )
