@@ -261,9 +261,10 @@ def advice(config, bound: Bound, found: dict[str, float]) -> str:
             f"model.attn_implementation={attention} computes something else than eager: use eager, "
             "and report the model"
         )
-    engines = "hf" if config.rollout.engine == "vllm" else "another rollout.engine"
+    other = "rollout.engine=hf" if config.rollout.engine == "vllm" else "another rollout.engine"
+    exact = " or model.dtype=float32" if bound.on_average else ""
     return (
-        f"the sampler may differ in weights, attention, soft-cap, temperature, vocabulary or type: "
-        f"try rollout.engine={engines} and model.dtype=float32; if it only rounds, raise "
-        "rollout.max_mismatch and weight tokens by an importance_cap"
+        "the sampler may differ in weights, attention, soft-cap, temperature, vocabulary or type: "
+        f"try {other}{exact}; if it only rounds, raise rollout.max_mismatch, and weight tokens by "
+        "grpo.importance_cap or reward.importance_cap"
     )
