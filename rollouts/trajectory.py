@@ -56,7 +56,7 @@ ANNOTATIONS = {
         "float32", "The policy's log-prob before the step's first update.", "grpo", "loss, stats"
     ),
     "rollout_logprobs": Annotation(
-        "float32", "The sampler's log-prob, for the importance weight.", "grpo", "loss"
+        "float32", "The sampler's log-prob, for the importance weight.", "grpo, opd", "loss"
     ),
     "reference_logprobs": Annotation(
         "float32", "The starting weights' log-prob.", "the reference", "loss"

@@ -36,6 +36,7 @@ from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
+from trainers.parity import check_parity
 from trainers.run import Run
 
 
@@ -107,6 +108,8 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
+        if run.rollout is not None:
+            tracker.say(check_parity(run, self.engine))
         if run.start == 0:
             self.evaluate(0)
         for step in range(run.start + 1, config.train.steps + 1):

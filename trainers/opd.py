@@ -4,9 +4,14 @@ The student samples, and the teacher scores the sampled tokens. A token's reward
 log-prob in a plain REINFORCE loss. In PowerOPD (arXiv 2606.17199) the reward is a bounded function
 of the two probabilities; in vanilla OPD it is their log-ratio.
 
-There is one optimizer step per rollout batch, hence no importance ratio and no clip. More updates
-(`train.minibatches`) are refused. As in the paper, there is no reference model, value function,
-discount or advantage normalisation: the token reward is dense and already relative to the student.
+There is one optimizer step per rollout batch, hence no ratio to an older policy and no clip. More
+updates (`train.minibatches`) are refused. As in the paper, there is no reference model, value
+function, discount or advantage normalisation: the token reward is dense and already relative to the
+student.
+
+`reward.importance_cap` makes up for a rollout engine whose log-probs differ from the trainer's, as
+where it computes in another precision. It weights each token by the ratio of the two, cut at the
+cap.
 
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.
@@ -78,6 +83,7 @@ class OnPolicyDistillation(Trainer):
             )
         check_reward(config)
         check_self_teaching(config)
+        check_importance(config)
         stop = config.reward.terminal_stop
         if config.objective != "policy_gradient" and stop in ("relabel", "cross_eos"):
             raise ConfigError(
@@ -113,6 +119,9 @@ class OnPolicyDistillation(Trainer):
         for trajectory in trajectories:
             annotate_stop(trajectory, mode, self.run.teacher_stop)
             trajectory.annotations["mask"][: self.config.teacher.skip_tokens] = False
+        if self.config.reward.importance_cap is not None:
+            for trajectory in trajectories:
+                trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
         self.run.teacher.annotate(trajectories, hidden=self.full)
         standardises = self.reward is not None and self.reward.window
         if standardises or self.score is not None:
@@ -150,7 +159,11 @@ class OnPolicyDistillation(Trainer):
         temperature, vocab = self.config.rollout.temperature, self.run.vocab
         if not self.full:
             return Loss(
-                policy_gradient=True, reward=self.reward, temperature=temperature, vocab=vocab
+                policy_gradient=True,
+                reward=self.reward,
+                temperature=temperature,
+                vocab=vocab,
+                objective={"is_cap": self.config.reward.importance_cap},
             )
         return Loss(
             divergence=full_objective(self.config),
@@ -243,6 +256,23 @@ def select(trajectory: Trajectory, score, share: float) -> None:
     mask = annotations["mask"]
     scores = score(annotations["teacher_logprobs"], annotations["student_logprobs"])
     annotations |= {"candidates": mask, "mask": select_tokens(scores, mask, share)}
+
+
+def check_importance(config) -> None:
+    """Raises ConfigError: `reward.importance_cap` has no ratio to cap."""
+    cap, stop = config.reward.importance_cap, config.reward.terminal_stop
+    if cap is None:
+        return
+    if config.objective != "policy_gradient":
+        raise ConfigError(
+            f"reward.importance_cap={cap:g} weights sampled tokens, and objective="
+            f"{config.objective} compares whole distributions; use objective=policy_gradient"
+        )
+    if stop == "relabel":
+        raise ConfigError(
+            f"reward.importance_cap={cap:g} compares the log-probs of the sampled token, and "
+            "reward.terminal_stop=relabel scores another one; use mask, cross_eos or raw"
+        )
 
 
 def full_objective(config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
+from recipes.schema.keys import as_text
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
@@ -42,6 +43,7 @@ def prepare(config) -> Run:
     method = TRAINERS.resolve(config.trainer)
     ENGINES.resolve(config.rollout.engine)
     check_precision(config, method)
+    check_layout(config, method)
     run = Run(config=config, mode=reading_mode(config), method=method)
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
@@ -131,6 +133,16 @@ def check_precision(config, method: type[Trainer]) -> None:
                 f"model.attn_implementation={attention} computes in 16 bits, and {key}=float32; "
                 "use bfloat16, or model.attn_implementation=packed"
             )
+
+
+def check_layout(config, method: type[Trainer]) -> None:
+    """Raises ConfigError: the method cannot use the run's `streaming.layout`."""
+    layout = getattr(getattr(config, "streaming", None), "layout", None)
+    if layout in method.layouts:
+        return
+    *others, last = map(as_text, method.layouts)
+    needed = f"{', '.join(others)} or {last}" if others else last
+    raise ConfigError(f"streaming.layout={as_text(layout)}: recipe={config.recipe} needs {needed}")
 
 
 def prepare_models(run: Run):

@@ -148,6 +148,15 @@ class RolloutConfig:
         off=-1,
         at_least=1,
     )
+    max_mismatch: float | None = key(
+        None,
+        "Largest difference, in nats, between the trainer's and the sampler's log-probs before the "
+        "first step; above it the run ends. Of float32 it is the largest of a token, of bfloat16 "
+        "the mean. null: 1e-4 in float32, 0.01 in bfloat16, or twice the model's own rounding if "
+        "that is more. -1: not checked.",
+        off=-1,
+        above=0,
+    )
     stop_ids: tuple[int, ...] = key(
         (), "Token ids that end a completion, beside those of the student and the teacher."
     )

@@ -89,6 +89,12 @@ class DistillationRewardConfig(RewardConfig):
         True, "Divide that advantage by the standard deviation of its prompt's scores."
     )
     select: SelectConfig = field(default_factory=SelectConfig)
+    importance_cap: float | None = key(
+        None,
+        "Largest weight of a token, by the trainer's probability of it over the sampler's. For "
+        "objective=policy_gradient. null: no token is weighted.",
+        above=0,
+    )
     terminal_stop: str = key(
         "mask",
         "What the stop token that ends a completion counts as. raw: as any token. mask: it does "

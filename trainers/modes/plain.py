@@ -94,6 +94,22 @@ class Plain:
             limits["vocab"], limits["missing"] = vocabulary(tokenizer)
         return Sampling(stop_ids=tuple(stop_ids), **limits)
 
+    def parity_sampling(self, run, max_new_tokens: int) -> Sampling:
+        """How the parity gate draws: at the temperature of training, but short, and of all tokens.
+
+        Args:
+            run: a `Run` with its tokenizer.
+            max_new_tokens: of a completion.
+        """
+        return self.sampling(
+            run.tokenizer,
+            run.stop_ids,
+            temperature=self.config.rollout.temperature,
+            max_new_tokens=max_new_tokens,
+            vocab=run.vocab,
+            missing=run.missing,
+        )
+
     def evaluation_sampling(self, run) -> Sampling:
         """How the completions of an evaluation are drawn. A collective where it calibrates.
 
