@@ -131,6 +131,7 @@ class Trajectory:
     completion: str = ""  # text, without the stop token
     answer: str | None = None
     score: float | None = None  # the verifier's, 0 to 1
+    timed_out: bool = False  # the verifier did not end in time, so the score may be too low
     reward: float | None = None  # what the method makes of the whole completion
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Streaming (rollouts/layout.py).

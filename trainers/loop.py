@@ -69,6 +69,7 @@ class Loop:
             embed=run.mode.embedder(run.device),
             missing=run.missing,
             adapt=adapt,
+            trust_remote_code=config.model.trust_remote_code,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
@@ -405,7 +406,8 @@ def start_model(run: Run) -> str:
         return path
     folder = run.directory / "start"
     if distributed.rank() == 0:
-        extend_model(path, run.tokenizer, run.new_tokens, folder)
+        trusted = run.config.model.trust_remote_code
+        extend_model(path, run.tokenizer, run.new_tokens, folder, trusted)
     distributed.barrier()
     return str(folder)
 

@@ -83,8 +83,12 @@ def adapter_form(options) -> str | None:
     return f"{kind} of rank {options.rank}, alpha {options.alpha}, on {','.join(options.targets)}"
 
 
-def prepare_evaluation(config) -> Run:
+def prepare_evaluation(config, *others, answered: bool = True) -> Run:
     """A run that only evaluates: the model in a rollout engine, and the evaluation data.
+
+    Args:
+        others: configs of models whose heads may lack tokens; these are not sampled then.
+        answered: leave out the rows of the data that have no answer.
 
     Raises:
         OnstreamError: one line that names the key or file.
@@ -92,10 +96,11 @@ def prepare_evaluation(config) -> Run:
     ENGINES.resolve(config.rollout.engine)
     run = Run(config=config, mode=reading_mode(config))
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
-    run.tokenizer, model = check_model("model", config.model.path)
-    run.vocab, run.missing = vocabulary(run.tokenizer, model)
+    trusted = config.model.trust_remote_code
+    run.tokenizer, model = check_model("model", config.model.path, trusted)
+    run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
-    read_eval_prompts(run)
+    read_eval_prompts(run, answered)
     run.max_length = max_length(run, context_length(model))
     check_engine(run, model)
     start_engine(run)
@@ -138,9 +143,7 @@ def prepare_models(run: Run):
         the model's config.
     """
     config, method = run.config, run.method
-    run.tokenizer, model = check_model("model.path", config.model.path)
-    attention = config.model.attn_implementation
-    check_architecture("model.path", config.model.path, model, attention)
+    run.tokenizer, model = checked_model("model", config.model, config)
     tokenizer = run.tokenizer
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
@@ -150,8 +153,7 @@ def prepare_models(run: Run):
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
-        teacher, teacher_model = check_model("teacher.path", config.teacher.path)
-        check_architecture("teacher.path", config.teacher.path, teacher_model, attention)
+        teacher, teacher_model = checked_model("teacher", config.teacher, config)
         check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
@@ -159,6 +161,24 @@ def prepare_models(run: Run):
     run.vocab, run.missing = vocabulary(tokenizer, *heads)
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return model
+
+
+def checked_model(name: str, section, config):
+    """The tokenizer and config of a model that can be trained, or teach.
+
+    Args:
+        name: of the section of the config that names the model.
+        section: that section.
+        config: the run's.
+
+    Raises:
+        ModelError: the model cannot be used.
+    """
+    key, trusted = f"{name}.path", section.trust_remote_code
+    tokenizer, model = check_model(key, section.path, trusted)
+    attention = config.model.attn_implementation
+    check_architecture(key, section.path, model, attention, trusted)
+    return tokenizer, model
 
 
 def prepare_data(run: Run, context: int | None) -> None:

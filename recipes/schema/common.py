@@ -54,6 +54,11 @@ class ModelConfig:
         "Type of the computation. With bfloat16 the optimizer still keeps float32 weights.",
         choices=("float32", "bfloat16"),
     )
+    trust_remote_code: bool = key(
+        False,
+        "Run the Python code that comes with a model which transformers has no class for. That "
+        "code can do whatever you can on this machine.",
+    )
     attn_implementation: str = key(
         "packed",
         "Attention of the trained model.",
@@ -168,6 +173,13 @@ class RewardConfig:
         "Function that scores a completion against the answer. Its score is logged, and is the "
         "reward of the methods that learn from one.",
         component=VERIFIERS,
+    )
+    seconds_per_batch: float = key(
+        120.0,
+        "Seconds that the slow answers of a batch share, on each rank: those whose check takes "
+        "longer than 0.05 s. What is then unchecked counts as wrong, and in reward/timeouts. A "
+        "batch is a step's completions, or an evaluation's.",
+        above=0,
     )
 
 

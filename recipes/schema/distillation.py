@@ -12,6 +12,9 @@ from recipes.schema.keys import key
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str = key("stories-teacher", "Teacher, named as model.path is; of the same vocabulary.")
+    trust_remote_code: bool = key(
+        False, "The same as model.trust_remote_code, for the teacher's own code."
+    )
     dtype: str = key(
         "float32",
         "Type of the teacher's weights and computation.",

@@ -68,7 +68,7 @@ class VllmEngine:
         self.can_sleep = rollout.sleep and not on_cpu
         # The number of ids that sampling is limited to, and those among them that it leaves out.
         self.vocabulary: tuple[int | None, tuple[int, ...]] = (None, ())
-        options = common_options(path, rollout, dtype, max_length)
+        options = common_options(path, config, dtype, max_length)
         options |= cpu_options(max_length) if on_cpu else gpu_options(rollout, self.can_sleep)
         try:
             self.llm = LLM(**options)
@@ -193,10 +193,12 @@ def prepare_import(on_cpu: bool, kv_cache_gib: float) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
 
 
-def common_options(path: str, rollout, dtype: torch.dtype, max_length: int) -> dict:
-    """vLLM's options on any device; `rollout` is that section of the config."""
+def common_options(path: str, config, dtype: torch.dtype, max_length: int) -> dict:
+    """vLLM's options on any device; `config` is the run's."""
+    rollout = config.rollout
     return {
         "model": model_folder(path),
+        "trust_remote_code": config.model.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,
         "seed": 0,

@@ -16,20 +16,20 @@ class FrozenModel:
     """Runs over trajectories in packed micro-batches of the same token budget as the update's.
 
     Args:
-        path: a model folder or hub name.
-        dtype: a key of `DTYPES`.
+        model: the section of a config that names it: `model` or `teacher`.
         run: a `Run` (trainers/run.py) with its device.
     """
 
-    def __init__(self, path: str, dtype: str, run):
+    def __init__(self, model, run):
         self.config, self.device, self.vocab = run.config, run.device, run.vocab
         policy = load_policy(
-            path,
-            DTYPES[dtype],
+            model.path,
+            DTYPES[model.dtype],
             run.device,
             run.config.model.attn_implementation,
             masked=run.mode.masked,
             missing=run.missing,
+            trust_remote_code=model.trust_remote_code,
         )
         self.policy = policy.eval().requires_grad_(False)
 
@@ -72,7 +72,7 @@ class Teacher(FrozenModel):
     """`teacher.path`."""
 
     def __init__(self, run):
-        super().__init__(run.config.teacher.path, run.config.teacher.dtype, run)
+        super().__init__(run.config.teacher, run)
 
     def annotate(self, trajectories: Sequence[Trajectory], hidden: bool = False) -> None:
         """Write `teacher_logprobs` and `teacher_max_logprobs` [T] (float32, nats).
@@ -115,7 +115,7 @@ class Reference(FrozenModel):
     """The weights that a run started from, also after a resume: `model.path` in `model.dtype`."""
 
     def __init__(self, run):
-        super().__init__(run.config.model.path, run.config.model.dtype, run)
+        super().__init__(run.config.model, run)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens."""
