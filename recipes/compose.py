@@ -212,7 +212,8 @@ def _composed(selection: Selection) -> DictConfig:
             if override.is_text:
                 OmegaConf.update(values, override.key, override.value)
         return values
-    except OmegaConfBaseException as error:
+    # OverflowError: a whole number that is larger than any number.
+    except (OmegaConfBaseException, OverflowError) as error:
         raise ConfigError(_with_key(error)) from error
     except HydraException as error:
         cause = error.__cause__
