@@ -10,11 +10,11 @@ from recipes.errors import ConfigError
 
 KEYS = [*sorted(schema.keys_of(schema.run_schema(tuple(schema.GROUPS)))), "recipe", "engine"]
 # What has a meaning in YAML, or in the grammars of Hydra and OmegaConf.
-SIGNS = st.sampled_from(
+WORDS = (
     "null true [ ] { } ( ) ${ $ ' \" , : = ~ + ++ @ \\ # & * ??? 1e5 1_000 0x10 nan inf "
-    "!!python/object ${seed} ${oc.env:HOME} ${now:%Y} ${train}".split()
-    + [" ", "\n", "\x1b[2J", "\u2028", "\ud800", "\x00"]
+    "!!python/object ${seed} ${oc.env:HOME} ${now:%Y} ${train}"
 )
+SIGNS = st.sampled_from([*WORDS.split(), " ", "\n", "\x1b[2J", "\u2028", "\ud800", "\x00"])
 NUMBERS = st.one_of(
     st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), "9" * 5000])
 ).map(str)
