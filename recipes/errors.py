@@ -56,4 +56,5 @@ class TrainingError(OnstreamError):
 
 
 class AnnotationError(OnstreamError):
-    """A trainer writes an annotation that no loss reads, or one of another dtype."""
+    """A trainer writes an annotation that no loss reads, or one of another dtype or length; or an
+    engine gives a trajectory with such an array."""

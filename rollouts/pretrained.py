@@ -28,6 +28,7 @@ def load_model(path: str, trust_remote_code: bool, **options):
     Raises:
         ModelError: it cannot be loaded, as where weights are missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder = model_folder(path)
@@ -35,7 +36,8 @@ def load_model(path: str, trust_remote_code: bool, **options):
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    # RuntimeError: weights of other shapes than the config says, or no memory.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
 
 

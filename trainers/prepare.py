@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,12 +84,13 @@ def adapter_form(options) -> str | None:
     return f"{kind} of rank {options.rank}, alpha {options.alpha}, on {','.join(options.targets)}"
 
 
-def prepare_evaluation(config, *others, answered: bool = True) -> Run:
+def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False) -> Run:
     """A run that only evaluates: the model in a rollout engine, and the evaluation data.
 
     Args:
         others: configs of models whose heads may lack tokens; these are not sampled then.
         answered: leave out the rows of the data that have no answer.
+        fit: lower the limit on new tokens to what the model's context leaves.
 
     Raises:
         OnstreamError: one line that names the key or file.
@@ -101,10 +103,26 @@ def prepare_evaluation(config, *others, answered: bool = True) -> Run:
     run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
     read_eval_prompts(run, answered)
+    if fit:
+        fit_context(run, context_length(model))
     run.max_length = max_length(run, context_length(model))
     check_engine(run, model)
     start_engine(run)
     return run
+
+
+def fit_context(run: Run, context: int | None) -> None:
+    """Lower `rollout.max_new_tokens` to what the context leaves, if it leaves any, and say so."""
+    rollout = run.config.rollout
+    longest = max(run.mode.positions(p, rollout.max_new_tokens) for p in run.eval_prompts)
+    fitting = rollout.max_new_tokens - longest + (context or longest)
+    if 1 <= fitting < rollout.max_new_tokens:
+        rollout = replace(rollout, max_new_tokens=fitting)
+        run.config = run.mode.config = replace(run.config, rollout=rollout)
+        run.messages.append(
+            f"eval  completions of up to {fitting} tokens: more do not fit the model's context of "
+            f"{context}"
+        )
 
 
 def start_engine(run: Run) -> None:

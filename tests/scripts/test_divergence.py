@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from rollouts.trajectory import Trajectory
@@ -50,6 +50,24 @@ def test_a_model_has_no_divergence_from_itself(tiny_models, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["prompts"] == 3 and result["tokens"] == 18
     assert math.isclose(result["kl"], 0, abs_tol=1e-6) and result["agreement"] == 1
+
+
+def test_rows_need_no_answer_and_both_models_must_have_a_token(tiny_models, tmp_path, capsys):
+    """Rows without an answer were refused, and the vocabulary was that of the model alone."""
+    teacher = tmp_path / "teacher"
+    # A head without rows for the last tokens, as where a tokenizer has grown.
+    large = AutoModelForCausalLM.from_pretrained(tiny_models["teacher"])
+    large.resize_token_embeddings(300)
+    large.save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(tiny_models["teacher"]).save_pretrained(teacher)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "The sky is"}\n{"prompt": "A dog", "answer": "7"}\n')
+    keys = [f"model={tiny_models['student']}", f"teacher={teacher}", f"data={file}", "engine=hf"]
+    assert divergence.main([*keys, "max_new_tokens=40"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["prompts"] == 2 and 0 < result["kl"] < math.inf
+    assert "dropped" not in printed.err
 
 
 def test_another_vocabulary_is_refused(tiny_models, capsys):
