@@ -107,6 +107,8 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
+            if not self.trainer.samples and run.start < config.train.steps:
+                run.rollout.sleep()
         if run.start == 0:
             self.evaluate(0)
         for step in range(run.start + 1, config.train.steps + 1):
@@ -342,8 +344,13 @@ class Loop:
             return
         started = time.perf_counter()
         if not self.trainer.samples:
+            run.rollout.wake()
             self.sync(step)
         scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
+        # A method that reads its sequences needs the engine for evaluations only. After the last
+        # one, the method's own measurements may.
+        if not self.trainer.samples and step < self.config.train.steps:
+            run.rollout.sleep()
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 

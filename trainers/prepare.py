@@ -58,6 +58,11 @@ def prepare(config) -> Run:
             "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "
             "estimate"
         )
+    if config.rollout.engine == "vllm" and not config.rollout.seeded:
+        run.messages.append(
+            "rollout  rollout.seeded=false: neither a repeated nor a resumed run draws the same "
+            "samples"
+        )
     run.max_length = max_length(run, context_length(model))
     if method.samples or run.eval_prompts:
         check_engine(run, model)

@@ -160,7 +160,16 @@ class RolloutConfig:
         0.4, "Share of a GPU's memory that vLLM takes.", above=0, at_most=1
     )
     cpu_kv_cache_gib: float = key(1.0, "Size of vLLM's KV cache on a CPU, GiB.", above=0)
-    sleep: bool = key(True, "Free vLLM's GPU memory during updates.")
+    sleep: bool = key(
+        True,
+        "Free vLLM's GPU memory during updates, and between evaluations where a method reads its "
+        "sequences.",
+    )
+    seeded: bool = key(
+        True,
+        "Give each completion of vLLM a seed of its own. false: vLLM's own generator, which is "
+        "faster on a GPU; neither a repeated nor a resumed run then draws the same samples.",
+    )
     batch_size: int = key(
         128, "Number of sequences that the engines other than vLLM decode together.", at_least=1
     )
