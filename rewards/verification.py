@@ -9,6 +9,8 @@ come.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -73,22 +75,18 @@ def _bounded(
     """The score of each pair; None for one that did not end in time."""
     scores: list[float | None] = [None] * len(pairs)
 
-    def rest(pending: list[int], limit: float, deadline: float) -> list[int]:
+    def try_each(pending: Sequence[int], limit: float, deadline: float) -> list[int]:
         """One round; returns those that are still open."""
-        slow = []
         for index in pending:
             left = deadline - time.monotonic()
-            try:
-                if left <= 0:
-                    raise TimeoutError
-                scores[index] = verifier(*pairs[index], seconds=min(limit, left))
-            except TimeoutError:
-                slow.append(index)
-        return slow
+            if left > 0:
+                with contextlib.suppress(TimeoutError):
+                    scores[index] = verifier(*pairs[index], seconds=min(limit, left))
+        return [index for index in pending if scores[index] is None]
 
-    pending = rest(list(range(len(pairs))), QUICK, float("inf"))
+    pending = try_each(range(len(pairs)), QUICK, math.inf)
     deadline, limit = time.monotonic() + seconds, QUICK
     while pending and limit < LONGEST and time.monotonic() < deadline:
         limit = min(GROWTH * limit, LONGEST)
-        pending = rest(pending, limit, deadline)
+        pending = try_each(pending, limit, deadline)
     return scores

@@ -75,8 +75,7 @@ def print_scores(arguments: list[str]) -> None:
     if mode == "simultaneous":
         defaults |= calibration_values(values)
     config = compose_values(defaults | values)
-    given = {"rollout.max_new_tokens", "eval.max_new_tokens"} & values.keys()
-    scores = evaluate_model(config, fit=not given)
+    scores = evaluate_model(config, fit="rollout.max_new_tokens" not in values)
     if mode is not None:
         scores = {"mode": mode, **scores}
     print(json.dumps(scores))

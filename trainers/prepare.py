@@ -125,8 +125,8 @@ def fit_context(run: Run, context: int | None) -> None:
         rollout = replace(rollout, max_new_tokens=fitting)
         run.config = run.mode.config = replace(run.config, rollout=rollout)
         run.messages.append(
-            f"eval  completions of up to {fitting} tokens: more do not fit the model's context of "
-            f"{context}"
+            f"eval  rollout.max_new_tokens={fitting}: more do not fit the model's context of "
+            f"{context} tokens"
         )
 
 

@@ -139,7 +139,7 @@ def test_the_default_limit_is_what_the_context_leaves(tiny_models, tmp_path, cap
     keys = [f"model={model}", f"data={file}", "k=1", "engine=hf", "data.template=plain"]
     assert main(keys) == 0
     printed = capsys.readouterr()
-    limit = int(re.search(r"completions of up to (\d+) tokens", printed.err)[1])
+    limit = int(re.search(r"rollout\.max_new_tokens=(\d+): more do not fit", printed.err)[1])
     assert 10 < limit < 24
     assert json.loads(printed.out.splitlines()[-1])["length_mean"] <= limit
     assert main([*keys, "max_new_tokens=1024"]) == 1

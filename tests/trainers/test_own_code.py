@@ -14,7 +14,7 @@ from recipes.compose import compose
 from recipes.errors import ModelError
 from rollouts.engines.vllm import common_options
 from rollouts.streaming.tokens import add_tokens, extend_model
-from scripts import divergence, evaluate
+from scripts import divergence, evaluate, remove_layers
 from trainers.core.rollout import make_engine
 from trainers.prepare import prepare
 
@@ -76,6 +76,8 @@ def test_the_code_does_not_run_unless_it_is_trusted(keys, model, tiny_models, ma
         prepare(compose(teacher))
     assert evaluate.main([f"model={model}", "data=stories", "engine=hf"]) == 1
     assert "model.trust_remote_code=true" in capsys.readouterr().err
+    assert remove_layers.main([f"model={model}", "layers=0", f"out={model}_small"]) == 1
+    assert "model.trust_remote_code=true" in capsys.readouterr().err
     assert not mark.exists()
 
 
@@ -108,7 +110,9 @@ def test_the_key_reaches_every_engine_and_script(keys, model, mark, capsys):
     given = [f"model={model}", f"teacher={model}", "data=stories", "size=1", "engine=hf", *KEYS]
     assert divergence.main([*given, "max_new_tokens=2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kl"] == pytest.approx(0, abs=1e-6)
-    assert mark.exists()
+    out = f"{model}_small"
+    assert remove_layers.main([f"model={model}", "layers=0", f"out={out}", KEYS[0]]) == 0
+    assert Path(out, "own.py").is_file() and mark.exists()
 
 
 def test_a_model_that_gets_tokens_keeps_its_code(model, mark, tmp_path):
