@@ -69,13 +69,14 @@ def measure(config) -> dict:
     from trainers.evaluation import draw_completions
     from trainers.prepare import prepare_evaluation
 
-    teacher_tokenizer, teacher = check_model(
-        "teacher", config.teacher.path, config.teacher.trust_remote_code
+    (tokenizer, _), (teacher_tokenizer, teacher) = (
+        check_model(name, section.path, section.trust_remote_code)
+        for name, section in (("model", config.model), ("teacher", config.teacher))
     )
+    check_same_vocabulary(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
     run = prepare_evaluation(config, teacher, answered=False)
     for message in run.messages:
         print(message, file=sys.stderr)
-    check_same_vocabulary(run.tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
     trajectories = draw_completions(run, run.mode.evaluation_sampling(run), "divergence")
     run.rollout.close()
     kl, agrees = compare(run, trajectories)
