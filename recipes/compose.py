@@ -140,7 +140,7 @@ def _check_override(key: str, value: Any, selection: Selection) -> None:
         check_key(key, selection.kind, selection.reader)
         return
     choices = {path.stem for path in (TREE / key).glob("*.yaml")}
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{key}={value} is not known{nearest(str(value), choices)}")
 
 

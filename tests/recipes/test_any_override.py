@@ -40,6 +40,7 @@ NAMES = st.one_of(
 @given(st.lists(st.one_of(st.tuples(NAMES, VALUES).map("=".join), VALUES), min_size=1, max_size=2))
 @example(["log.project=a\nb\x1b[2J"])
 @example(["recipe=a\nb"])
+@example(["engine=[]"])
 @example(["train.lr=" + "9" * 5000])
 @example([f"train.lr={10**400}"])
 @example(["train.betas=" + "[" * 5000])

@@ -1,4 +1,5 @@
-"""Models that come with Python code: it runs where the user says so, and nowhere else."""
+"""Models that come with Python code: it runs where the user says so, and nowhere else. And an engine
+that sleeps."""
 
 import ast
 import json
@@ -9,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-import train
 from recipes.compose import compose
 from recipes.errors import ModelError
 from rollouts.engines.vllm import common_options
@@ -33,6 +33,38 @@ class OwnConfig(Qwen3Config):
 
 class OwnForCausalLM(Qwen3ForCausalLM):
     config_class = OwnConfig
+"""
+# Like vLLM on a GPU: asleep, the engine cannot do anything, and its weights are gone.
+ENGINE = """
+from rollouts.engines.huggingface import HuggingFaceEngine
+
+def log(word):
+    with open({log!r}, "a") as file:
+        print(word, file=file)
+
+
+class Sleeper(HuggingFaceEngine):
+    asleep = False
+
+    def sleep(self):
+        for parameter in self.parameters.values():
+            parameter.fill_(float("nan"))
+        self.asleep = True
+        log("sleep")
+
+    def wake(self):
+        self.asleep = False
+        log("wake")
+
+    def load_weights(self, weights):
+        assert not self.asleep
+        super().load_weights(weights)
+        log("load")
+
+    def generate(self, requests, *arguments, **options):
+        assert not self.asleep
+        log("generate")
+        return super().generate(requests, *arguments, **options)
 """
 KEYS = ("model.trust_remote_code=true", "teacher.trust_remote_code=true")
 
@@ -90,12 +122,23 @@ def test_a_class_of_a_known_config_needs_trust_too(keys, model, mark):
     assert not mark.exists()
 
 
-def test_trusted_code_trains_and_goes_into_the_checkpoint(keys, mark, capsys, tmp_path):
-    assert train.main([*keys, *KEYS, "train.steps=1"]) == 0
-    assert mark.exists() and "step 1/1" in capsys.readouterr().out
-    saved = tmp_path / "run" / "checkpoints" / "step_1" / "model"
+def test_trusted_code_trains_and_the_engine_sleeps_between_evaluations(
+    overrides, model, mark, run_command, tmp_path, monkeypatch
+):
+    """One run for both: a model with code of its own, and an engine that loses its weights."""
+    (tmp_path / "sleeper.py").write_text(ENGINE.format(log=str(tmp_path / "log")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = {"rollout__engine": "sleeper.Sleeper", "eval__every": 2, "train__steps": 3}
+    keys = overrides(recipe="sft", model__path=model, **engine)
+    done = run_command("train.py", *keys, KEYS[0])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert mark.exists() and "step 3/3" in done.stdout
+    saved = tmp_path / "run" / "checkpoints" / "step_3" / "model"
     again = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
     assert type(again).__name__ == "OwnForCausalLM"
+    evaluation = ["wake", "load", "generate"]
+    log = (tmp_path / "log").read_text().split()
+    assert log == [*evaluation, "sleep", *evaluation, "sleep", *evaluation]
 
 
 def test_the_key_reaches_every_engine_and_script(keys, model, mark, capsys):
