@@ -1,5 +1,4 @@
-"""Models that come with Python code: it runs where the user says so, and nowhere else. And an engine
-that sleeps."""
+"""Models that come with Python code, which runs where the user says so; an engine that sleeps."""
 
 import ast
 import json
