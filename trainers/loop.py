@@ -70,6 +70,7 @@ class Loop:
             embed=run.mode.embedder(run.device),
             missing=run.missing,
             adapt=adapt,
+            trust_remote_code=config.model.trust_remote_code,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
@@ -110,6 +111,8 @@ class Loop:
             self.sync(run.start)
         if run.rollout is not None:
             tracker.say(check_parity(run, self.engine))
+            if not self.trainer.samples and run.start and run.start < config.train.steps:
+                run.rollout.sleep()
         if run.start == 0:
             self.evaluate(0)
         for step in range(run.start + 1, config.train.steps + 1):
@@ -370,8 +373,13 @@ class Loop:
             return
         started = time.perf_counter()
         if not self.trainer.samples:
+            run.rollout.wake()
             self.sync(step)
         scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
+        # A method that reads its sequences needs the engine for evaluations only. After the last
+        # one, the method's own measurements may.
+        if not self.trainer.samples and step < self.config.train.steps:
+            run.rollout.sleep()
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
@@ -434,7 +442,8 @@ def start_model(run: Run) -> str:
         return path
     folder = run.directory / "start"
     if distributed.rank() == 0:
-        extend_model(path, run.tokenizer, run.new_tokens, folder)
+        trusted = run.config.model.trust_remote_code
+        extend_model(path, run.tokenizer, run.new_tokens, folder, trusted)
     distributed.barrier()
     return str(folder)
 

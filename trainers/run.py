@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from rewards.verification import Verifier
 from rollouts.data.examples import Ids, Prompt, PromptSampler
 from rollouts.engines.base import Engine
 from trainers.modes.plain import Plain
-
-Verifier = Callable[[str, str], float]
 
 
 @dataclass(kw_only=True)

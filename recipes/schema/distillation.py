@@ -33,6 +33,9 @@ class TeacherConfig:
     skip_tokens: int = key(
         0, "Number of tokens of each completion, from the first, that do not learn.", at_least=0
     )
+    trust_remote_code: bool = key(
+        False, "The same as model.trust_remote_code, for the teacher's own code."
+    )
     dtype: str = key(
         "float32",
         "Type of the teacher's weights and computation.",

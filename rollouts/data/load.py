@@ -112,7 +112,7 @@ def _read_examples(
         room = None if limit is None else limit - len(examples)
         if room == 0:
             break
-        examples += row_examples(source, list(islice(rows, room)), named, len(examples))
+        examples += row_examples(source, islice(rows, room), named, len(examples))
     if not examples:
         raise DataError(f"{path}: there are no rows in it; give data with at least one")
     return examples

@@ -21,6 +21,8 @@ NOT_RECORDED = {
     "time/eval",
     "perf/tokens_per_second",
     "perf/peak_memory_gib",
+    "reward/timeouts",
+    "eval/<data>/timeouts",
 }
 GROUPED = ("grpo", "hrpo")
 SAMPLED = ("opd", "onpolicy_sft", *GROUPED)
@@ -39,6 +41,8 @@ WRITERS = {
     names.GROUPS: lambda c: c.trainer in GROUPED or WRITERS[names.MIXED](c),
     names.MINIBATCHES: lambda c: c.trainer in GROUPED and c.train.minibatches > 1,
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
+    names.SLOW_STEPS: lambda c: False,
+    names.SLOW_EVALUATIONS: lambda c: False,
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",

@@ -22,11 +22,13 @@ GROUPS = "steps of recipes with group advantages: GRPO, AdaSR, reward.task_weigh
 MINIBATCHES = "steps of GRPO and AdaSR with train.minibatches above 1"
 REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
 FILTERING = "steps of on-policy SFT"
+SLOW_STEPS = "steps in which there were some"
 ADASR = "steps of AdaSR"
 PROACTIVE = "steps of ProactiveLLM"
 EVERY_EVALUATION = "every evaluation"
 STREAMING_EVALUATION = "evaluations of streaming models"
 SIMULTANEOUS_EVALUATION = "evaluations of simultaneous models"
+SLOW_EVALUATIONS = "evaluations in which there were some"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ METRICS: dict[str, Metric] = {
         "share",
         "The verifier's mean score of the completions; absent where no prompt has an answer.",
         SAMPLING,
+    ),
+    "reward/timeouts": Metric(
+        "completions",
+        "Completions that count as wrong, or as less right, as their check did not end in time.",
+        SLOW_STEPS,
     ),
     "reward/equal_groups_frac": Metric(
         "share",
@@ -240,6 +247,9 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/<data>/efficiency": Metric(
         "% per token", "100 times avg@k over length_mean.", EVERY_EVALUATION
+    ),
+    "eval/<data>/timeouts": Metric(
+        "completions", "As reward/timeouts, of the evaluation's completions.", SLOW_EVALUATIONS
     ),
     "eval/<data>/streaming_length_mean": Metric(
         "tokens",

@@ -226,6 +226,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         `rollout/truncated_frac`: the share that was cut at the limit;
         `reward/accuracy`: the verifier's mean score, where there are scores;
         `rollout/efficiency`: that in % per token;
+        `reward/timeouts`: completions whose verifier did not end in time, if there are any;
         `reward/{mean,std,min,max}`: of the rewards of whole completions, where there are any.
     """
     length = float(np.mean([t.sampled_mask.sum() for t in trajectories]))
@@ -236,6 +237,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         accuracy = float(np.mean(scores))
         row["reward/accuracy"] = accuracy
         row["rollout/efficiency"] = 100 * accuracy / length
+    if timeouts := sum(t.timed_out for t in trajectories):
+        row["reward/timeouts"] = timeouts
     rewards = [t.reward for t in trajectories if t.reward is not None]
     if rewards:
         for name in ("mean", "std", "min", "max"):

@@ -21,20 +21,20 @@ class FrozenModel:
     """Runs over trajectories in packed micro-batches of the same token budget as the update's.
 
     Args:
-        path: a model folder or hub name.
-        dtype: a key of `DTYPES`.
+        model: the section of a config that names it: `model` or `teacher`.
         run: a `Run` (trainers/run.py) with its device.
     """
 
-    def __init__(self, path: str, dtype: str, run):
+    def __init__(self, model, run):
         self.config, self.device, self.vocab = run.config, run.device, run.vocab
         policy = load_policy(
-            path,
-            DTYPES[dtype],
+            model.path,
+            DTYPES[model.dtype],
             run.device,
             run.config.model.attn_implementation,
             masked=run.mode.masked,
             missing=run.missing,
+            trust_remote_code=model.trust_remote_code,
         )
         self.policy = policy.eval().requires_grad_(False)
 
@@ -77,7 +77,7 @@ class Teacher(FrozenModel):
     """`teacher.path`; for `self`, the weights that the run started from."""
 
     def __init__(self, run):
-        super().__init__(teacher_path(run.config), run.config.teacher.dtype, run)
+        super().__init__(teacher_section(run.config), run)
         self.run = run
 
     @property
@@ -144,9 +144,12 @@ def make_teacher(run) -> Teacher | SelfTeacher:
     return SelfTeacher(run) if own else Teacher(run)
 
 
-def teacher_path(config) -> str:
-    """The teacher's model folder or hub name; that of the student where it teaches itself."""
-    return config.model.path if config.teacher.path == SELF else config.teacher.path
+def teacher_section(config):
+    """The section `teacher`, which names the student's model where that teaches itself."""
+    teacher, model = config.teacher, config.model
+    if teacher.path != SELF:
+        return teacher
+    return replace(teacher, path=model.path, trust_remote_code=model.trust_remote_code)
 
 
 def as_teacher_reads(run, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -201,7 +204,7 @@ class Reference(FrozenModel):
     """The weights that a run started from, also after a resume: `model.path` in `model.dtype`."""
 
     def __init__(self, run):
-        super().__init__(run.config.model.path, run.config.model.dtype, run)
+        super().__init__(run.config.model, run)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens."""
