@@ -25,13 +25,13 @@ from trainers.core.policy import (
     check_model,
     check_same_vocabulary,
 )
-from trainers.core.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.teacher import teacher_section
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
+from trainers.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.run import Run
 
 
