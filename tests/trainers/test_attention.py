@@ -162,8 +162,7 @@ def test_many_rows_are_few_compilations():
         layouts = [grouped(rng.integers(40, 90, 3).tolist(), [50, 40]) for _ in range(count)]
         bounds = np.cumsum([0, *(layout.length for layout in layouts)]).tolist()
         row, length = PackedRow(bounds, layouts, torch.device("cpu")), bounds[-1]
-        (query, key, value), _ = states(length, torch.float32)
+        query, key, value = (tensor.detach() for tensor in states(length, torch.float32)[0])
         mask = make(row._rule(None), 1, None, length, length, torch.device("cpu"))
-        with torch.no_grad():
-            attend(query, key, value, block_mask=mask, enable_gqa=True)
-    assert counter.frame_count <= 6
+        attend(query, key, value, block_mask=mask, enable_gqa=True)
+    assert counter.frame_count == 4  # two of each function
