@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,12 @@ class Loop:
         )
         for message in run.messages:
             tracker.say(message)
-        # A method that reads its sequences syncs for each evaluation, the first one too.
-        if run.rollout is not None and (self.trainer.samples or run.start):
-            self.sync(run.start)
+        if run.rollout is not None:
+            if self.trainer.samples:
+                self.sync(run.start)
+            else:
+                # It is woken, with new weights, for each evaluation.
+                run.rollout.sleep()
         if run.start == 0:
             self.evaluate(0)
         for step in range(run.start + 1, config.train.steps + 1):
@@ -135,7 +139,8 @@ class Loop:
         """The method's own measurements when training is over; then the engine is closed."""
         try:
             if self.config.train.steps:
-                self.trainer.after_training()
+                with self.awake(self.config.train.steps):
+                    self.trainer.after_training()
         finally:
             if self.run.rollout is not None:
                 self.run.rollout.close()
@@ -334,15 +339,25 @@ class Loop:
         """Bring the rollout engine to the trainer's weights, verified."""
         sync_weights(self.run.rollout, self.engine.weights, step)
 
+    @contextlib.contextmanager
+    def awake(self, step: int) -> Iterator[None]:
+        """The engine of a method that does not sample holds memory and new weights in here only."""
+        idle = self.run.rollout is not None and not self.trainer.samples
+        if idle:
+            self.run.rollout.wake()
+            self.sync(step)
+        yield
+        if idle:
+            self.run.rollout.sleep()
+
     def evaluate(self, step: int) -> None:
         """Write an evaluation row, if the run evaluates."""
         run = self.run
         if not run.eval_prompts:
             return
         started = time.perf_counter()
-        if not self.trainer.samples:
-            self.sync(step)
-        scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
+        with self.awake(step):
+            scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 

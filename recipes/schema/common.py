@@ -155,7 +155,12 @@ class RolloutConfig:
         0.4, "Share of a GPU's memory that vLLM takes.", above=0, at_most=1
     )
     cpu_kv_cache_gib: float = key(1.0, "Size of vLLM's KV cache on a CPU, GiB.", above=0)
-    sleep: bool = key(True, "Free vLLM's GPU memory during updates.")
+    sleep: bool = key(True, "Free vLLM's GPU memory while it does not sample.")
+    seeded: bool = key(
+        True,
+        "Give each completion a random stream of its own in vLLM. false: one stream for the batch, "
+        "which is faster on a GPU; a resumed run then draws other samples.",
+    )
     batch_size: int = key(
         128, "Number of sequences that the engines other than vLLM decode together.", at_least=1
     )

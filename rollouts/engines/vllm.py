@@ -44,7 +44,8 @@ class VllmEngine:
     """Samples completions with vLLM.
 
     Every request has a seed of its own. So the noise of a completion does not depend on the batch.
-    The logits may, in the last bits (docs/design.md, "Reproducible samples").
+    The logits may, in the last bits (docs/design.md, "Reproducible samples"). With
+    `rollout.seeded=false` vLLM draws for the whole batch at once.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class VllmEngine:
                 "install it, or use rollout.engine=hf"
             ) from error
         self.sampling_params = SamplingParams
-        self.can_sleep = rollout.sleep and not on_cpu
+        self.can_sleep, self.seeded = rollout.sleep and not on_cpu, rollout.seeded
         # The number of ids that sampling is limited to, and those among them that it leaves out.
         self.vocabulary: tuple[int | None, tuple[int, ...]] = (None, ())
         options = common_options(path, rollout, dtype, max_length)
@@ -127,7 +128,7 @@ class VllmEngine:
             top_k=sampling.top_k,
             stop_token_ids=list(sampling.stop_ids),
             ignore_eos=True,
-            seed=request.seed,
+            seed=request.seed if self.seeded else None,
             logprobs=0,
             detokenize=False,
         )
@@ -199,7 +200,7 @@ def common_options(path: str, rollout, dtype: torch.dtype, max_length: int) -> d
         "model": model_folder(path),
         "dtype": str(dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,
-        "seed": 0,
+        "seed": 0 if rollout.seeded else engine_rank(),
         "max_model_len": max_length,
         "max_num_seqs": rollout.batch_size,
         "enable_prefix_caching": True,
@@ -209,6 +210,11 @@ def common_options(path: str, rollout, dtype: torch.dtype, max_length: int) -> d
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+
+
+def engine_rank() -> int:
+    """This process's number. Ranks that draw from their engine's one stream must differ in it."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def cpu_options(max_length: int) -> dict:

@@ -98,6 +98,14 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(engine, model):
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(together, other)) < 3
 
 
+def test_without_seeds_vllm_goes_on_in_its_own_stream(engine, model, monkeypatch):
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("the other engines always have seeds")
+    monkeypatch.setattr(engine, "seeded", False)  # rollout.seeded=false
+    first, second = (engine.generate(requests(), SAMPLING) for _ in range(2))
+    assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, second)) < 3
+
+
 def test_greedy_is_the_argmax(engine, model):
     reset(engine, model)
     for trajectory in engine.generate(requests(3), Sampling(8, temperature=0.0)):

@@ -146,6 +146,22 @@ def arguments(
     return {"attention_mask": additive(row.dense()[None, None], like.dtype)}
 
 
+def casts(implementation: str, states: torch.Tensor) -> list[bool]:
+    """Whether a model is checked as it is, or cast to 16 bits, or both.
+
+    Weights that learn are loaded in 32 bits and cast later. In 16 bits a GPU has other kernels.
+
+    Args:
+        implementation: the model's attention.
+        states: hidden states of the model.
+    """
+    if states.dtype != torch.float32:
+        return [False]
+    if implementation.startswith("flash"):
+        return [True]
+    return [False, True] if implementation == NAME and states.is_cuda else [False]
+
+
 def register() -> None:
     """Make `attn_implementation="packed"` known to transformers, which builds no mask for it."""
     from transformers import AttentionInterface
