@@ -3,14 +3,14 @@
     tests       the Triton kernels and packed attention, by their own tests
     kernels     python -m kernels.bench, beside torch and what other projects' kernels are there
     training    PowerOPD beside vanilla and full-vocabulary distillation, LoRA, other attention, and
-                a streaming layout, on random models of 150M parameters: tokens per second, memory
-    profile     one step of PowerOPD, by operator
+                a streaming layout, on random models of 150M parameters: tokens per second and
+                memory; and one step of PowerOPD by operator
 
 A stage that fails, or takes too long, is recorded with its reason, and the others go on. The file
 is written after each stage. The exit status is 1 where one failed.
 
-vLLM and W&B are not needed. `training` and `profile` need deepspeed and hydra, `tests` needs
-pytest. Packages that are missing can be given as a folder of wheels. They are unpacked into a
+vLLM and W&B are not needed. `training` needs deepspeed and hydra, `tests` needs pytest.
+Packages that are missing can be given as a folder of wheels. They are unpacked into a
 temporary folder, and change nothing in the environment.
 """
 
@@ -34,8 +34,7 @@ from benchmarks.gpu.stages import Job
 STAGES: dict[str, tuple[Callable[[Job], dict], float]] = {
     "tests": (stages.run_tests, 120),
     "kernels": (stages.run_kernels, 130),
-    "training": (stages.run_training, 230),
-    "profile": (stages.run_profile, 45),
+    "training": (stages.run_training, 275),
 }
 
 

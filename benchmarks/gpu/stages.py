@@ -38,7 +38,7 @@ print(json.dumps({key: found[key] for key in keys if key in found} | {"versions"
 """
 METHODS = (
     *("vanilla", "power", "power_full_vocabulary", "power_lora", "power_sdpa"),
-    *("power_torch_kernels", "streaming"),
+    *("power_torch_kernels", "streaming", "profile"),
 )
 KERNELS = {
     True: "--tokens 24 --hidden 16 --vocab 300 --dtype fp32 --suite kl --quick --no-memory",
@@ -119,16 +119,10 @@ def other_kernels(job: Job) -> list[str]:
 
 
 def run_training(job: Job) -> dict:
-    """Steps of each method: tokens per second, memory and seconds by phase."""
+    """Steps of each method: tokens per second, memory, seconds by phase; and a step's operators."""
     rows = train(job, METHODS, steps=2 if job.quick else 20)
     failed = [row["method"] for row in rows if "reason" in row]
     return {"rows": rows} | ({"status": "failed"} if failed else {})
-
-
-def run_profile(job: Job) -> dict:
-    """The operators of one step of PowerOPD, those that take the longest first."""
-    (row,) = train(job, ("profile",), steps=3)
-    return row | ({"status": "failed"} if "reason" in row else {})
 
 
 def train(job: Job, methods: tuple[str, ...], steps: int) -> list[dict]:
