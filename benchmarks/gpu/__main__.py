@@ -2,6 +2,7 @@
 
     tests       the Triton kernels and packed attention, by their own tests
     kernels     python -m kernels.bench, beside torch and what other projects' kernels are there
+    attention   the kernels of packed attention beside eager, in milliseconds
     training    PowerOPD beside vanilla and full-vocabulary distillation, LoRA, other attention, and
                 a streaming layout, on random models of 150M parameters: tokens per second and
                 memory; and one step of PowerOPD by operator
@@ -32,9 +33,10 @@ from benchmarks.gpu.stages import Job
 
 # Of each stage: what runs it, and the most seconds that it may take.
 STAGES: dict[str, tuple[Callable[[Job], dict], float]] = {
-    "tests": (stages.run_tests, 120),
-    "kernels": (stages.run_kernels, 130),
-    "training": (stages.run_training, 275),
+    "tests": (stages.run_tests, 110),
+    "kernels": (stages.run_kernels, 120),
+    "attention": (stages.run_attention, 50),
+    "training": (stages.run_training, 245),
 }
 
 

@@ -118,6 +118,20 @@ def other_kernels(job: Job) -> list[str]:
     return [names[name] for name in found]
 
 
+def run_attention(job: Job) -> dict:
+    """Packed attention of 8,192 tokens in sequences of three lengths, each kernel beside eager."""
+    out = job.work / "attention.json"
+    size = "--tokens 128 --lengths 32 --dtypes float32 --rounds 1" if job.quick else "--rounds 10"
+    command = ["-m", "benchmarks.attention", "--device", job.device, *size.split()]
+    done = start([*command, "--out", str(out)], job.seconds, job.environment, fails=True)
+    if not out.exists():
+        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    found = {"rows": json.loads(out.read_text())}
+    if done.returncode:
+        found |= {"status": "failed", "reason": last_lines(done.stderr)}
+    return found
+
+
 def run_training(job: Job) -> dict:
     """Steps of each method: tokens per second, memory, seconds by phase; and a step's operators."""
     rows = train(job, METHODS, steps=2 if job.quick else 20)

@@ -37,6 +37,8 @@ def test_every_stage_runs_in_tiny_on_a_cpu(environment, tmp_path):
     tests, kernels, training = (found["stages"][name] for name in ("tests", "kernels", "training"))
     assert tests["counts"]["passed"] and not tests["failed"]
     assert {row["provider"] for row in kernels["rows"]} >= {"ours", "torch"}
+    attention = found["stages"]["attention"]["rows"]
+    assert {row["kernel"] for row in attention} == {"each", "sdpa", "eager"}
     rows = {row["method"]: row for row in training["rows"]}
     assert list(rows) == list(stages.METHODS)
     for row in rows.values():
