@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-HEADS, KV_HEADS, WIDTH = 8, 4, 64
+HEADS, KV_HEADS, WIDTH = 4, 2, 64
 OPTIONS = {"scaling": None, "dropout": 0.0, "window": None, "softcap": None}
 SEGMENTS = 4  # of source and target in the grouped layout
 LINE = "{dtype:9} {layout:8} {length:5} {kernel:6} {ms:10.2f} ms  x{ratio:.2f}"

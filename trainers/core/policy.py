@@ -150,7 +150,10 @@ class Policy(nn.Module):
 
         training = self.training
         self.eval()
-        check_layouts(self.model, states)
+        weight = self.head.weight
+        for cast in attention.casts(self.model.config._attn_implementation, weight):
+            with torch.autocast(weight.device.type, torch.bfloat16, enabled=cast):
+                check_layouts(self.model, states)
         self.train(training)
 
     def _states(
