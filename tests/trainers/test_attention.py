@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from rollouts.layout import Layout, from_visible, grouped
 from rollouts.layout import batch as read_first
@@ -57,6 +56,8 @@ def states(length, dtype, device="cpu", width=WIDTH):
 
 def eager(tensors, name, device):
     """transformers' eager attention in float32, under one dense mask over the row."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
     content, options = ROWS[name]
     row = packed_row(name, device)
     sees = np.zeros((row.bounds[-1], row.bounds[-1]), dtype=bool)
