@@ -125,6 +125,7 @@ class Tracker:
             return
         for trajectory in trajectories:
             row = _completion_row(step, trajectory, tokenizer)
+            row = {name: _finite(value) for name, value in row.items()}
             self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
