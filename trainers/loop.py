@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from recipes.errors import TrainingError
 from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed, lock
+from trainers.core import checkpoint, distributed, lock, random_states
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -53,9 +52,7 @@ class Loop:
         run.place(distributed.gather(run.directory)[0])
         self.lock = lock.hold(run.directory)
         self.config = config = run.config
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        random_states.seed(config.seed)
         path = self.start_path = start_model(run)
         adapt = adapters(run)
         say(f"loading {config.model.path}")
@@ -72,7 +69,7 @@ class Loop:
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, self.engine)
+            checkpoint.load_state(run.checkpoint, self.engine)
         if run.method.samples or run.eval_prompts:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
@@ -85,6 +82,10 @@ class Loop:
         run.score_policy = self.score_policy
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
+        random_states.seed(config.seed + distributed.rank())
+        if run.checkpoint is not None:
+            random_states.load(run.checkpoint)
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
 
