@@ -15,7 +15,6 @@ import torch
 import kernels
 from recipes.embedded import model_folder
 from recipes.errors import TrainingError
-from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
 from trainers.core import checkpoint, distributed, lock, random_states
@@ -33,6 +32,7 @@ from trainers.core.policy import DTYPES, load_policy
 from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
+from trainers.core.start_model import start_model
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
 from trainers.run import Run
@@ -107,8 +107,9 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
-        if run.start == 0:
-            self.evaluate(0)
+        # A run that was killed as it evaluated has saved that step.
+        if run.start == 0 or tracker.lacks_evaluation(self.is_due(run.start, config.eval.every)):
+            self.evaluate(run.start)
         for step in range(run.start + 1, config.train.steps + 1):
             row, trajectories = self.step(step)
             tracker.step(row)
@@ -394,21 +395,6 @@ def say(text: str) -> None:
     """Print a line before there is a tracker, on rank 0."""
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def start_model(run: Run) -> str:
-    """`model.path`; or, where it lacks tokens, the folder RUN/start of a copy that has them.
-
-    A collective.
-    """
-    path = run.config.model.path
-    if not run.new_tokens:
-        return path
-    folder = run.directory / "start"
-    if distributed.rank() == 0:
-        extend_model(path, run.tokenizer, run.new_tokens, folder)
-    distributed.barrier()
-    return str(folder)
 
 
 def absolute(path: str) -> str:

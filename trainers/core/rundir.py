@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,19 @@ def config_at(run: Path, step: int) -> Path:
     files = earlier_configs(run)
     ends = [end for end in files if end >= step]
     return files[min(ends)] if ends else run / "config.yaml"
+
+
+def recorded(run: Path, name: str) -> Any:
+    """The last value that a run's metrics.jsonl has of a metric; None: it has none."""
+    file = run / "metrics.jsonl"
+    value = None
+    if file.exists():
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                # A line may be cut off.
+                with contextlib.suppress(ValueError):
+                    value = json.loads(line).get(name, value)
+    return value
 
 
 def changed_keys(saved: Path, config) -> list[str]:
