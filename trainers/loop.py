@@ -32,10 +32,10 @@ from trainers.core.policy import DTYPES, load_policy
 from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
-from trainers.core.start_model import start_model
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
 from trainers.run import Run
+from trainers.start_model import start_model
 
 
 class Loop:

@@ -186,7 +186,7 @@ def adapter_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "stage, ranks, kind, sampler, dtype",
+    "stage, ranks, kind, sampler, dtype, dropout",
     [
         ("zero0", 0, "lora", "hf", "float32", 0.2),
         # vLLM seeds torch's generator as it starts, also at a resume.
