@@ -3,7 +3,8 @@
 Usage: state_worker.py MODEL FOLDER JOB …. A JOB is `zero1` or `zero1/bfloat16`: three updates, the
 state saved after two; then another engine loads it and makes the third. Or it is `zero1<NAME`: an
 engine loads FOLDER/NAME, of another process, and makes the third. Rank 0 prints a line of JSON for
-each: the job, the losses of the third update, and whether all weights are equal after it."""
+each: the job, the losses of the third update, whether all weights are equal after it, and the sum
+of their sizes."""
 
 import json
 import sys
