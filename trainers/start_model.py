@@ -42,12 +42,16 @@ def start_model(run) -> str:
 
 def source_of(path: str) -> dict[str, Any]:
     """Which files a model is: their folder, sizes and times; of a hub name the commit."""
-    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import cached_file
 
     folder = Path(model_folder(path))
     if not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json")
-        return {"model": path, "commit": Path(cached).parent.name if cached else None}
+        try:
+            # In a folder that has the commit's name.
+            cached = cached_file(path, "config.json", local_files_only=True)
+        except OSError:
+            return {"model": path, "commit": None}
+        return {"model": path, "commit": Path(cached).parent.name}
     files = sorted(file for file in folder.iterdir() if file.is_file())
     stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"model": str(folder.resolve()), "files": stats}
