@@ -7,8 +7,8 @@
     python -m scripts.evaluate mode=simultaneous model=DIR data=NAME_OR_FILE proactive.head=entropy
 
 All rows of a file are measured; `size` says otherwise. Of generated data, 400 prompts are. Without
-`mode`, a completion for a file's row may have 1,024 tokens; `max_new_tokens` says otherwise. What
-was dropped is said on stderr.
+`mode`, a completion for a file's row may have 1,024 tokens, or what the model's context leaves;
+`max_new_tokens` says otherwise. What was dropped or shortened is said on stderr.
 
 The result is JSON on the last line of stdout. `data` is anything that `data.path` takes. Every
 other key of the config works too, as in `data.suffix='…'` or `rollout.batch_size=64`.
@@ -75,7 +75,7 @@ def print_scores(arguments: list[str]) -> None:
     if mode == "simultaneous":
         defaults |= calibration_values(values)
     config = compose_values(defaults | values)
-    scores = evaluate_model(config)
+    scores = evaluate_model(config, fit="rollout.max_new_tokens" not in values)
     if mode is not None:
         scores = {"mode": mode, **scores}
     print(json.dumps(scores))
@@ -114,12 +114,16 @@ def calibration_values(values: dict[str, str]) -> dict[str, str]:
     }
 
 
-def evaluate_model(config) -> dict:
-    """Load the model, sample and score; returns the scores and what they were measured on."""
+def evaluate_model(config, fit: bool = False) -> dict:
+    """Load the model, sample and score; returns the scores and what they were measured on.
+
+    Args:
+        fit: lower the limit on new tokens to what the model's context leaves.
+    """
     from trainers.evaluation import evaluate
     from trainers.prepare import prepare_evaluation
 
-    run = prepare_evaluation(config)
+    run = prepare_evaluation(config, fit=fit)
     for message in run.messages:
         print(message, file=sys.stderr)
     scores, _ = evaluate(run)

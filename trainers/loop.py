@@ -34,6 +34,7 @@ from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
+from trainers.parity import check_parity
 from trainers.run import Run
 from trainers.start_model import start_model
 
@@ -66,6 +67,7 @@ class Loop:
             embed=run.mode.embedder(run.device),
             missing=run.missing,
             adapt=adapt,
+            trust_remote_code=config.model.trust_remote_code,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
@@ -74,12 +76,13 @@ class Loop:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
             run.rollout = run.mode.wrap(engine)
+        run.score_policy, run.write_scores = self.score_policy, self.write_scores
+        run.policy_head = policy.head
         if run.method.distills:
-            from trainers.core.teacher import Teacher
+            from trainers.core.teacher import make_teacher
 
             say(f"loading {config.teacher.path}")
-            run.teacher = Teacher(run)
-        run.score_policy = self.score_policy
+            run.teacher = make_teacher(run)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
         # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
@@ -107,6 +110,10 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
+        if run.rollout is not None:
+            tracker.say(check_parity(run, self.engine))
+            if not self.trainer.samples and run.start and run.start < config.train.steps:
+                run.rollout.sleep()
         # A run that was killed as it evaluated has saved that step.
         if run.start == 0 or tracker.lacks_evaluation(self.is_due(run.start, config.eval.every)):
             self.evaluate(run.start)
@@ -320,17 +327,42 @@ class Loop:
             name: the annotation that is written.
             adapters: false: under the weights without LoRA's adapters.
         """
+
+        def score(head, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+            scored = score_tokens(
+                head,
+                hidden,
+                targets=batch.targets,
+                temperature=self.config.rollout.temperature,
+                vocab=self.run.vocab,
+            )
+            return {name: scored.logprobs}
+
+        self.write_scores(trajectories, score, adapters)
+
+    def write_scores(
+        self, trajectories: list[Trajectory], function: Callable, adapters: bool = True
+    ) -> None:
+        """Write annotations that the current weights give, without gradients.
+
+        A collective: a rank with fewer micro-batches runs its last one again.
+
+        Args:
+            trajectories: this rank's, at least one.
+            function: maps the head, hidden states [T, H] and their micro-batch to each
+                annotation's values [T, …].
+            adapters: false: under the weights without LoRA's adapters.
+        """
         lengths = [t.length for t in trajectories]
         groups = make_microbatches(lengths, self.config.train.tokens_per_microbatch)
-        score = functools.partial(
-            _score, temperature=self.config.rollout.temperature, vocab=self.run.vocab
-        )
         for index in range(max(distributed.gather(len(groups)))):
             group = groups[min(index, len(groups) - 1)]
             batch = pack(trajectories, group, self.run.device)
-            logprobs = unpack(batch, trajectories, self.engine.score(batch, score, adapters))
-            for member, array in zip(batch.members, logprobs):
-                trajectories[member].annotations[name] = array
+            values = self.engine.score(batch, function, adapters)
+            for name, tensor in values.items():
+                arrays = unpack(batch, trajectories, tensor)
+                for member, array in zip(batch.members, arrays):
+                    trajectories[member].annotations[name] = array
 
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
@@ -343,8 +375,13 @@ class Loop:
             return
         started = time.perf_counter()
         if not self.trainer.samples:
+            run.rollout.wake()
             self.sync(step)
         scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
+        # A method that reads its sequences needs the engine for evaluations only. After the last
+        # one, the method's own measurements may.
+        if not self.trainer.samples and step < self.config.train.steps:
+            run.rollout.sleep()
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
@@ -410,11 +447,6 @@ def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
     from trainers.core.lora import add_adapters
 
     return functools.partial(add_adapters, options=options, train_embeddings=bool(run.new_tokens))
-
-
-def _score(head, hidden, batch, *, temperature, vocab):
-    scored = score_tokens(head, hidden, targets=batch.targets, temperature=temperature, vocab=vocab)
-    return scored.logprobs
 
 
 def normalize(

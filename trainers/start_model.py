@@ -34,7 +34,8 @@ def start_model(run) -> str:
                 run.messages.append(f"model  {folder} was of other files and is made anew")
             for old in (folder, folder.with_name("start.part")):
                 shutil.rmtree(old, ignore_errors=True)
-            extend_model(path, run.tokenizer, run.new_tokens, folder)
+            trusted = run.config.model.trust_remote_code
+            extend_model(path, run.tokenizer, run.new_tokens, folder, trusted)
             (folder / SOURCE).write_text(json.dumps(source, indent=1))
     distributed.barrier()
     return str(folder)

@@ -54,6 +54,11 @@ class ModelConfig:
         "Type of the computation. With bfloat16 the optimizer still keeps float32 weights.",
         choices=("float32", "bfloat16"),
     )
+    trust_remote_code: bool = key(
+        False,
+        "Run the Python code that comes with a model which transformers has no class for. That "
+        "code can do whatever you can on this machine.",
+    )
     attn_implementation: str = key(
         "packed",
         "Attention of the trained model.",
@@ -148,6 +153,15 @@ class RolloutConfig:
         off=-1,
         at_least=1,
     )
+    max_mismatch: float | None = key(
+        None,
+        "Largest difference, in nats, between the trainer's and the sampler's log-probs before the "
+        "first step; above it the run ends. Of float32 it is the largest of a token, of bfloat16 "
+        "the mean. null: 1e-4 in float32, 0.01 in bfloat16, or twice the model's own rounding if "
+        "that is more. -1: not checked.",
+        off=-1,
+        above=0,
+    )
     stop_ids: tuple[int, ...] = key(
         (), "Token ids that end a completion, beside those of the student and the teacher."
     )
@@ -155,7 +169,16 @@ class RolloutConfig:
         0.4, "Share of a GPU's memory that vLLM takes.", above=0, at_most=1
     )
     cpu_kv_cache_gib: float = key(1.0, "Size of vLLM's KV cache on a CPU, GiB.", above=0)
-    sleep: bool = key(True, "Free vLLM's GPU memory during updates.")
+    sleep: bool = key(
+        True,
+        "Free vLLM's GPU memory during updates, and between evaluations where a method reads its "
+        "sequences.",
+    )
+    seeded: bool = key(
+        True,
+        "Give each completion of vLLM a seed of its own. false: vLLM's own generator, which is "
+        "faster on a GPU; neither a repeated nor a resumed run then draws the same samples.",
+    )
     batch_size: int = key(
         128, "Number of sequences that the engines other than vLLM decode together.", at_least=1
     )
@@ -168,6 +191,13 @@ class RewardConfig:
         "Function that scores a completion against the answer. Its score is logged, and is the "
         "reward of the methods that learn from one.",
         component=VERIFIERS,
+    )
+    seconds_per_batch: float = key(
+        120.0,
+        "Seconds that the slow answers of a batch share, on each rank: those whose check takes "
+        "longer than 0.05 s. What is then unchecked counts as wrong, and in reward/timeouts. A "
+        "batch is a step's completions, or an evaluation's.",
+        above=0,
     )
 
 

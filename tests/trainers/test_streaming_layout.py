@@ -351,5 +351,6 @@ def test_only_the_deep_segment_is_judged():
     prompt = Prompt(0, (9,), "", Example(0, [], answer="Six"))
     trajectory = Trajectory(0, 0, [9], [1, 2, 3, 2], "stop", slots=np.array([0, 0, 1, 1]))
     mode = reading_mode(compose(["recipe=streaming_sft"]))
-    mode.score(trajectory, prompt, tokenizer, lambda text, answer: float(text == answer))
+    run = SimpleNamespace(tokenizer=tokenizer, verifier=lambda text, answer: text == answer)
+    mode.score_all(run, [prompt], [trajectory])
     assert trajectory.score == 1 and trajectory.completion == "Five . Six"

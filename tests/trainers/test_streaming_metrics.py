@@ -149,12 +149,8 @@ def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_al
         ],
     )
     judged, verify = [], VERIFIERS.resolve("math")
-    run.mode.score(
-        drawn,
-        prompts[0],
-        tokenizer,
-        lambda text, answer: judged.append(text) or verify(text, answer),
-    )
+    run.verifier = lambda text, answer: judged.append(text) or verify(text, answer)
+    run.mode.score_all(run, prompts, [drawn])
     assert drawn.completion.endswith(
         "<SEP><EOQ>\\boxed{9}<EOT><skip>\\boxed{8}<EOT>6 - 2<EOR>\\boxed{4}"
     )

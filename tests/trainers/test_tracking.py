@@ -2,11 +2,14 @@
 
 import json
 import resource
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from recipes.compose import compose
 from recipes.errors import CheckpointError, ConfigError
+from rollouts.trajectory import Trajectory
 from trainers.core import lock
 from trainers.core.rundir import config_at, recorded
 from trainers.core.tracking import Tracker, keep_through, write_config
@@ -126,3 +129,16 @@ def test_a_config_is_whole_or_the_one_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "config.yaml").read_text() == "first"
+
+
+def test_a_reward_that_is_not_finite_is_null(tmp_path):
+    """NaN and Infinity are no JSON."""
+    tracker = object.__new__(Tracker)
+    tracker.active = True
+    trajectory = Trajectory(0, 0, [1], [2, 3], "stop", reward=float("inf"))
+    trajectory.annotations["rewards"] = np.array([np.nan, 0.5], np.float32)
+    with (tmp_path / "completions.jsonl").open("w", encoding="utf-8") as tracker.completions_file:
+        tracker.completions(1, [trajectory], SimpleNamespace(decode=lambda ids: "x"))
+    text = (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert row["reward"] is None and row["token_rewards"] == [None, 0.5]

@@ -140,6 +140,7 @@ class Tracker:
             return
         for trajectory in trajectories:
             row = _completion_row(step, trajectory, tokenizer)
+            row = {name: _finite(value) for name, value in row.items()}
             self._write(self.completions_file, json.dumps(row, ensure_ascii=False))
 
     def finish(self) -> None:

@@ -28,6 +28,7 @@ from trainers.modes.plain import Plain
 
 SPEED_REPEATS = 5  # decoding speed is the median of this many measurements
 SPEED_TOKENS = 32  # tokens decoded in one of them
+PARITY_THOUGHT_TOKENS = 6  # of a thought that the parity gate draws
 
 
 class Streaming(Plain):
@@ -69,6 +70,11 @@ class Streaming(Plain):
             max_thought_tokens=self.config.streaming.max_thought_tokens,
             **limits,
         )
+
+    def parity_sampling(self, run, max_new_tokens: int) -> StreamingSampling:
+        sampling = super().parity_sampling(run, max_new_tokens)
+        longest = min(sampling.max_thought_tokens, PARITY_THOUGHT_TOKENS)
+        return replace(sampling, max_thought_tokens=longest)
 
     def judged_text(self, trajectory: Trajectory, tokenizer) -> str:
         """The deep segment."""
