@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 import kernels
 from recipes.embedded import model_folder
 from recipes.errors import TrainingError
-from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed, lock
+from trainers.core import checkpoint, distributed, lock, random_states
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -38,6 +36,7 @@ from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
 from trainers.parity import check_parity
 from trainers.run import Run
+from trainers.start_model import start_model
 
 
 class Loop:
@@ -54,9 +53,7 @@ class Loop:
         run.place(distributed.gather(run.directory)[0])
         self.lock = lock.hold(run.directory)
         self.config = config = run.config
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        random_states.seed(config.seed)
         path = self.start_path = start_model(run)
         adapt = adapters(run)
         say(f"loading {config.model.path}")
@@ -74,7 +71,7 @@ class Loop:
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, self.engine)
+            checkpoint.load_state(run.checkpoint, self.engine)
         if run.method.samples or run.eval_prompts:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
@@ -88,6 +85,10 @@ class Loop:
             run.teacher = make_teacher(run)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
+        random_states.seed(config.seed + distributed.rank())
+        if run.checkpoint is not None:
+            random_states.load(run.checkpoint)
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
 
@@ -113,8 +114,9 @@ class Loop:
             tracker.say(check_parity(run, self.engine))
             if not self.trainer.samples and run.start and run.start < config.train.steps:
                 run.rollout.sleep()
-        if run.start == 0:
-            self.evaluate(0)
+        # A run that was killed as it evaluated has saved that step.
+        if run.start == 0 or tracker.lacks_evaluation(self.is_due(run.start, config.eval.every)):
+            self.evaluate(run.start)
         for step in range(run.start + 1, config.train.steps + 1):
             row, trajectories = self.step(step)
             tracker.step(row)
@@ -430,22 +432,6 @@ def say(text: str) -> None:
     """Print a line before there is a tracker, on rank 0."""
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def start_model(run: Run) -> str:
-    """`model.path`; or, where it lacks tokens, the folder RUN/start of a copy that has them.
-
-    A collective.
-    """
-    path = run.config.model.path
-    if not run.new_tokens:
-        return path
-    folder = run.directory / "start"
-    if distributed.rank() == 0:
-        trusted = run.config.model.trust_remote_code
-        extend_model(path, run.tokenizer, run.new_tokens, folder, trusted)
-    distributed.barrier()
-    return str(folder)
 
 
 def absolute(path: str) -> str:

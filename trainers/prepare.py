@@ -17,7 +17,6 @@ from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
 from rollouts.streaming.tokens import add_tokens
 from trainers.base import Trainer
-from trainers.core.distributed import world_size
 from trainers.core.operators import check_compiler
 from trainers.core.policy import (
     DTYPES,
@@ -74,15 +73,8 @@ def prepare(config) -> Run:
 
 
 def resume_facts(config) -> dict[str, Any]:
-    """What must agree at a resume, by name: DeepSpeed's files have another form otherwise."""
-    return {
-        "ranks": world_size(),
-        "zero_stage": config.engine.zero_stage,
-        "lora": adapter_form(config.model.lora),
-        "model.dtype": config.model.dtype,
-        "engine.offload_optimizer": config.engine.offload_optimizer,
-        "engine.offload_params": config.engine.offload_params,
-    }
+    """What must agree at a resume, by name: which parameters there are."""
+    return {"lora": adapter_form(config.model.lora)}
 
 
 def adapter_form(options) -> str | None:

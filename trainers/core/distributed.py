@@ -38,6 +38,12 @@ def setup() -> torch.device:
     return device
 
 
+def setup_if_several() -> None:
+    """Join the process group under torchrun; one rank alone needs none to agree with itself."""
+    if world_size() > 1:
+        setup()
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
