@@ -19,6 +19,7 @@ from trainers.core.checkpoint import remove_leftovers, set_aside
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
 from trainers.core.rundir import config_at, earlier_configs
+from trainers.core.watchdog import heard
 from trainers.core.wandb_run import WandbRun, mode
 
 # Of a step's printed line: metric, label, format.
@@ -74,6 +75,7 @@ class Tracker:
         """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
+            heard()
             # A log or a pipe, too, shows each line at once.
             sys.stdout.flush()
 
