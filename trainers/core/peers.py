@@ -100,8 +100,7 @@ class Peers:
             for rank, state in others.items()
             if not state["closed"]
             and (
-                state["count"] < count
-                or (waits and state["count"] == count and not state["waits"])
+                state["count"] < count or (waits and state["count"] == count and not state["waits"])
             )
         ]
         if not found:
@@ -216,7 +215,7 @@ class Peers:
             state, seconds = self.states[other], time.monotonic() - since
             if state["limit"] and not state["closed"] and seconds > state["limit"] + LATE:
                 late = Phase(state["phase"], state["step"], state["limit"])
-                line = overdue(late, seconds, state["host"], state["pid"])
+                line = overdue(late, seconds, host=state["host"], pid=state["pid"])
                 self._fail(f"rank {other}: {line}", EXIT_STATUS)
 
     def _fail(self, line: str, status: int = 1) -> None:

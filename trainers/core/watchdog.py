@@ -201,7 +201,7 @@ class Watchdog:
 
     def _overdue(self, now: Phase) -> None:
         stalled, who = self.peers.stalled(self.count, self.waits) if self.peers else ([], "")
-        self.end(EXIT_STATUS, overdue(now, now.seconds()) + who, stalled, stacks=not stalled)
+        self.end(EXIT_STATUS, overdue(now, now.seconds(), who), stalled, stacks=not stalled)
 
     def _speak(self) -> None:
         """A thread of its own, as printing may hang: lines where nothing else is printed."""
@@ -220,12 +220,17 @@ class Watchdog:
                     tqdm.write(f"… {now.place} for {spoken_time(now.seconds())}", file=sys.stderr)
 
 
-def overdue(phase: Phase, seconds: float, host: str = "", pid: int = 0) -> str:
-    """The line on a phase that takes too long."""
+def overdue(phase: Phase, seconds: float, waits: str = "", host: str = "", pid: int = 0) -> str:
+    """The line on a phase that takes too long.
+
+    Args:
+        waits: words on the ranks that it waits for.
+        host, pid: of the process; of this one where they are left out.
+    """
     return (
         f"{phase.place} has taken {spoken_time(seconds)} (process {pid or os.getpid()} on "
         f"{host or socket.gethostname()}), more than deadline.{phase.name}={phase.limit / 60:g} "
-        "minutes; raise it where that is normal, and continue with resume=auto"
+        f"minutes{waits}; raise the key where that is normal, and continue with resume=auto"
     )
 
 
