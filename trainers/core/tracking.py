@@ -19,8 +19,8 @@ from trainers.core.checkpoint import remove_leftovers, set_aside
 from trainers.core.distributed import rank
 from trainers.core.progress import clock
 from trainers.core.rundir import config_at, earlier_configs
-from trainers.core.watchdog import heard
 from trainers.core.wandb_run import WandbRun, mode
+from trainers.core.watchdog import heard
 
 # Of a step's printed line: metric, label, format.
 FIGURES = (

@@ -91,8 +91,9 @@ class Watchdog:
         self.failed: Phase | None = None
         # An exception is being dealt with, so other ranks' failures are no reason to end at once.
         self.failing = False
-        # The run's directory, once there is one, and what is closed after an error, each with words.
+        # The run's directory, once there is one.
         self.directory: Path | None = None
+        # What is done after an error, each with words.
         self.cleanup: list[tuple[str, Callable[[], object]]] = []
         # The collective that the main thread is in.
         self.waits = ""
