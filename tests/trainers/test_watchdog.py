@@ -1,5 +1,6 @@
 """No silent hang: what is overdue ends with its phase and a stack, and every end says why."""
 
+import functools
 import json
 import os
 import signal
@@ -305,9 +306,9 @@ def test_a_lock_is_waited_for_in_words_and_not_for_ever(tmp_path, monkeypatch, c
         locks.wait(lambda: False, "a friend", said.append, limit=0.6)
     assert said == ["waiting for a friend"]
     monkeypatch.setattr(locks.wait, "__defaults__", (0.6,))
-    with locks.turn(tmp_path / "lock", "another process"):
-        with pytest.raises(OnstreamError), locks.turn(tmp_path / "lock", "another process"):
-            pass
+    turn = functools.partial(locks.turn, tmp_path / "lock", "another process")
+    with turn(), pytest.raises(OnstreamError), turn():
+        pass
     assert capsys.readouterr().err == f"waiting for another process ({tmp_path}/lock)\n"
 
 
