@@ -17,7 +17,7 @@ from recipes.embedded import model_folder
 from recipes.errors import TrainingError
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed, lock, random_states
+from trainers.core import checkpoint, distributed, lock, random_states, watchdog
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -48,7 +48,7 @@ class Loop:
 
     def __init__(self, run: Run):
         self.run = run
-        run.device = distributed.setup()
+        run.device = distributed.setup(run.config.deadline.longest())
         # The default run directory is named after the time, which each rank read for itself.
         run.place(distributed.gather(run.directory)[0])
         self.lock = lock.hold(run.directory)
@@ -91,7 +91,9 @@ class Loop:
             random_states.load(run.checkpoint)
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
+        self.tracker: Tracker | None = None
 
+    @watchdog.during("report")
     def fit(self) -> bool:
         """Train to `train.steps`, or to the step at which a signal asks for an end.
 
@@ -140,6 +142,7 @@ class Loop:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
+    @watchdog.during("report")
     def finish(self) -> None:
         """The method's own measurements when training is over; then the engine is closed."""
         try:
@@ -156,10 +159,11 @@ class Loop:
             its metrics, and the trajectories that this rank annotated or nobody learned from.
         """
         clock = Clock()
-        trajectories = self.trainer.draw(step - 1)
         samples = self.run.rollout is not None and self.trainer.samples
-        if samples:
-            self.run.rollout.sleep()
+        with watchdog.phase("rollout", step):
+            trajectories = self.trainer.draw(step - 1)
+            if samples:
+                self.run.rollout.sleep()
         clock.lap("rollout")
         shards = self.shards(trajectories)
         clock.lap("annotate")
@@ -168,8 +172,9 @@ class Loop:
         row = self.optimize(step, shards, stats) | stats.metrics()
         clock.lap("update")
         if samples:
-            self.run.rollout.wake()
-            self.sync(step)
+            with watchdog.phase("sync"):
+                self.run.rollout.wake()
+                self.sync(step)
         clock.lap("sync")
         tokens, elapsed = sum(t.length for t in trajectories), clock.elapsed()
         row |= {
@@ -184,6 +189,7 @@ class Loop:
         shown = [t for t in trajectories if "mask" in t.annotations or not self.trainer.keeps(t)]
         return {"step": step, **row}, shown
 
+    @watchdog.during("annotate")
     def shards(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
         """This rank's annotated part of the kept trajectories, for each update of the step.
 
@@ -205,6 +211,7 @@ class Loop:
                 trajectory.annotations["mask"] = np.zeros(length, dtype=bool)
         return shards
 
+    @watchdog.during("update")
     def optimize(
         self, step: int, shards: list[list[Trajectory]], stats: TokenStats
     ) -> dict[str, float]:
@@ -364,6 +371,7 @@ class Loop:
                 for member, array in zip(batch.members, arrays):
                     trajectories[member].annotations[name] = array
 
+    @watchdog.during("sync")
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
         sync_weights(self.run.rollout, self.engine.weights, step)
@@ -385,6 +393,7 @@ class Loop:
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
+    @watchdog.during("save")
     def save(self, step: int) -> None:
         """Write a checkpoint. A collective.
 
@@ -432,6 +441,7 @@ def say(text: str) -> None:
     """Print a line before there is a tracker, on rank 0."""
     if distributed.rank() == 0:
         print(text, flush=True)
+        watchdog.heard()
 
 
 def absolute(path: str) -> str:

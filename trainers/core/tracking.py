@@ -22,6 +22,7 @@ from trainers.core.lock import cannot_write
 from trainers.core.progress import clock
 from trainers.core.rundir import config_at, earlier_configs
 from trainers.core.wandb_run import WandbRun, mode
+from trainers.core.watchdog import heard
 
 # Of a step's printed line: metric, label, format.
 FIGURES = (
@@ -89,6 +90,7 @@ class Tracker:
         """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
+            heard()
             # A log or a pipe, too, shows each line at once.
             sys.stdout.flush()
 
