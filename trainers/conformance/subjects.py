@@ -1,0 +1,330 @@
+"""A trainer on the tiny policy, and what an update of it does to the weights.
+
+Everything that computes is the code that trains: the trainer's `draw`, `keeps`, `annotate` and
+`loss`, the teacher's scoring, the dealing to ranks, the packing, the divisor, the loss and the
+kernels. Only the model, the sampler and the process group are replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.components import TRAINERS
+from recipes.compose import compose
+from rollouts.data.examples import Example, Prompt, PromptSampler
+from rollouts.trajectory import Annotations, Request, Sampling, Trajectory
+from trainers.conformance.world import (
+    PROMPTS,
+    RIGHT,
+    STOP,
+    TEACHER_STOP,
+    TEXTS,
+    VOCAB,
+    Completion,
+    Exact,
+    TinyPolicy,
+    tree,
+)
+from trainers.core.batching import make_microbatches, pack, unpack
+from trainers.core.scoring import score_tokens
+from trainers.core.teacher import Teacher
+from trainers.core.updates import microbatches, normalize, shards
+from trainers.modes import reading_mode
+from trainers.run import Run
+
+CPU = torch.device("cpu")
+Edit = Callable[[Trajectory], None]
+
+
+class ExactAnnotations(Annotations):
+    """Annotations that keep float64 where training has float32."""
+
+    def __setitem__(self, name: str, values: np.ndarray) -> None:
+        if values.dtype != np.float64:
+            return super().__setitem__(name, values)
+        # What is checked is the name.
+        super().__setitem__(name, values.astype(np.float32))
+        return dict.__setitem__(self, name, values)
+
+
+class Words:
+    """A tokenizer with one token per text of a list; id 0 is its end token."""
+
+    eos_token_id = STOP
+    bos_token_id = None
+    name_or_path = "conformance"
+
+    def __init__(self, texts: Sequence[str] = TEXTS):
+        self.texts = list(texts)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {text: token for token, text in enumerate(self.texts)}
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        return [self.texts.index(token) for token in tokens]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.texts[token] for token in ids)
+
+    def __call__(self, texts: str | Sequence[str], add_special_tokens: bool = False) -> Any:
+        one = isinstance(texts, str)
+        ids = [self._ids(text) for text in ([texts] if one else texts)]
+        return type("Encoding", (), {"input_ids": ids[0] if one else ids})
+
+    def _ids(self, text: str) -> list[int]:
+        ids = []
+        while text:
+            fitting = [token for token in self.texts if text.startswith(token)]
+            ids.append(self.texts.index(max(fitting, key=len)))
+            text = text[len(self.texts[ids[-1]]) :]
+        return ids
+
+
+class TinyTeacher(Teacher):
+    """The trainer's teacher with a tiny policy in place of a loaded model.
+
+    Args:
+        run: of the student.
+        policy: the teacher's.
+        shift: move what it says of each token to so many tokens later, which is a mistake.
+    """
+
+    def __init__(self, run: Run, policy: TinyPolicy, shift: int = 0):
+        self.config, self.device, self.vocab, self.policy = run.config, CPU, run.vocab, policy
+        self.shift = shift
+
+    def annotate(self, trajectories: Sequence[Trajectory], hidden: bool = False) -> None:
+        super().annotate(trajectories, hidden)
+        for trajectory in trajectories if self.shift else ():
+            for name in ("teacher_logprobs", "teacher_hidden"):
+                if name in trajectory.annotations:
+                    values = trajectory.annotations[name]
+                    trajectory.annotations[name] = np.roll(values, self.shift, axis=0)
+
+
+class Planned:
+    """A rollout engine that returns given completions, with the log-probs of its policy."""
+
+    def __init__(self, policy: TinyPolicy):
+        self.policy = policy
+        # By prompt, the completions that its samples are.
+        self.plan: dict[int, Sequence[Completion]] = {}
+        # What the trainer asked for last.
+        self.sampling: Sampling | None = None
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling, **_) -> list[Trajectory]:
+        self.sampling = sampling
+        return [self._trajectory(request, sampling) for request in requests]
+
+    def _trajectory(self, request: Request, sampling: Sampling) -> Trajectory:
+        completion = self.plan[request.prompt_index][request.sample_index]
+        prompt = list(request.prompt_ids)
+        logprobs = [
+            float((self.policy.logits([*prompt, *completion.ids[:end]]) / sampling.temperature)
+                  .log_softmax(-1)[token])
+            for end, token in enumerate(completion.ids)
+        ]  # fmt: skip
+        return Trajectory(
+            request.prompt_index,
+            request.sample_index,
+            prompt,
+            list(completion.ids),
+            completion.finish_reason,
+            logprobs=np.array(logprobs),
+            annotations=ExactAnnotations(),
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update does.
+
+    Attributes:
+        gradient: of all weights, flat, summed over micro-batches and ranks.
+        tokens: the unmasked ones.
+        outputs: of each trajectory, the per-token arrays that the loss returned.
+    """
+
+    gradient: Tensor
+    tokens: int
+    outputs: list[tuple[Trajectory, dict[str, np.ndarray]]]
+
+
+@functools.cache
+def composed(overrides: tuple[str, ...]):
+    """The config of these overrides; composing takes a tenth of a second."""
+    return compose(overrides)
+
+
+class Setup:
+    """A trainer with all that it needs.
+
+    Args:
+        overrides: of the config; they name the component.
+        samples: completions of a prompt.
+        prompts: how many prompts a step has.
+        limit: the most tokens of a completion.
+        teacher: its policy; None: one with other weights than the student's.
+        sampler: the policy that samples; None: the student.
+        shift: of the teacher.
+    """
+
+    def __init__(
+        self,
+        overrides: Sequence[str],
+        samples: int = 1,
+        prompts: int = 1,
+        limit: int = 3,
+        teacher: TinyPolicy | None = None,
+        sampler: TinyPolicy | None = None,
+        shift: int = 0,
+    ):
+        config = composed(tuple(overrides))
+        rollout = replace(config.rollout, samples_per_prompt=samples, max_new_tokens=limit)
+        train = replace(config.train, prompts_per_step=prompts)
+        self.config = config = replace(config, rollout=rollout, train=train)
+        self.limit, self.samples = limit, samples
+        self.policy, self.reference = TinyPolicy(1), TinyPolicy(3)
+        self.teacher = teacher or TinyPolicy(2, width=5, float32_states=True)
+        self.engine = Planned(sampler or self.policy)
+        method = TRAINERS.resolve(config.trainer)
+        method.check(config)
+        self.run = Run(
+            config=config,
+            mode=reading_mode(config),
+            method=method,
+            tokenizer=Words(),
+            stop_ids=(STOP,),
+            teacher_stop=TEACHER_STOP,
+            vocab=VOCAB,
+            prompts=[plain_prompt(index) for index in range(prompts)],
+            sampler=PromptSampler(prompts, prompts, 0),
+            verifier=verify,
+            rollout=self.engine,
+            score_policy=self.score_policy,
+        )
+        if method.distills:
+            self.run.teacher = TinyTeacher(self.run, self.teacher, shift)
+        self.trainer = method(self.run)
+        self.loss = self.trainer.loss()
+
+    def exact(self) -> Exact:
+        """Student and teacher as tables, at the temperature of the run."""
+        temperature = self.config.rollout.temperature
+        return Exact.of(self.policy, self.teacher, self.limit, temperature=temperature)
+
+    def draw(self, *plan: Sequence[Completion]) -> list[Trajectory]:
+        """The trainer's trajectories where the prompts have these completions."""
+        self.engine.plan = dict(enumerate(plan))
+        return self.trainer.draw(0)
+
+    def score_policy(
+        self, trajectories: Sequence[Trajectory], name: str = "student_logprobs", adapters=True
+    ) -> None:
+        """As `Loop.score_policy`; without adapters the weights are the reference's."""
+        batch = pack(trajectories, range(len(trajectories)), CPU)
+        score = functools.partial(score_tokens, temperature=self.config.rollout.temperature)
+        scored = (self.policy if adapters else self.reference)(
+            batch,
+            lambda head, hidden, batch: score(
+                head, hidden, targets=batch.targets, vocab=self.run.vocab
+            ).logprobs,
+        )
+        for trajectory, values in zip(trajectories, unpack(batch, trajectories, scored)):
+            trajectory.annotations[name] = values
+
+    def update(
+        self,
+        trajectories: Sequence[Trajectory],
+        ranks: int = 1,
+        budget: int = 4096,
+        edit: Edit | None = None,
+        **train: Any,
+    ) -> Update:
+        """One update on copies of the trajectories.
+
+        Args:
+            ranks: how many of them the work is dealt to, one after the other.
+            budget: `train.tokens_per_microbatch`.
+            edit: changes each trajectory after it was annotated.
+            train: other keys of the section.
+        """
+        section = replace(self.config.train, tokens_per_microbatch=budget, **train)
+        by_rank = []
+        for rank in range(ranks):
+            drawn = copy.deepcopy(list(trajectories))
+            by_rank.append(shards(self.trainer, drawn, 1, rank, ranks)[0])
+        for trajectory in itertools.chain(*by_rank):
+            if edit is not None:
+                edit(trajectory)
+        if not by_rank[0]:
+            return Update(torch.zeros_like(self.policy.gradient()), 0, [])
+        return self._summed(by_rank, section)
+
+    def _summed(self, by_rank: list[list[Trajectory]], section) -> Update:
+        counts: list = []
+        for own in by_rank:
+            groups = make_microbatches([t.length for t in own], section.tokens_per_microbatch)
+            # Each rank's own numbers; below, every rank is given those of all.
+            normalize(own, section.normalizer, groups, lambda count: counts.append(count) or [count])
+        self.policy.zero_grad()
+        outputs = []
+        for own in by_rank:
+            for batch, denominator, _ in microbatches(own, section, CPU, lambda _: counts):
+                loss = functools.partial(self.loss, denominator=denominator)
+                output = self.policy(batch, loss)
+                output.pop("loss").backward()
+                outputs += _per_trajectory(batch, own, output)
+        tokens = sum(int(t.annotations["mask"].sum()) for own in by_rank for t in own)
+        return Update(self.policy.gradient(), tokens, outputs)
+
+    def expected(self, edit: Edit | None = None, sampler: TinyPolicy | None = None) -> Tensor:
+        """The mean over all completions, or all groups of `samples`, of N times the gradient.
+
+        Args:
+            edit: as in `update`.
+            sampler: the policy whose probabilities weigh them; None: the student.
+        """
+        nodes, temperature = tree(self.limit), self.config.rollout.temperature
+        with torch.no_grad():
+            table = nodes.log_probs(sampler or self.policy, PROMPTS[0], temperature)
+        total = torch.zeros_like(self.policy.gradient())
+        for group in itertools.product(nodes.completions, repeat=self.samples):
+            probability = sum(nodes.log_prob(table, one) for one in group).exp()
+            update = self.update(self.draw(group), edit=edit)
+            total += probability * update.tokens * update.gradient
+        return total
+
+
+def _per_trajectory(batch, trajectories, output) -> list[tuple[Trajectory, dict[str, np.ndarray]]]:
+    """Each member of a micro-batch with its part of the loss's per-token output."""
+    parts = {
+        name: unpack(batch, trajectories, values)
+        for name, values in output.items()
+        if values is not None and batch.members
+    }
+    return [
+        (trajectories[member], {name: arrays[place] for name, arrays in parts.items()})
+        for place, member in enumerate(batch.members)
+    ]
+
+
+def plain_prompt(index: int) -> Prompt:
+    ids = PROMPTS[index % len(PROMPTS)]
+    example = Example(index, [], answer="7", solution=TEXTS[RIGHT] + TEXTS[2])
+    return Prompt(index, ids, Words().decode(ids), example)
+
+
+def verify(completion: str, answer: str) -> float:
+    """A verifier: the completion has the right box."""
+    return float(f"\\boxed{{{answer}}}" in completion)
