@@ -13,7 +13,7 @@ from torch import Tensor
 from recipes.components import TOKEN_REWARDS
 from trainers.conformance import stated
 from trainers.conformance.generic import Method
-from trainers.conformance.report import Case, agree, require
+from trainers.conformance.report import SINGLE, Case, agree, require
 from trainers.conformance.subjects import Setup, composed
 from trainers.conformance.world import PROMPTS, tree
 from trainers.opd import EPSILON
@@ -148,7 +148,8 @@ class Reward:
         """What the run makes of the reward is what its call says, and it is not 0."""
         if self.reward.window:
             setup = Setup(self.method.overrides, samples=2, limit=2)
-            agree(setup.expected(), expected_of_window(self.reward, setup))
+            # The standardised rewards are float32 annotations.
+            agree(setup.expected(), expected_of_window(self.reward, setup), SINGLE)
             return
         setup = self.method.single()
         expected = setup.exact().of_rewards(self.table(setup))
