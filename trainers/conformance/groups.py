@@ -52,7 +52,9 @@ def cases() -> Iterator[Case]:
         def clipped(objective: str = objective) -> None:
             surrogate(objective)
 
-        yield Case(f"loss.objective={objective}", "stated objective", "another policy sampled", clipped)
+        yield Case(
+            f"loss.objective={objective}", "stated objective", "another policy sampled", clipped
+        )
 
 
 def reward_of(ids: tuple[int, ...], limit: int, gamma: float = 0.5) -> float:
@@ -219,4 +221,3 @@ def _scored_by(setup: Setup, old: TinyPolicy) -> Callable[..., None]:
         setup.policy = current
 
     return score
-

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from trainers.conformance import stated
-from trainers.conformance.generic import mixed
 from trainers.conformance.report import SINGLE, Case, agree
 from trainers.conformance.subjects import Setup
 from trainers.conformance.token_rewards import limit_case, method
@@ -64,8 +63,8 @@ def of_objectives() -> Iterator[Case]:
         yield from method(component, *keys, component=component).cases()
     jsd, power = "objective=jsd", "objective=power_full"
     for beta, divergence, scale in (
-        (1e-5, stated.forward_kl, 1e5),
-        (1 - 1e-5, stated.reverse_kl, 1e5),
+        (1e-6, stated.forward_kl, 1e6),
+        (1 - 1e-6, stated.reverse_kl, 1e6),
     ):
         key = f"divergence.jsd_beta={beta}"
         setting = f"beta -> {round(beta)}"
@@ -87,7 +86,9 @@ def of_top_k() -> Iterator[Case]:
                 check = full(component, "divergence.top_k=2", *keys)
                 divergence = stated.top_k(2, support, tail, direction)
                 for named in (component, *keys):
-                    yield Case(named, "stated objective", " ".join(values.values()), check(divergence))
+                    yield Case(
+                        named, "stated objective", " ".join(values.values()), check(divergence)
+                    )
     kl = stated.reverse_kl
     yield limit_case(component, "k = V", (component, f"divergence.top_k={VOCAB}"), kl, 1)
     bucket = (component, f"divergence.top_k={VOCAB - 1}", "divergence.top_k_tail=bucket")
@@ -125,8 +126,8 @@ def of_normalizers() -> Iterator[Case]:
         for ranks in (1, 2, 12):
 
             def check(name: str = name, ranks: int = ranks) -> None:
-                setup = method(f"train.normalizer={name}", "reward.terminal_stop=mask").setup()
-                drawn = mixed(setup)
+                keys = f"train.normalizer={name}", "reward.terminal_stop=mask"
+                setup, drawn = method(*keys).drawn()
                 budget = 4096 if name != "microbatch_token_mean" else 1
                 ours = setup.update(drawn, ranks=ranks, budget=budget).gradient
                 # Sequence means are weights of float32.
@@ -152,5 +153,3 @@ def written_out(setup: Setup, trajectories, normalizer: str) -> Tensor:
         return torch.stack(means).sum(0) / len(counted)
     divisor = len(counted) * max(counted) if normalizer == "max_length" else np.sum(counted)
     return torch.stack(sums).sum(0) / float(divisor)
-
-

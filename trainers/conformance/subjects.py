@@ -21,6 +21,7 @@ from torch import Tensor
 from recipes.components import TRAINERS
 from recipes.compose import compose
 from rollouts.data.examples import Example, Prompt, PromptSampler
+from rollouts.layout import Layout
 from rollouts.trajectory import Annotations, Request, Sampling, Trajectory
 from trainers.conformance.world import (
     PROMPTS,
@@ -28,7 +29,6 @@ from trainers.conformance.world import (
     STOP,
     TEACHER_STOP,
     TEXTS,
-    VOCAB,
     Completion,
     Exact,
     TinyPolicy,
@@ -118,12 +118,16 @@ class Planned:
         self.policy = policy
         # By prompt, the completions that its samples are.
         self.plan: dict[int, Sequence[Completion]] = {}
+        # Trajectories to return in place of the plan.
+        self.given: list[Trajectory] = []
         # What the trainer asked for last.
         self.sampling: Sampling | None = None
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling, **_) -> list[Trajectory]:
         self.sampling = sampling
+        if self.given:
+            return copy.deepcopy(self.given)
         return [self._trajectory(request, sampling) for request in requests]
 
     def _trajectory(self, request: Request, sampling: Sampling) -> Trajectory:
@@ -172,7 +176,8 @@ class Setup:
     Args:
         overrides: of the config; they name the component.
         samples: completions of a prompt.
-        prompts: how many prompts a step has.
+        prompts: those of a step, or how many of `PROMPTS`.
+        texts: of the tokens.
         limit: the most tokens of a completion.
         teacher: its policy; None: one with other weights than the student's.
         sampler: the policy that samples; None: the student.
@@ -183,19 +188,22 @@ class Setup:
         self,
         overrides: Sequence[str],
         samples: int = 1,
-        prompts: int = 1,
+        prompts: int | Sequence[Prompt] = 1,
+        texts: Sequence[str] = TEXTS,
         limit: int = 3,
         teacher: TinyPolicy | None = None,
         sampler: TinyPolicy | None = None,
         shift: int = 0,
     ):
         config = composed(tuple(overrides))
+        if isinstance(prompts, int):
+            prompts = [plain_prompt(index) for index in range(prompts)]
         rollout = replace(config.rollout, samples_per_prompt=samples, max_new_tokens=limit)
-        train = replace(config.train, prompts_per_step=prompts)
+        train = replace(config.train, prompts_per_step=len(prompts))
         self.config = config = replace(config, rollout=rollout, train=train)
         self.limit, self.samples = limit, samples
-        self.policy, self.reference = TinyPolicy(1), TinyPolicy(3)
-        self.teacher = teacher or TinyPolicy(2, width=5, float32_states=True)
+        self.policy, self.reference = (TinyPolicy(seed, len(texts)) for seed in (1, 3))
+        self.teacher = teacher or TinyPolicy(2, len(texts), width=5, float32_states=True)
         self.engine = Planned(sampler or self.policy)
         method = TRAINERS.resolve(config.trainer)
         method.check(config)
@@ -203,12 +211,12 @@ class Setup:
             config=config,
             mode=reading_mode(config),
             method=method,
-            tokenizer=Words(),
+            tokenizer=Words(texts),
             stop_ids=(STOP,),
             teacher_stop=TEACHER_STOP,
-            vocab=VOCAB,
-            prompts=[plain_prompt(index) for index in range(prompts)],
-            sampler=PromptSampler(prompts, prompts, 0),
+            vocab=len(texts),
+            prompts=prompts,
+            sampler=PromptSampler(len(prompts), len(prompts), 0),
             verifier=verify,
             rollout=self.engine,
             score_policy=self.score_policy,
@@ -226,7 +234,11 @@ class Setup:
     def draw(self, *plan: Sequence[Completion]) -> list[Trajectory]:
         """The trainer's trajectories where the prompts have these completions."""
         self.engine.plan = dict(enumerate(plan))
-        return self.trainer.draw(0)
+        drawn = self.trainer.draw(0)
+        for trajectory in drawn:
+            # Those that are read from data have annotations of training's precision.
+            trajectory.annotations = ExactAnnotations(trajectory.annotations)
+        return drawn
 
     def score_policy(
         self, trajectories: Sequence[Trajectory], name: str = "student_logprobs", adapters=True
@@ -236,9 +248,9 @@ class Setup:
         score = functools.partial(score_tokens, temperature=self.config.rollout.temperature)
         scored = (self.policy if adapters else self.reference)(
             batch,
-            lambda head, hidden, batch: score(
-                head, hidden, targets=batch.targets, vocab=self.run.vocab
-            ).logprobs,
+            lambda head, hidden, batch: (
+                score(head, hidden, targets=batch.targets, vocab=self.run.vocab).logprobs
+            ),
         )
         for trajectory, values in zip(trajectories, unpack(batch, trajectories, scored)):
             trajectory.annotations[name] = values
@@ -262,6 +274,7 @@ class Setup:
         section = replace(self.config.train, tokens_per_microbatch=budget, **train)
         by_rank = []
         for rank in range(ranks):
+            # What is annotated is a copy.
             drawn = copy.deepcopy(list(trajectories))
             by_rank.append(shards(self.trainer, drawn, 1, rank, ranks)[0])
         for trajectory in itertools.chain(*by_rank):
@@ -276,7 +289,9 @@ class Setup:
         for own in by_rank:
             groups = make_microbatches([t.length for t in own], section.tokens_per_microbatch)
             # Each rank's own numbers; below, every rank is given those of all.
-            normalize(own, section.normalizer, groups, lambda count: counts.append(count) or [count])
+            normalize(
+                own, section.normalizer, groups, lambda count: counts.append(count) or [count]
+            )
         self.policy.zero_grad()
         outputs = []
         for own in by_rank:
@@ -304,6 +319,21 @@ class Setup:
             update = self.update(self.draw(group), edit=edit)
             total += probability * update.tokens * update.gradient
         return total
+
+
+def log_probs(policy: TinyPolicy, trajectory: Trajectory) -> Tensor:
+    """Log-probs [T, V] at the completion's tokens of one sequence by itself, differentiable."""
+    layout = trajectory.layout or Layout(trajectory.length)
+    positions, mask = (torch.from_numpy(part) for part in (layout.positions(), layout.mask()))
+    states = policy.states(torch.tensor(trajectory.token_ids), positions, mask)
+    logits = (states @ policy.head.weight.T + policy.head.bias)[:, : policy.vocab]
+    return logits.log_softmax(-1)[len(trajectory.prompt_ids) - 1 : -1]
+
+
+def sampled_log_probs(policy: TinyPolicy, trajectory: Trajectory) -> Tensor:
+    """Those of its own tokens, [T]."""
+    ids = torch.tensor(trajectory.completion_ids)[:, None]
+    return log_probs(policy, trajectory).gather(-1, ids)[:, 0]
 
 
 def _per_trajectory(batch, trajectories, output) -> list[tuple[Trajectory, dict[str, np.ndarray]]]:

@@ -89,7 +89,9 @@ class Reward:
             student = teacher.flip(0).requires_grad_()
             before = teacher.clone(), student.detach().clone()
             rewards = self.reward(teacher, student)
-            require(rewards.shape == teacher.shape, f"shape {tuple(rewards.shape)} of [T] log-probs")
+            require(
+                rewards.shape == teacher.shape, f"shape {tuple(rewards.shape)} of [T] log-probs"
+            )
             require(rewards.is_floating_point(), f"rewards are {rewards.dtype}")
             same = torch.equal(before[0], teacher) and torch.equal(before[1], student.detach())
             require(same, "the call changes its arguments")
@@ -247,5 +249,3 @@ def power_values() -> None:
         keys = ("recipe=opd", f"reward.alpha={alpha}")
         reward = TOKEN_REWARDS.resolve("power")(composed(keys).reward)
         agree(reward(*logs), torch.tensor([value], dtype=torch.float64), 1e-3, f"alpha = {alpha}")
-
-

@@ -46,9 +46,7 @@ class TinyPolicy(nn.Module):
             teacher's without an error.
     """
 
-    def __init__(
-        self, seed: int, vocab: int = VOCAB, width: int = 6, float32_states: bool = False
-    ):
+    def __init__(self, seed: int, vocab: int = VOCAB, width: int = 6, float32_states: bool = False):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
