@@ -9,8 +9,7 @@ A policy of a few hundred float64 weights has 40 completions. The code that trai
 them, and its mean gradient is compared with that of the stated objective. Each line is a case:
 component, property, setting, and `ok` or what differs. The exit status is 1 where one differs.
 
-`reward` stands for reward.token. A component of your own may be followed by other keys of the
-config.
+Other keys of the config may follow a component of your own.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ SHORT_KEYS = {
     "reward": "reward.token",
     "verifier": "reward.verifier",
     "engine": "rollout.engine",
+    "objective": "objective",
+    "trainer": "trainer",
+    "recipe": "recipe",
 }
 
 

@@ -13,7 +13,8 @@ from recipes.components import ENGINES
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Request, Sampling
 from trainers.conformance.report import Case, require
-from trainers.conformance.subjects import CPU, composed
+from trainers.conformance.stand_ins import CPU
+from trainers.conformance.subjects import composed
 from trainers.core.batching import pack
 from trainers.core.policy import Policy, load_policy
 from trainers.core.scoring import score_tokens

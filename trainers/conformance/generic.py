@@ -197,10 +197,11 @@ def check_sampler(setup: Setup) -> None:
     sampled = frequencies(setup)
     gap = (trainer - sampled).abs().nan_to_num()
     place, token = divmod(int(gap.argmax()), trainer.shape[1])
+    drawn, scored = float(sampled[place, token]), float(trainer[place, token])
     require(
         float(gap.max()) <= 2 / GRID,
         f"the sampler draws token {token} after {list(nodes.prefixes[place])} with probability "
-        f"{float(sampled[place, token]):.4f}, the trainer scores it {float(trainer[place, token]):.4f}",
+        f"{drawn:.4f}, the trainer scores it {scored:.4f}",
     )
 
 

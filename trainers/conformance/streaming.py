@@ -15,13 +15,8 @@ from rollouts.layout import arrange
 from rollouts.trajectory import Trajectory
 from trainers.conformance.generic import Method
 from trainers.conformance.report import SINGLE, Case, agree
-from trainers.conformance.subjects import (
-    ExactAnnotations,
-    Setup,
-    Words,
-    sampled_log_probs,
-    verify,
-)
+from trainers.conformance.stand_ins import ExactAnnotations, Words
+from trainers.conformance.subjects import Setup, sampled_log_probs, verify
 from trainers.conformance.world import TinyPolicy
 
 TEXTS = ("<end>", *TOKENS, "\\boxed{7}", "\\boxed{8}", "a", "b", " ")

@@ -69,7 +69,7 @@ def missing(found: Sequence[Case]) -> Iterator[Case]:
     covered = {case.component for case in found}
     for component in components():
         if component not in covered:
-            yield Case(component, "has a case", "", lambda: _no_case())
+            yield Case(component, "has a case", "", _no_case)
 
 
 def _no_case() -> None:
@@ -92,7 +92,8 @@ def chosen(values: dict[str, str]) -> list[Case]:
             others = [f"{name}={value}" for name, value in values.items() if name != key]
             return list(outside.cases(key, values[key], others))
     wanted = {f"{key}={value}" for key, value in values.items()}
-    known = {case.component for case in (found := cases())}
+    found = cases()
+    known = {case.component for case in found}
     if unknown := sorted(wanted - known):
         raise ConfigError(f"{unknown[0]} is no component with cases{nearest(unknown[0], known)}")
     return [case for case in found if case.component in wanted]

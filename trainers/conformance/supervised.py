@@ -13,9 +13,10 @@ from rollouts.layout import Layout
 from rollouts.trajectory import Trajectory
 from trainers.conformance.generic import Method
 from trainers.conformance.report import SINGLE, Case, agree, vanish
+from trainers.conformance.stand_ins import Words
 from trainers.conformance.stated import top_k
-from trainers.conformance.streaming import A, B, SEP, TEXTS
-from trainers.conformance.subjects import Setup, Words, log_probs, sampled_log_probs, verify
+from trainers.conformance.streaming import SEP, TEXTS, A, B
+from trainers.conformance.subjects import Setup, log_probs, sampled_log_probs, verify
 from trainers.conformance.world import PROMPTS, STOP, tree
 from trainers.conformance.world import TEXTS as PLAIN
 

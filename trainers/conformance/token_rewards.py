@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -98,12 +97,9 @@ class Reward:
 
     def finite(self) -> None:
         teacher, student, rewards = self.of_pairs()
-        wrong = (~rewards.isfinite()).nonzero()
-        at = int(wrong[0]) if len(wrong) else 0
-        require(
-            not len(wrong),
-            f"reward {float(rewards[at])} where lp = {float(teacher[at])}, lq = {float(student[at])}",
-        )
+        at = int((~rewards.isfinite()).int().argmax())
+        pair = f"lp = {float(teacher[at])}, lq = {float(student[at])}"
+        require(bool(rewards.isfinite().all()), f"reward {float(rewards[at])} where {pair}")
         gone = torch.full((1,), -torch.inf, dtype=torch.float64)
         require(not self.reward(gone, gone).isnan().any(), "NaN where both log-probs are -inf")
 
@@ -114,12 +110,11 @@ class Reward:
 
     def sign(self) -> None:
         teacher, student, rewards = self.of_pairs()
-        wrong = (rewards * (teacher - student) < 0).nonzero()
-        at = int(wrong[0]) if len(wrong) else 0
-        require(
-            not len(wrong),
-            f"reward {float(rewards[at]):.4g} where lp - lq = {float(teacher[at] - student[at]):.4g}",
-        )
+        gap = teacher - student
+        wrong = rewards * gap < 0
+        at = int(wrong.int().argmax())
+        said = f"reward {float(rewards[at]):.4g} where lp - lq = {float(gap[at]):.4g}"
+        require(not bool(wrong.any()), said)
         require(bool(rewards.any()), "every reward is 0")
 
     def bounds(self) -> None:

@@ -1,4 +1,4 @@
-"""One update's work: its trajectories, dealt to the ranks and cut into micro-batches with a divisor.
+"""The work of one update: trajectories dealt to the ranks, and micro-batches with a divisor.
 
 The loop and the conformance suite (trainers/conformance) both run what is here. `gather` brings the
 ranks' values together. The suite plays several ranks in one process, so it gives another one.
