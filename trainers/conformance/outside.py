@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from recipes.components import TRAINERS
+from recipes.errors import ConfigError
 from trainers.conformance.engines import of_engine
 from trainers.conformance.generic import Method
-from trainers.conformance.report import SINGLE, Case, agree, cosine, require
+from trainers.conformance.report import SINGLE, Case, agree, require
 from trainers.conformance.stated import reverse_kl
-from trainers.conformance.subjects import Setup, verify
+from trainers.conformance.subjects import Setup, composed, verify
 from trainers.conformance.token_rewards import Reward, named
 from trainers.conformance.verifiers import of_verifier
 from trainers.conformance.world import PROMPTS, STOP, TEXTS, tree
@@ -48,17 +49,17 @@ class Outside(Method):
         )
 
     def towards_teacher(self) -> None:
-        """The expected gradient has a positive product with the reverse KL's."""
+        """The expected gradient has a positive part along the reverse KL's."""
         setup, expected = self.expected()
-        angle = cosine(expected, setup.exact().of_divergence(reverse_kl))
+        share = part_along(expected, setup.exact().of_divergence(reverse_kl))
         require(
-            angle > 1e-6,
-            f"the update does not move towards the teacher: cosine {angle:.4f} with the gradient "
-            "of the reverse KL",
+            share > SINGLE,
+            f"the update does not move towards the teacher: {share:.3g} of the gradient of the "
+            "reverse KL is in it",
         )
 
     def towards_score(self) -> None:
-        """The expected update has a positive product with the gradient of the expected score."""
+        """The expected update has a positive part along the gradient of the expected score."""
         setup, expected = self.expected()
         nodes = tree(setup.limit)
         table = nodes.log_probs(setup.policy, PROMPTS[0])
@@ -66,14 +67,35 @@ class Outside(Method):
         for one in nodes.completions:
             text = "".join(TEXTS[token] for token in one.ids if token != STOP)
             score = score + nodes.log_prob(table, one).exp() * verify(text, "7")
-        angle = cosine(expected, setup.policy.gradient_of(-score))
-        require(angle > 1e-6, f"the update does not raise the score: cosine {angle:.4f}")
+        share = part_along(expected, setup.policy.gradient_of(-score))
+        require(
+            share > SINGLE,
+            f"the update does not raise the score: {share:.3g} of its gradient is in it",
+        )
 
     def of_stated(self) -> None:
         """The gradient is that of what the trainer's `minimises` says."""
         setup, expected = self.expected()
         divergence = named(setup.run.method.minimises)
         agree(expected / self.samples, setup.exact().of_divergence(divergence))
+
+
+def part_along(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """The length of the part of a flat tensor along another, relative to the other's."""
+    return float(ours @ other / other.square().sum())
+
+
+def plain_stops(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides, with a last stop token that counts as any other where the key is read.
+
+    What a loss minimises over all tokens is only then what is enumerated.
+    """
+    raw = ("reward.terminal_stop=raw", *overrides)
+    try:
+        composed(raw)
+    except ConfigError:
+        return tuple(overrides)
+    return raw
 
 
 def cases(key: str, name: str, overrides: Sequence[str]) -> Iterator[Case]:
@@ -95,7 +117,8 @@ def cases(key: str, name: str, overrides: Sequence[str]) -> Iterator[Case]:
         yield from of_engine(name)
     else:
         TRAINERS.resolve(name)
-        yield from Outside((*overrides, f"trainer={name}"), f"trainer={name}").cases()
+        keys = plain_stops((*overrides, f"trainer={name}"))
+        yield from Outside(keys, f"trainer={name}").cases()
 
 
 KEYS = ("reward.token", "trainer", "reward.verifier", "rollout.engine")
