@@ -104,7 +104,9 @@ class Sign(LogRatio):
     def __call__(
         self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
     ) -> torch.Tensor:
-        return self.scale * (teacher_logprobs - student_logprobs).sign()
+        above, below = teacher_logprobs > student_logprobs, teacher_logprobs < student_logprobs
+        # The difference of two log-probs of -inf would be NaN.
+        return self.scale * (above.to(student_logprobs.dtype) - below.to(student_logprobs.dtype))
 
 
 class Weighted:

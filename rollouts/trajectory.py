@@ -180,12 +180,13 @@ class Trajectory:
 
     @property
     def sampled_mask(self) -> np.ndarray:
-        """[T] bool, a copy: the completion tokens that the policy chose."""
-        return (
-            np.ones(len(self.completion_ids), dtype=bool)
-            if self.sampled is None
-            else self.sampled.copy()
-        )
+        """[T] bool, a copy: the completion tokens that the policy chose.
+
+        Of a sequence that stands in there are none, so that no statistic counts it twice.
+        """
+        if self.padding or self.sampled is None:
+            return np.full(len(self.completion_ids), not self.padding)
+        return self.sampled.copy()
 
 
 @dataclass(frozen=True)

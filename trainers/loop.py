@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +17,7 @@ from recipes.errors import TrainingError
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
 from trainers.core import checkpoint, distributed, lock, random_states, watchdog
-from trainers.core.batching import (
-    MicroBatch,
-    empty_like,
-    make_microbatches,
-    pack,
-    shard_by_tokens,
-    unpack,
-)
+from trainers.core.batching import MicroBatch, make_microbatches, pack, unpack
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.metrics import TokenStats, peak_memory_gib, rollout_metrics
 from trainers.core.policy import DTYPES, load_policy
@@ -33,6 +25,7 @@ from trainers.core.preemption import StopRequest
 from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
+from trainers.core.updates import microbatches, shards
 from trainers.evaluation import evaluate
 from trainers.parity import check_parity
 from trainers.run import Run
@@ -165,11 +158,12 @@ class Loop:
             if samples:
                 self.run.rollout.sleep()
         clock.lap("rollout")
-        shards = self.shards(trajectories)
+        with watchdog.phase("annotate"):
+            parts = shards(self.trainer, trajectories, self.config.train.minibatches)
         clock.lap("annotate")
         longest = max(len(t.completion_ids) for t in trajectories)
         stats = TokenStats(max(self.config.rollout.max_new_tokens, longest))
-        row = self.optimize(step, shards, stats) | stats.metrics()
+        row = self.optimize(step, parts, stats) | stats.metrics()
         clock.lap("update")
         if samples:
             with watchdog.phase("sync"):
@@ -188,28 +182,6 @@ class Loop:
             row |= rollout_metrics(trajectories) | self.trainer.metrics(trajectories)
         shown = [t for t in trajectories if "mask" in t.annotations or not self.trainer.keeps(t)]
         return {"step": step, **row}, shown
-
-    @watchdog.during("annotate")
-    def shards(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
-        """This rank's annotated part of the kept trajectories, for each update of the step.
-
-        A part is empty on all ranks where an update has no trajectory. All are annotated before the
-        first update, by the policy that drew them.
-        """
-        count = self.config.train.minibatches
-        bounds = [len(trajectories) * index // count for index in range(count + 1)]
-        shards = []
-        for low, high in itertools.pairwise(bounds):
-            kept = [t for t in trajectories[low:high] if self.trainer.keeps(t)]
-            shards.append(shard_by_tokens(kept, distributed.rank(), distributed.world_size()))
-        own = [trajectory for shard in shards for trajectory in shard]
-        if own:
-            self.trainer.annotate(own)
-        for trajectory in own:
-            if trajectory.padding:
-                length = len(trajectory.completion_ids)
-                trajectory.annotations["mask"] = np.zeros(length, dtype=bool)
-        return shards
 
     @watchdog.during("update")
     def optimize(
@@ -275,23 +247,13 @@ class Loop:
             the loss, over all ranks, and the gradient's norm; infinite where it was not finite and
             the weights stayed.
         """
-        train = self.config.train
-        groups = make_microbatches([t.length for t in trajectories], train.tokens_per_microbatch)
-        total, microbatches, rounds = normalize(trajectories, train.normalizer, len(groups))
         loss_sum = 0.0
-        batch = None
-        for index in range(rounds):
-            if index < len(groups):
-                batch = pack(trajectories, groups[index], self.run.device)
-            else:
-                # Ranks must run the same number of backward passes.
-                batch = empty_like(batch)
-            denominator = total
-            if train.normalizer == "microbatch_token_mean":
-                denominator = max(float(batch.mask.sum()), 1.0) * microbatches
+        for batch, denominator, last in microbatches(
+            trajectories, self.config.train, self.run.device
+        ):
             loss = functools.partial(self.loss, denominator=denominator)
             output = self.engine.forward(batch, loss)
-            self.engine.backward(output["loss"], last=index == rounds - 1)
+            self.engine.backward(output["loss"], last=last)
             loss_sum += float(output["loss"].detach())
             self.record_tokens(batch, trajectories, output, stats, moved)
         norm = self.engine.step(lr)
@@ -457,38 +419,6 @@ def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
     from trainers.core.lora import add_adapters
 
     return functools.partial(add_adapters, options=options, train_embeddings=bool(run.new_tokens))
-
-
-def normalize(
-    trajectories: list[Trajectory], normalizer: str, groups: int
-) -> tuple[float, int, int]:
-    """What the loss of an update is divided by, per `train.normalizer`. A collective.
-
-    A sequence's length is its number of unmasked tokens; one without any does not count. For
-    `sequence_mean` it writes the annotation `weights` [T].
-
-    Args:
-        trajectories: this rank's, with masks.
-        normalizer: a value of `train.normalizer`.
-        groups: this rank's number of micro-batches.
-
-    Returns:
-        (the divisor, the number of micro-batches of all ranks, the most micro-batches of a rank).
-    """
-    lengths = [int(t.annotations["mask"].sum()) for t in trajectories]
-    if normalizer == "sequence_mean":
-        for trajectory, length in zip(trajectories, lengths):
-            weights = np.full(len(trajectory.completion_ids), 1 / max(length, 1), np.float32)
-            trajectory.annotations["weights"] = weights
-    own = (groups, sum(lengths), sum(length > 0 for length in lengths), max(lengths))
-    groups_by_rank, tokens, sequences, longest = zip(*distributed.gather(own))
-    if normalizer == "sequence_mean":
-        total = sum(sequences)
-    elif normalizer == "max_length":
-        total = sum(sequences) * max(longest)
-    else:
-        total = sum(tokens)
-    return float(max(total, 1)), sum(groups_by_rank), max(groups_by_rank)
 
 
 def learning_rate(train, step: int) -> float:

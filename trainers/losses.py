@@ -169,7 +169,7 @@ class Loss:
             **self._head_options(head),
         )
         logprobs = scored.logprobs.detach()
-        rewards = annotations.get("advantages")
+        rewards = self._advantages(annotations)
         if self.reward is not None:
             token_rewards = self.reward(annotations["teacher_logprobs"], logprobs).detach()
             rewards = token_rewards if rewards is None else token_rewards + rewards

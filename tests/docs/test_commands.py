@@ -174,6 +174,7 @@ NOT_RUN = {
     "torchrun recipe=proactivellm_paper": "needs GPUs and the hub",
     "train.py recipe=proactivellm_speech": "needs the 7B model that the command before it splits",
     "-m scripts.split_qwen2_audio": "needs a 7B model; test_qwen2_audio.py splits a tiny one",
+    "-m scripts.conform": "tests/trainers/test_objectives.py runs all its cases",
     "-m benchmarks.seeds": "whole runs, whose overrides are composed here",
     "train.py recipe=poweropd_lora": "fetches a model; test_lora.py trains adapters on tiny ones",
     "-m benchmarks.answers": "waits for time limits; tests/rewards/test_math.py has its pairs",

@@ -6,6 +6,7 @@ import torch
 
 from rollouts.trajectory import Trajectory
 from trainers.core.batching import assign, empty_like, make_microbatches, pack, unpack
+from trainers.core.updates import normalize
 
 
 def some_trajectories(count=40, seed=0):
@@ -60,3 +61,13 @@ def test_unpack_is_the_inverse_of_pack():
 def test_an_empty_microbatch_counts_for_nothing():
     batch = empty_like(pack(some_trajectories(), [0, 1], torch.device("cpu")))
     assert not batch.mask.any() and batch.members == []
+
+
+def test_a_microbatch_without_an_unmasked_token_does_not_count_in_the_divisor():
+    drawn = some_trajectories(3)
+    drawn[1].annotations["mask"][:] = False
+    # Another rank has one micro-batch, of a sequence that stands in.
+    gather = lambda own: [own, (1, 0, 0, 0, 0)]  # noqa: E731
+    tokens = sum(int(t.annotations["mask"].sum()) for t in drawn)
+    total, filled, rounds = normalize(drawn, "microbatch_token_mean", [[0], [1], [2]], gather)
+    assert (total, filled, rounds) == (tokens, 2, 3)

@@ -91,6 +91,21 @@ def test_cross_entropy_and_policy_gradient_add_up(toy):
     torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-10, rtol=1e-8)
 
 
+def test_cross_entropy_beside_a_reward_without_a_kernel_is_not_lost(toy):
+    """It was dropped in silence where the reward's gradient goes through the log-probs."""
+    annotations = toy.batch.annotations
+    sampled = logprobs(toy).gather(-1, toy.batch.targets[:, None])[:, 0]
+    gap = annotations["teacher_logprobs"] - sampled.detach()
+    given = gap + annotations["advantages"] + annotations["ce_weights"]
+    expected = gradients(toy, -(sampled * given * toy.mask).sum() / 5)
+    plain = type(
+        "Plain", (), {"fused": None, "window": False, "__call__": lambda self, p, q: p - q}
+    )()
+    loss = Loss(policy_gradient=True, cross_entropy=True, reward=plain)
+    output = loss(toy.head, toy.hidden, toy.batch, 5.0)
+    torch.testing.assert_close(gradients(toy, output["loss"]), expected, atol=1e-10, rtol=1e-8)
+
+
 @pytest.mark.parametrize(
     "kind", ["reverse_kl", "forward_kl", "jsd", "power", "topk_teacher", "topk_student"]
 )

@@ -16,7 +16,7 @@ from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.base import max_new_tokens
 from trainers.core.batching import pack, shard_by_tokens
-from trainers.loop import normalize
+from trainers.core.updates import normalize
 from trainers.modes import reading_mode
 from trainers.onpolicy_sft import OnPolicySFT
 from trainers.prepare import prepare
@@ -136,9 +136,10 @@ def test_the_gradient_is_the_policy_gradient_of_a_reward_of_one_for_a_kept_sampl
 
     mine = shard_by_tokens([t for t in drawn if made.keeps(t)], 0, 1)
     made.annotate(mine)
-    denominator, _, _ = normalize(mine, normalizer, 2)
+    groups = [range(0, 3), range(3, len(mine))]
+    denominator, _, _ = normalize(mine, normalizer, groups)
     head, loss = SimpleNamespace(weight=weight, bias=None, softcap=None), 0.0
-    for members in (range(0, 3), range(3, len(mine))):
+    for members in groups:
         batch = pack(mine, list(members), torch.device("cpu"))
         loss = (
             loss

@@ -14,8 +14,8 @@ from rewards.selection import Dial, select_tokens
 from rollouts.trajectory import Trajectory
 from trainers.core.batching import pack
 from trainers.core.metrics import TokenStats
+from trainers.core.updates import normalize
 from trainers.grpo import GRPO
-from trainers.loop import normalize
 from trainers.modes import reading_mode
 from trainers.opd import OnPolicyDistillation, select, total_variation
 from trainers.prepare import prepare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ import torch
 
 from recipes.errors import AnnotationError
 from rollouts.layout import Layout
-from rollouts.trajectory import Annotations, Trajectory
+from rollouts.trajectory import Trajectory
 
 
 @dataclass
@@ -77,7 +78,7 @@ def shard_by_tokens(trajectories: Sequence[Trajectory], rank: int, ranks: int) -
         return shard
     # The original gets its annotations on another rank.
     shortest = min(trajectories, key=lambda trajectory: trajectory.length)
-    annotations = Annotations(shortest.annotations)
+    annotations = copy.copy(shortest.annotations)
     return [replace(shortest, annotations=annotations, padding=True)]
 
 
