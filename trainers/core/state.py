@@ -133,7 +133,6 @@ def load(folder: Path, policy: nn.Module, optimizer) -> None:
             f"checkpoint {folder} {has} parameter {other[0]}, and this run "
             f"{'does not train' if has == 'has' else 'trains'} it; resume with the same model"
         )
-    last = 0
     for part in parts(policy, optimizer):
         part.of(part.owner).copy_(saved.read(WEIGHT, part))
         if (step := saved.step(part)) is None:
@@ -147,25 +146,7 @@ def load(folder: Path, policy: nn.Module, optimizer) -> None:
         # All parts of a tensor that ZeRO made have had the same updates.
         step = max(step, float(state.get(STEP, 0)))
         state[STEP] = torch.tensor(step) if isinstance(adam, torch.optim.AdamW) else int(step)
-        last = max(last, int(step))
-    if not isinstance(adam, torch.optim.AdamW):
-        _count(adam, last)
     refresh(optimizer)
-
-
-def _count(adam, steps: int) -> None:
-    """Let DeepSpeed's CPUAdam count the steps that were made.
-
-    It multiplies the powers of its betas up from step to step. Computed at once, as it does after a
-    jump, they are rounded otherwise, and a resume would not be exact.
-    """
-    group = adam.param_groups[0]
-    options = [group[name] for name in ("eps", "weight_decay", "bias_correction")]
-    unused = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, steps + 1):
-        adam.ds_opt_adam.adam_update(
-            adam.opt_id, step, group["lr"], *group["betas"], *options, *unused
-        )
 
 
 class Saved:
