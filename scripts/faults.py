@@ -25,8 +25,6 @@ from scripts.cli import quiet_libraries
 
 # What the test suite runs.
 QUICK = {"poweropd": ("kill_update", "kill_save", "nan", "corrupt")}
-# Runs on two ranks take two cores' time: one recipe per engine.
-RANKED = ("poweropd", "grpo", "adasr", "proactivellm")
 
 
 def main(arguments: list[str]) -> int:
@@ -80,7 +78,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.folder and Path(options.folder).exists() and any(Path(options.folder).iterdir()):
         parser.error(f"--folder {options.folder}: is not empty")
     options.pairs = [
-        (recipe, tuple(f for f in options.faults if FAULTS[f].ranks == 1 or recipe in RANKED))
+        (recipe, tuple(f for f in options.faults if recipe in (FAULTS[f].recipes or RECIPES)))
         for recipe in options.recipes
     ]
     if options.quick:

@@ -9,6 +9,10 @@ from typing import Any
 
 from scripts.fault_campaign import inject
 
+# Recipes of every reading mode, for faults that take long.
+FEW = ("poweropd", "grpo", "adasr", "proactivellm")
+# Minutes that a phase may take where it stalls. It takes less than a second.
+SOON = 0.05
 KILLED = -signal.SIGKILL
 STOPPED = 143
 OVERDUE = 124
@@ -26,6 +30,8 @@ class Fault:
         status: the exit status that is right.
         says: what the line of the error must hold, where there is one.
         keys: overrides of the run that the fault is brought into.
+        setting: overrides of all runs of the cell, the uninterrupted one too.
+        recipes: the ones that it is brought into; None: all.
         kind: how the cell is judged, a key of `cells.KINDS`.
         repeats: the most steps that a resumed run may have to take again.
         ranks: of the run.
@@ -38,6 +44,8 @@ class Fault:
     status: int = KILLED
     says: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    recipes: tuple[str, ...] | None = None
     kind: str = "resumed"
     repeats: int = 1
     ranks: int = 1
@@ -48,17 +56,13 @@ def killed(place: str, meaning: str, **options) -> Fault:
     return Fault(meaning=f"SIGKILL {meaning}", place=place, **options)
 
 
-def stalled(place: str, phase: str, action: inject.Action = inject.stall, **options) -> Fault:
+def stalled(place: str, meaning: str = "", **options) -> Fault:
     """A phase that never ends."""
-    return Fault(
-        meaning=options.pop("meaning", f"the phase `{phase}` never ends"),
-        place=place,
-        action=action,
-        before=True,
-        status=OVERDUE,
-        says=phase,
-        **options,
-    )
+    defaults = {"action": inject.stall, "before": True, "status": OVERDUE}
+    defaults["says"] = rf"step \d: {place} has taken"
+    defaults["keys"] = {f"deadline.{place}": SOON}
+    meaning = meaning or f"the phase `{place}` never ends"
+    return Fault(meaning=meaning, place=place, **(defaults | options))
 
 
 # SIGKILL in every phase, in the order of a step.
@@ -127,7 +131,7 @@ FAULTS = KILLS | {
         place="pack",
         action=inject.out_of_memory,
         status=1,
-        says="memory",
+        says=r"step \d: update: out of memory",
     ),
     "full_disk": Fault(
         meaning="the disk is full when a checkpoint is written",
@@ -143,24 +147,36 @@ FAULTS = KILLS | {
         action=inject.fill_disk_wholly,
         before=True,
         status=1,
-        says="disk|metrics.jsonl|space",
+        says="No space left|metrics.jsonl",
     ),
     "engine": Fault(
         meaning="the rollout engine raises an error of its own",
         place="rollout",
         action=inject.engine_dies,
         status=1,
-        says="worker process died",
+        says=r"step \d: rollout: .*worker process died",
     ),
-    "stall_rollout": stalled("rollout", "rollout"),
-    "stall_update": stalled("update", "update"),
-    "stall_save": stalled("save", "save"),
-    "stall_evaluate": stalled("evaluate", "eval", repeats=0),
+    "engine_vllm": Fault(
+        meaning="vLLM says that its engine is dead",
+        place="vllm",
+        action=inject.vllm_dies,
+        before=True,
+        status=1,
+        says=r"step \d: rollout: .*(EngineDead|child process)",
+        setting={"rollout.engine": "vllm"},
+        recipes=("poweropd",),
+    ),
+    "stall_rollout": stalled("rollout"),
+    "stall_annotate": stalled("annotate"),
+    "stall_update": stalled("update"),
+    "stall_sync": stalled("sync"),
+    "stall_save": stalled("save"),
+    "stall_evaluate": stalled("evaluate", repeats=0),
     "freeze": stalled(
         "update",
-        "update",
-        inject.freeze,
-        meaning="an update never returns from C, where no Python thread runs any more",
+        "an update never returns from C, where no Python thread runs any more",
+        action=inject.freeze,
+        recipes=FEW,
     ),
     "clock": Fault(
         meaning="the clock goes a year ahead, and then two years back",
@@ -183,8 +199,8 @@ FAULTS = KILLS | {
         kind="corrupt",
         repeats=0,
     ),
-    "rank_dies": killed("update", "of one rank of two, in an update", ranks=2),
+    "rank_dies": killed("update", "of one rank of two, in an update", ranks=2, recipes=FEW),
     "rank_stalls": stalled(
-        "update", "update", meaning="one rank of two never ends its update", ranks=2
+        "update", "one rank of two never ends its update", ranks=2, recipes=FEW
     ),
 }

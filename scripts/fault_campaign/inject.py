@@ -112,7 +112,7 @@ def _module(name: str):
 # Of each place: whose function it is, its name, and for which arguments.
 PLACES: dict[str, Callable[[Any], tuple[Any, str, Callable[..., bool]]]] = {
     "rollout": lambda loop: (loop.trainer, "draw", _always),
-    "annotate": lambda loop: (loop, "shards", _always),
+    "annotate": lambda loop: (loop.trainer, "annotate", _always),
     "update": lambda loop: (loop.engine, "backward", _always),
     "pack": lambda loop: (_module("trainers.loop"), "pack", _always),
     "optimizer": lambda loop: (loop.engine, "step", _always),
@@ -122,7 +122,8 @@ PLACES: dict[str, Callable[[Any], tuple[Any, str, Callable[..., bool]]]] = {
     "save": lambda loop: (loop.engine, "save_model", _always),
     "rename": lambda loop: (Path, "rename", lambda path, _: path.name.endswith(".partial")),
     "remove": lambda loop: (shutil, "rmtree", lambda path, *_: path.name.endswith(".removed")),
-    "evaluate": lambda loop: (_module("trainers.loop"), "evaluate", _always),
+    "evaluate": lambda loop: (_module("trainers.evaluation"), "verifier_scores", _always),
+    "vllm": lambda loop: (loop.run.rollout.llm.llm_engine, "step", _always),
     "finish": lambda loop: (loop.trainer, "after_training", _always),
 }
 
@@ -158,6 +159,13 @@ def pause(scene: Scene) -> None:
 def engine_dies(scene: Scene) -> None:
     """The rollout engine raises an error of its own."""
     raise RuntimeError("EngineCore encountered an issue: the worker process died")
+
+
+def vllm_dies(scene: Scene) -> None:
+    """vLLM says that its engine is dead."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    raise EngineDeadError()
 
 
 def out_of_memory(scene: Scene) -> None:

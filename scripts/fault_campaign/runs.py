@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import golden
+from recipes.errors import OnstreamError
+from scripts import compare_runs
 from scripts.fault_campaign import inject
 from scripts.fault_campaign.faults import Fault
 from scripts.fault_campaign.processes import Child, Ended, start
@@ -79,24 +80,17 @@ def times(run: Path) -> list[float]:
     return [value for row in rows for key, value in row.items() if key.startswith("time/")]
 
 
-def differences(wanted: Path, found: Path, steps: int = 3) -> list[str]:
-    """Where a run differs from another one, in words: records, samples, final weights."""
-    contents = []
-    for run in (wanted, found):
-        model = run / "checkpoints" / f"step_{steps}" / "model" / "model.safetensors"
-        if not model.is_file():
-            return [f"{model} is missing"]
-        curves = run / "curves.json"
-        contents.append(
-            {
-                "rows": records(run),
-                "weights": golden.checksum(model),
-                "curves": curves.exists() and json.loads(curves.read_text())["policies"],
-            }
-        )
-    lines = golden.differences(*contents)
-    samples = [(run / "completions.jsonl").read_bytes() for run in (wanted, found)]
-    return [*lines, *(["completions.jsonl differs"] if samples[0] != samples[1] else [])]
+def differences(wanted: Path, found: Path) -> list[str]:
+    """Where a run differs from another one, in words: records, samples, checkpoints, curves."""
+    try:
+        lines = compare_runs.differences(wanted, found)
+    except OnstreamError as error:
+        return [str(error)]
+    curves = [run / "curves.json" for run in (wanted, found)]
+    policies = [json.loads(path.read_text())["policies"] for path in curves if path.exists()]
+    if len(policies) == 1 or policies[:1] != policies[1:]:
+        lines.append("curves.json differs")
+    return lines
 
 
 def debris(run: Path) -> list[str]:
