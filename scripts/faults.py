@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -35,13 +36,17 @@ def main(arguments: list[str]) -> int:
     from scripts.fault_campaign.page import line, write
 
     started, found = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="faults_") as temporary:
-        folder = Path(options.folder or temporary).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        total = sum(len(faults) for _, faults in options.pairs)
+    # A TemporaryDirectory would be removed by the first forked run that ends.
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="faults_")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(len(faults) for _, faults in options.pairs)
+    try:
         for cell in campaign(options.pairs, folder, options.jobs):
             found.append(cell)
             print(f"[{len(found)}/{total}] {line(cell)}", flush=True)
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - started
     wrong = [cell for cell in found if not cell.good]
     for cell in wrong:

@@ -148,7 +148,7 @@ def broken(subject: Subject, fault: Fault, scene: Scene, cell: Cell) -> Path:
     ends = runs.train(keys, scene.folder / "broken", fault, scene, fault.ranks)
     # The fault is brought into the last rank.
     *others, last = ends
-    cell.end, cell.message = ", ".join(ended.how for ended in ends), last.message
+    cell.end, cell.message = ", ".join(ended.how for ended in ends), last.line
     if not (scene.folder / FIRED).exists():
         raise Wrong("not injected", f"{last.how}: {last.message}")
     check_end(last, fault)
@@ -156,7 +156,7 @@ def broken(subject: Subject, fault: Fault, scene: Scene, cell: Cell) -> Path:
         if not ended.status:
             raise Wrong("wrong end", f"a rank beside it ended with {ended.how}")
         check_end(ended, fault, ended.status, says="")
-        cell.message = ended.message
+        cell.message = ended.line
     return run
 
 
@@ -248,7 +248,7 @@ def writers(subject: Subject, fault: Fault, scene: Scene, cell: Cell) -> None:
     (second,) = runs.train([*keys, "resume=auto"], scene.folder / "second")
     (scene.folder / GO).touch()
     ended = first.wait(runs.DEADLINE)
-    cell.end, cell.message = f"{ended.how}, second {second.how}", second.message
+    cell.end, cell.message = f"{ended.how}, second {second.how}", second.line
     check_end(second, fault, status=1, says=f"process {first.pid}")
     check_end(ended, fault, status=0)
     check_equal(subject.uninterrupted(), run)

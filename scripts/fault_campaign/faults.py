@@ -200,7 +200,5 @@ FAULTS = KILLS | {
         repeats=0,
     ),
     "rank_dies": killed("update", "of one rank of two, in an update", ranks=2, recipes=FEW),
-    "rank_stalls": stalled(
-        "update", "one rank of two never ends its update", ranks=2, recipes=FEW
-    ),
+    "rank_stalls": stalled("update", "one rank of two never ends its update", ranks=2, recipes=FEW),
 }

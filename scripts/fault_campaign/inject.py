@@ -68,7 +68,7 @@ def bring(scene: Scene, place: str, action: Action, before: bool) -> None:
         build(loop, *args, **kwargs)
         scene.loop = loop
         owner, name, chosen = PLACES[place](loop)
-        _wrap(scene, owner, name, chosen, action, before)
+        wrap(scene, owner, name, chosen, action, before)
 
     def stepped(loop, number: int):
         scene.now = number
@@ -77,7 +77,7 @@ def bring(scene: Scene, place: str, action: Action, before: bool) -> None:
     Loop.__init__, Loop.step = built, stepped
 
 
-def _wrap(scene: Scene, owner, name: str, chosen: Callable, action: Action, before: bool) -> None:
+def wrap(scene: Scene, owner, name: str, chosen: Callable, action: Action, before: bool) -> None:
     original = getattr(owner, name)
     done = False
 

@@ -70,7 +70,9 @@ def write(cells: Sequence[Cell], seconds: float, jobs: int) -> Path:
     ]
     if wrong:
         lines += ["", "## Not ok", ""]
-        lines += [f"- {cell.recipe}, `{cell.fault}`: {cell.verdict}, {cell.detail}" for cell in wrong]
+        lines += [
+            f"- {cell.recipe}, `{cell.fault}`: {cell.verdict}, {cell.detail}" for cell in wrong
+        ]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return PAGE
 

@@ -47,6 +47,11 @@ class Ended:
         return lines[-1].strip() if lines else ""
 
     @property
+    def line(self) -> str:
+        """The last line on stderr, where it is that of an error."""
+        return self.message if self.message.startswith("error") else ""
+
+    @property
     def how(self) -> str:
         """The end in words: `exit 1`, `SIGKILL`, `hung`."""
         if self.hung:
