@@ -86,6 +86,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         (recipe, tuple(f for f in options.faults if recipe in (FAULTS[f].recipes or RECIPES)))
         for recipe in options.recipes
     ]
+    # Those with the most faults first, so that the cores end together.
+    options.pairs.sort(key=lambda pair: -len(pair[1]))
     if options.quick:
         options.pairs = list(QUICK.items())
     return options

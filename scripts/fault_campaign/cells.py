@@ -262,11 +262,11 @@ def corrupt(subject: Subject, fault: Fault, scene: Scene, cell: Cell) -> None:
     if unseen:
         raise Wrong("silent", f"{len(unseen)} changed bytes unnoticed: {'; '.join(unseen[:4])}")
     newest = run / "checkpoints" / f"step_{STEPS}"
-    largest = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
-    corruption.flip(largest)
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    corruption.flip(max(files, key=lambda path: path.stat().st_size))
     scene.step = STEPS - 1
     go_on(subject, fault, scene, cell, wanted)
-    cell.end = f"{len(list(newest.rglob('*')))} files"
+    cell.end = "exit 0"
     cell.message = "each file is named"
 
 

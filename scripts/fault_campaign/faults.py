@@ -12,7 +12,7 @@ from scripts.fault_campaign import inject
 # Recipes of every reading mode, for faults that take long.
 FEW = ("poweropd", "grpo", "adasr", "proactivellm")
 # Minutes that a phase may take where it stalls. It takes less than a second.
-SOON = 0.05
+SOON = 0.07
 KILLED = -signal.SIGKILL
 STOPPED = 143
 OVERDUE = 124
@@ -167,9 +167,9 @@ FAULTS = KILLS | {
         recipes=("poweropd",),
     ),
     "stall_rollout": stalled("rollout"),
-    "stall_annotate": stalled("annotate"),
+    "stall_annotate": stalled("annotate", recipes=FEW),
     "stall_update": stalled("update"),
-    "stall_sync": stalled("sync"),
+    "stall_sync": stalled("sync", recipes=FEW),
     "stall_save": stalled("save"),
     "stall_evaluate": stalled("evaluate", repeats=0),
     "freeze": stalled(

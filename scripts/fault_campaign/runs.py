@@ -19,7 +19,7 @@ from scripts.fault_campaign.processes import Child, Ended, start
 from scripts.fault_campaign.recipes import ROOT
 
 # Seconds that a run may take.
-DEADLINE = 90.0
+DEADLINE = 120.0
 RESUMED_FROM = re.compile(r"^resume  from .*step_(\d+)$", re.M)
 
 
