@@ -122,6 +122,8 @@ def judge(subject: Subject, name: str) -> Cell:
         cell.verdict, cell.detail = wrong.verdict, wrong.detail
     finally:
         cell.seconds = time.monotonic() - started
+        cell.message = cell.message.replace(f"{folder}/disk/run", "RUN")
+        cell.detail = cell.detail.replace(f"{folder}/disk/run", "RUN")
         if cell.good:
             shutil.rmtree(folder, ignore_errors=True)
     return cell

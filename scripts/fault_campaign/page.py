@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from scripts.fault_campaign.cells import Cell
 from scripts.fault_campaign.faults import FAULTS, KILLS
 from scripts.fault_campaign.recipes import RECIPES, ROOT
 
+PROCESS = re.compile(r"process \d+ on [\w.-]+")
 PAGE = ROOT / "docs" / "results" / "faults.md"
 
 
@@ -105,6 +107,6 @@ def description(name: str, cells: Sequence[Cell]) -> str:
     ends = ", ".join(sorted({cell.end for cell in mine if cell.end}))
     most = [cell.repeated for cell in mine if cell.repeated is not None]
     message = next((cell.message for cell in mine if cell.message), "")
-    shown = message.replace("|", "\\|").replace("`", "'")
+    shown = PROCESS.sub("process PID on HOST", message.replace("|", "\\|").replace("`", "'"))
     row = (f"`{name}`", FAULTS[name].meaning, ends, str(max(most)) if most else "", shown)
     return f"| {' | '.join(row)} |"
