@@ -133,18 +133,32 @@ def make_model(folder: Path, size: int, seed: int) -> None:
 
     initialise(folder, TinyModel(end=END, steps=0, seed=seed, vocab_size=size))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    never_end(model)
+    model.save_pretrained(folder)
+    add_entries(folder / "tokenizer.json", model.config.vocab_size)
+
+
+def never_end(model) -> None:
+    """Make the end token of a model with a tied head as good as impossible."""
+    import torch
+
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
         rows[:, 0] = PUSH
         rows[model.config.eos_token_id, 0] = -PUSH
-    model.save_pretrained(folder)
-    # The tokenizer gets an entry for every row, which no text encodes to. As added tokens they
-    # would be looked for in every text.
-    file = folder / "tokenizer.json"
+
+
+def add_entries(file: Path, size: int) -> None:
+    """Give a tokenizer's file an entry for each of `size` rows, which no text encodes to.
+
+    As added tokens they would be looked for in every text.
+    """
     written = json.loads(file.read_text())
     vocabulary = written["model"]["vocab"]
-    for index in range(len(vocabulary), len(rows)):
-        vocabulary[f"<{index}>"] = index
+    taken = {*vocabulary.values(), *(token["id"] for token in written["added_tokens"])}
+    for index in range(size):
+        if index not in taken:
+            vocabulary[f"<{index}>"] = index
     file.write_text(json.dumps(written))
 
 

@@ -37,6 +37,13 @@ TOKEN_REWARDS = Registry(
         "clip": "rewards.token.Clip",
         "tanh": "rewards.token.Tanh",
         "zscore": "rewards.token.ZScore",
+        "sign": "rewards.token.Sign",
+    },
+)
+TOKEN_SCORES = Registry(
+    "reward.select.score",
+    {
+        "dial": "rewards.selection.Dial",
     },
 )
 VERIFIERS = Registry(

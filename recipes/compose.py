@@ -140,7 +140,7 @@ def _check_override(key: str, value: Any, selection: Selection) -> None:
         check_key(key, selection.kind, selection.reader)
         return
     choices = {path.stem for path in (TREE / key).glob("*.yaml")}
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{key}={value} is not known{nearest(str(value), choices)}")
 
 
@@ -212,7 +212,8 @@ def _composed(selection: Selection) -> DictConfig:
             if override.is_text:
                 OmegaConf.update(values, override.key, override.value)
         return values
-    except OmegaConfBaseException as error:
+    # OverflowError: a whole number that is larger than any number.
+    except (OmegaConfBaseException, OverflowError) as error:
         raise ConfigError(_with_key(error)) from error
     except HydraException as error:
         cause = error.__cause__

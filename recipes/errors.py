@@ -15,7 +15,18 @@ def first_line(error: Exception) -> str:
 
 class OnstreamError(Exception):
     """Base of every error that `train.py` and the scripts print as one line, without a
-    traceback."""
+    traceback.
+
+    What a message quotes may hold line breaks and other signs that move a terminal's cursor. They
+    are written as Python writes them in a text.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("".join(map(_visible, message)))
+
+
+def _visible(letter: str) -> str:
+    return letter if letter.isprintable() else repr(letter)[1:-1]
 
 
 class ConfigError(OnstreamError):
@@ -45,4 +56,5 @@ class TrainingError(OnstreamError):
 
 
 class AnnotationError(OnstreamError):
-    """A trainer writes an annotation that no loss reads, or one of another dtype."""
+    """A trainer writes an annotation that no loss reads, or one of another dtype or length; or an
+    engine gives a trajectory with such an array."""

@@ -108,5 +108,6 @@ def _hydra(text: str) -> Any:
 
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException:
+    # The others: a number of too many digits for Python, brackets too deep for it.
+    except (HydraException, ValueError, RecursionError):
         return None

@@ -1,31 +1,19 @@
 """Is a completion's final answer correct? `rewards/equality.py` compares it with the reference.
 
-That runs in a process of its own, with math-verify's parser and sympy. A time limit in this
-process would be a signal, which works in the main thread only and takes over the process's alarm.
-A signal cannot interrupt Python's C code, which `\\binom{10^9}{10^8}` keeps busy for hours. A
-process that the kernel ends is safe from any thread. Plain integers and equal strings never get
-there.
+That runs in a process of its own, with math-verify's parser and sympy (`rewards/math_process.py`).
+Plain integers and equal strings never get there.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.errors import OnstreamError
+from rewards.math_process import MathProcess
 
-# Seconds for one comparison. One that takes longer counts as wrong.
-TIMEOUT = 5
-# Bytes of address space that the process may use.
-MEMORY = 4 << 30
+# Seconds for one comparison, where the caller gives no limit.
+TIMEOUT = 5.0
 # Characters. A longer answer is wrong unless the strings are equal.
 LONGEST = 1000
 # Characters at the end of a completion without a box, among which an answer is looked for.
@@ -55,20 +43,31 @@ _PHRASE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*(\S.*?)(?:\.?\s*\Z|\.\s|\n)",
 _FORMULA = re.compile(r"[-+($\s]*(?:\d|\\|[A-Z]\)|[A-Za-z]\s*(?:[-+*/^=_(!]|\Z))")
 
 
-def grade(completion: str, answer: str) -> float:
+def grade(completion: str, answer: str, seconds: float | None = None) -> float:
     """1.0 if the completion's final answer equals `answer`, else 0.0.
 
     0.5 is 1/2, `1,000` is 1000, `x=5` is 5, `46\\text{ shells}` is 46: `rewards/equality.py` has
     the rules. No text makes it raise.
 
+    Args:
+        completion: a text.
+        answer: the reference.
+        seconds: the limit of a comparison. None: `TIMEOUT`, and what takes longer is unequal.
+
     Raises:
+        TimeoutError: it takes longer than `seconds`.
         OnstreamError: math-verify is not installed.
     """
-    prediction = extract_answer(completion)
-    return float(prediction is not None and _equal(_plain(prediction), _plain(answer)))
+    if seconds is None:
+        try:
+            return grade(completion, answer, TIMEOUT)
+        except TimeoutError:
+            return 0.0
+    prediction = extract_answer(completion, seconds)
+    return float(prediction is not None and _equal(_plain(prediction), _plain(answer), seconds))
 
 
-def extract_answer(completion: str) -> str | None:
+def extract_answer(completion: str, seconds: float = TIMEOUT) -> str | None:
     """The completion's final answer as text.
 
     It is `extract_boxed`'s. A box that was opened but never closed is a completion cut short: None,
@@ -77,6 +76,7 @@ def extract_answer(completion: str) -> str | None:
     finds one.
 
     Raises:
+        TimeoutError: that takes longer than `seconds`.
         OnstreamError: math-verify is not installed.
     """
     boxed = extract_boxed(completion)
@@ -97,7 +97,7 @@ def extract_answer(completion: str) -> str | None:
             return _without_words(phrase.strip("* "))
     if not re.search(r"[\d$\\]", tail):
         return None
-    found = _found(tail)
+    found = _ask(seconds, "find", tail)
     return None if found is None or _is_part_of_a_formula(found, tail) else found
 
 
@@ -185,125 +185,46 @@ def _plain(text: str) -> str:
     return text.replace("\\$", "").replace("$", " ").strip().removesuffix(".").strip()
 
 
-@lru_cache(maxsize=1 << 16)
-def _equal(prediction: str, answer: str) -> bool:
+def _equal(prediction: str, answer: str, seconds: float) -> bool:
     if prediction == answer:
         return answer != ""
     if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(answer):
         return int(prediction) == int(answer)
     if not prediction or not answer or max(len(prediction), len(answer)) > LONGEST:
         return False
-    return bool(_process.ask("equal", prediction, answer))
+    return bool(_ask(seconds, "equal", prediction, answer))
 
 
-@lru_cache(maxsize=1 << 12)
-def _found(tail: str) -> str | None:
-    return _process.ask("find", tail)
-
-
-class _Process:
-    """One math-verify process. It starts when first needed, and again after it died."""
+class _Question:
+    """What is known of a question to the process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.running: subprocess.Popen[str] | None = None
-
-    def ask(self, *question: str) -> Any:
-        """The process's answer to (kind, text, …); None where it failed or died on the question.
-
-        Raises:
-            OnstreamError: math-verify does not start.
-        """
-        with self.lock:
-            # The process goes back after a whole exchange only. An interrupt in between must not
-            # leave an answer behind for the next question.
-            process, self.running = self.running, None
-            # In a forked child, poll() says that the process is gone. The child must not share its
-            # parent's pipes.
-            if process is None or process.poll() is not None:
-                process = self._start()
-            answer = _exchange(process, json.dumps(question))
-            if not answer:
-                process.kill()
-                process.communicate()
-                return None
-            self.running = process
-            return json.loads(answer)
-
-    @staticmethod
-    def _start() -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.math", str(TIMEOUT)],
-            cwd=Path(__file__).resolve().parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            reason = process.communicate()[1].strip().rpartition("\n")[2]
-            raise OnstreamError(
-                f"reward.verifier=math cannot start math-verify: {reason}; run scripts/setup.sh"
-            )
-        return process
+        self.answers: list[Any] = []
+        # The longest limit that was too short, seconds.
+        self.tried = 0.0
 
 
-_process = _Process()
+@lru_cache(maxsize=1 << 16)
+def _question(*question: str) -> _Question:
+    return _Question()
 
 
-def _exchange(process: subprocess.Popen[str], question: str) -> str:
-    """The line with which the process answers a question; empty where it died on it."""
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(question + "\n")
-        process.stdin.flush()
-        return process.stdout.readline()
-    except BrokenPipeError:
-        return ""
+def _ask(seconds: float, *question: str) -> Any:
+    """The process's answer, which is asked for once.
 
-
-def _serve(timeout: float) -> None:
-    """The process's side: a question a line on stdin, an answer a line on stdout.
-
-    Args:
-        timeout: seconds, after which a question ends the process.
+    Raises:
+        TimeoutError: it takes longer than `seconds`, now or earlier.
     """
-    import contextlib
-    import logging
-    import resource
-    import signal
-
-    from math_verify import parse
-
-    from rewards.equality import equal
-
-    def find(tail: str) -> str | None:
-        answers = parse(tail, parsing_timeout=None)
-        return next((answer for answer in answers if isinstance(answer, str)), None)
-
-    functions: dict[str, Callable[..., Any]] = {"find": find, "equal": equal}
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # The LaTeX parser prints its complaints. They go nowhere as long as the process lives.
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    logging.disable(logging.CRITICAL)
-    # macOS refuses the limit.
-    with contextlib.suppress(ValueError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # The default action ends the process, even inside C code.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        kind, *texts = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout)
+    known = _question(*question)
+    if not known.answers:
+        if seconds <= known.tried:
+            raise TimeoutError
         try:
-            answer = functions[kind](*texts)
-        except Exception:
-            # Whatever a garbled answer does to the parser, it is not the right answer.
-            answer = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(answer), file=answers, flush=True)
+            known.answers.append(_process.ask(seconds, *question))
+        except TimeoutError:
+            known.tried = seconds
+            raise
+    return known.answers[0]
 
 
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+_process = MathProcess()

@@ -89,3 +89,34 @@ class ZScore(LogRatio):
         self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
     ) -> torch.Tensor:
         return kernels.log_ratio_reward(teacher_logprobs, student_logprobs)
+
+
+class Sign(LogRatio):
+    """`reward.sign_scale` times the sign of log p - log q (TV-OPD, arXiv 2609.08341).
+
+    It is the direction in which the total variation between both distributions falls.
+    """
+
+    def __init__(self, config):
+        self.fused = None
+        self.scale = config.sign_scale
+
+    def __call__(
+        self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        return self.scale * (teacher_logprobs - student_logprobs).sign()
+
+
+class Weighted:
+    """A token reward times a number."""
+
+    fused = None
+
+    def __init__(self, reward, weight: float):
+        self.reward, self.weight = reward, weight
+        self.window = reward.window
+
+    def __call__(
+        self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        return self.weight * self.reward(teacher_logprobs, student_logprobs)

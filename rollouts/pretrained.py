@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from recipes.embedded import model_folder
+from recipes.errors import ModelError, first_line
+
 SAMPLING_SETTINGS = (
     "temperature",
     "top_k",
@@ -12,6 +15,45 @@ SAMPLING_SETTINGS = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
+
+
+def load_model(path: str, trust_remote_code: bool, **options):
+    """A causal language model with its weights.
+
+    Args:
+        path: a model folder or hub name.
+        trust_remote_code: run the code that comes with the model, if it needs it.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, as where weights are missing.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+    # RuntimeError: weights of other shapes than the config says, or no memory.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
+
+
+def needs_own_code(key: str, path: str) -> ModelError:
+    """The error of a model whose code may not run.
+
+    Args:
+        key: the config key that names the model.
+        path: its value.
+    """
+    section = key.partition(".")[0]
+    return ModelError(
+        f"{key}={path} loads only with Python code that comes with the model and is not part of "
+        "transformers; such code can do whatever you can on this machine, so read it, and then set "
+        f"{section}.trust_remote_code=true"
+    )
 
 
 def token_count(tokenizer) -> int:

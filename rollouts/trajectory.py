@@ -30,6 +30,9 @@ ANNOTATIONS = {
     "mask": Annotation(
         "bool", "The token counts in the loss.", "every method", "loss, loop, stats"
     ),
+    "candidates": Annotation(
+        "bool", "The token could have been selected to learn from.", "opd", "stats"
+    ),
     "targets": Annotation(
         "int64", "The id that the policy scores, where it is not the sampled one.", "opd", "loss"
     ),
@@ -53,12 +56,15 @@ ANNOTATIONS = {
         "float32", "The policy's log-prob before the step's first update.", "grpo", "loss, stats"
     ),
     "rollout_logprobs": Annotation(
-        "float32", "The sampler's log-prob, for the importance weight.", "grpo", "loss"
+        "float32", "The sampler's log-prob, for the importance weight.", "grpo, opd", "loss"
     ),
     "reference_logprobs": Annotation(
         "float32", "The starting weights' log-prob.", "the reference", "loss"
     ),
     "advantages": Annotation("float32", "Added to the token reward.", "grpo, hrpo, opd", "loss"),
+    "task_advantages": Annotation(
+        "float32", "The verifier's part of `advantages`.", "opd", "its metrics"
+    ),
     "rewards": Annotation(
         "float32", "Token reward plus advantage, as it was used.", "the loop", "completions.jsonl"
     ),
@@ -119,6 +125,10 @@ class Trajectory:
     """One prompt with one completion.
 
     Arrays have one entry per completion token; log-probs are float32 in nats.
+
+    Raises:
+        AnnotationError: an array has another length, or there is no prompt, whose last token
+            predicts the first of the completion.
     """
 
     prompt_index: int  # the row of the dataset
@@ -131,6 +141,7 @@ class Trajectory:
     completion: str = ""  # text, without the stop token
     answer: str | None = None
     score: float | None = None  # the verifier's, 0 to 1
+    timed_out: bool = False  # the verifier did not end in time, so the score may be too low
     reward: float | None = None  # what the method makes of the whole completion
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Streaming (rollouts/layout.py).
@@ -146,6 +157,17 @@ class Trajectory:
     # Annotations: what a trainer says about the tokens, for the loss primitives
     # (trainers/losses.py).
     annotations: Annotations = field(default_factory=Annotations)
+
+    def __post_init__(self) -> None:
+        place, count = f"prompt {self.prompt_index}", len(self.completion_ids)
+        if not self.prompt_ids:
+            raise AnnotationError(f"{place}: a trajectory without a prompt; give it one token")
+        for name in ("logprobs", "sampled", "slots", "reads"):
+            array = getattr(self, name)
+            if array is not None and len(array) != count:
+                raise AnnotationError(
+                    f"{place}: `{name}` has {len(array)} entries for {count} completion tokens"
+                )
 
     @property
     def length(self) -> int:

@@ -9,8 +9,8 @@ distributions over the vocabulary are compared, in float32:
                lowers
     agreement  the share of tokens at which both have the same most likely token
 
-The result is JSON on the last line of stdout. `data` is anything that `eval.path` takes, and
-`split` and `size` choose its rows. Every other key of the config works too.
+The result is JSON on the last line of stdout. `data` is anything that `eval.path` takes, with or
+without answers, and `split` and `size` choose its rows. Every other key of the config works too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scripts.cli import compose_values, key_values, launch, run_command
@@ -65,15 +66,18 @@ def measure(config) -> dict:
         OnstreamError: a model or the data cannot be used.
     """
     from trainers.core.policy import check_model, check_same_vocabulary
-    from trainers.evaluation import evaluate
+    from trainers.evaluation import draw_completions
     from trainers.prepare import prepare_evaluation
 
-    teacher_tokenizer, _ = check_model("teacher", config.teacher.path)
-    run = prepare_evaluation(config)
+    (tokenizer, _), (teacher_tokenizer, teacher) = (
+        check_model(name, section.path, section.trust_remote_code)
+        for name, section in (("model", config.model), ("teacher", config.teacher))
+    )
+    check_same_vocabulary(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
+    run = prepare_evaluation(config, teacher, answered=False)
     for message in run.messages:
         print(message, file=sys.stderr)
-    check_same_vocabulary(run.tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
-    _, trajectories = evaluate(run)
+    trajectories = draw_completions(run, run.mode.evaluation_sampling(run), "divergence")
     run.rollout.close()
     kl, agrees = compare(run, trajectories)
     return {
@@ -104,8 +108,8 @@ def compare(run, trajectories: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
     config = run.config
     student, teacher = (
-        FrozenModel(path, "float32", run).policy
-        for path in (config.model.path, config.teacher.path)
+        FrozenModel(replace(section, dtype="float32"), run).policy
+        for section in (config.model, config.teacher)
     )
     divergences, agreements = [], []
     lengths = [trajectory.length for trajectory in trajectories]

@@ -114,7 +114,7 @@ def demo_simultaneous(config, lines: list[str]) -> Iterator[str]:
 
     disable_progress_bar()
     run = Run(config=config, mode=reading_mode(config))
-    run.tokenizer, model = check_model("model", config.model.path)
+    run.tokenizer, model = check_model("model", config.model.path, config.model.trust_remote_code)
     run.vocab, run.missing = vocabulary(run.tokenizer, model)
     run.stop_ids = (*run.tokenizer.stop_ids, *config.rollout.stop_ids)
     examples = [

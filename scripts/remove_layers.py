@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.errors import ConfigError, ModelError, first_line
+from recipes.errors import ConfigError
 from recipes.registry import nearest
 from scripts.cli import key_values, launch, run_command
 
@@ -20,11 +20,13 @@ OWN_KEYS = {
     "layers": "Layers to remove, as in 10,20,28; the first one is 0.",
     "out": "New folder for the smaller model.",
 }
+TRUST = "model.trust_remote_code"
+KEYS = OWN_KEYS | {TRUST: "true: run the Python code that comes with the model, if it needs it."}
 
 
 def main(arguments: list[str]) -> int:
     """Write the model without the layers that the arguments name; returns the exit status."""
-    return run_command(print_smaller_model, arguments, __doc__, OWN_KEYS)
+    return run_command(print_smaller_model, arguments, __doc__, KEYS)
 
 
 def print_smaller_model(arguments: list[str]) -> None:
@@ -36,12 +38,16 @@ def print_smaller_model(arguments: list[str]) -> None:
         required=tuple(OWN_KEYS),
     )
     for key in values:
-        if key not in OWN_KEYS:
-            raise ConfigError(f"there is no key '{key}'{nearest(key, OWN_KEYS)}")
+        if key not in KEYS:
+            raise ConfigError(f"there is no key '{key}'{nearest(key, KEYS)}")
+    trusted = values.get(TRUST, "false")
+    if trusted not in ("true", "false"):
+        raise ConfigError(f"{TRUST}={trusted} must be true or false")
     folder = Path(values["out"]).expanduser()
     if folder.exists():
         raise ConfigError(f"out={folder} exists; give a new folder, or delete it")
-    print(write_smaller_model(values["model"], layer_indices(values["layers"]), folder))
+    layers = layer_indices(values["layers"])
+    print(write_smaller_model(values["model"], layers, folder, trusted == "true"))
 
 
 def layer_indices(text: str) -> list[int]:
@@ -59,13 +65,16 @@ def layer_indices(text: str) -> list[int]:
     return layers
 
 
-def write_smaller_model(path: str, layers: list[int], folder: Path) -> str:
+def write_smaller_model(
+    path: str, layers: list[int], folder: Path, trust_remote_code: bool = False
+) -> str:
     """Write a model without some of its layers; returns a line about it.
 
     Args:
         path: a model, as `model.path` takes it.
         layers: indices, from 0.
         folder: a new folder.
+        trust_remote_code: run the code that comes with the model, if it needs it.
 
     Raises:
         ConfigError: there is no such layer, or the folder cannot be written.
@@ -74,18 +83,12 @@ def write_smaller_model(path: str, layers: list[int], folder: Path) -> str:
     from scripts.cli import quiet_torch
 
     quiet_torch()
-    from transformers import AutoModelForCausalLM
-
-    from recipes.embedded import model_folder
     from recipes.smaller_models import remove_layers
-    from rollouts.pretrained import drop_unused_sampling
+    from rollouts.pretrained import drop_unused_sampling, load_model
     from trainers.core.policy import check_model
 
-    tokenizer, _ = check_model("model", path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype="auto")
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model={path} cannot be loaded: {first_line(error)}") from error
+    tokenizer, _ = check_model("model", path, trust_remote_code)
+    model = load_model(path, trust_remote_code, dtype="auto")
     drop_unused_sampling(model)
     parameters, depth = model.num_parameters(), model.config.num_hidden_layers
     remove_layers(model, layers)

@@ -294,7 +294,9 @@ class LiveReader:
         self.config = config
         self.text = text
         self.sentences_read = 0
-        self.tokenizer, self.model_config = check_model("model", config.model.path)
+        self.tokenizer, self.model_config = check_model(
+            "model", config.model.path, config.model.trust_remote_code
+        )
         self.protocol = Protocol.of(self.tokenizer)
         if text.sentences is not None:
             # A file's length is known, so a text that is too long fails before the weights load.

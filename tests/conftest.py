@@ -12,6 +12,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# `--hypothesis-profile thorough` looks for more than the fixed examples of every other run.
+SAME = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("same", derandomize=True, max_examples=100, **SAME)
+settings.register_profile("thorough", max_examples=2000, **SAME)
+settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 

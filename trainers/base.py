@@ -33,6 +33,8 @@ class Trainer:
         verifies: the method learns from the verifier, so every prompt needs an answer.
         adds_tokens: a model without the streaming tokens is given them, as the method teaches
             their use.
+        layouts: values of `streaming.layout` that it can use. A method that samples has no decision
+            head, which `scheduled` needs.
         learns: fields of an `Example` that are supervised targets, which every row must have.
         run: the `Run`: config, data, models.
         config: the run's.
@@ -42,6 +44,7 @@ class Trainer:
     distills = False
     verifies = False
     adds_tokens = False
+    layouts: tuple[str | None, ...] = (None, "grouped", "interleaved", "batch")
     learns: tuple[str, ...] = ()
 
     def __init__(self, run: Run):
@@ -55,6 +58,11 @@ class Trainer:
         Raises:
             ConfigError: one line that names the key.
         """
+
+    @classmethod
+    def needs_answers(cls, config) -> bool:
+        """Whether the method learns from the verifier under this config."""
+        return cls.verifies
 
     @classmethod
     def target_length(cls, prompt: Prompt, run: Run) -> int:

@@ -13,6 +13,7 @@ from rollouts.data.load import configured_examples
 from rollouts.trajectory import Sampling, Trajectory, sample_seed
 from trainers.core.distributed import gather, rank, shard_contiguous
 from trainers.core.progress import Progress
+from trainers.core.watchdog import during
 from trainers.modes.plain import make_requests
 from trainers.run import Run
 
@@ -30,11 +31,14 @@ def eval_path(config) -> str | None:
     return config.eval.path or generated
 
 
-def read_eval_prompts(run: Run) -> None:
+def read_eval_prompts(run: Run, answered: bool = True) -> None:
     """Fill in the evaluation prompts of a run with a tokenizer, and say what was dropped.
 
+    Args:
+        answered: leave out the rows without an answer, as nothing can be scored there.
+
     Raises:
-        DataError: the data cannot be used, or no row of it has an answer.
+        DataError: the data cannot be used, or no row is left.
     """
     config, data, evaluation = run.config, run.config.data, run.config.eval
     path = eval_path(config)
@@ -51,21 +55,19 @@ def read_eval_prompts(run: Run) -> None:
         answer_column=evaluation.answer_column or data.answer_column,
         target_column=evaluation.target_column or data.target_column,
     )
-    answered = [example for example in examples if example.answer is not None]
-    if not answered:
+    kept = [example for example in examples if example.answer is not None or not answered]
+    if not kept:
         raise DataError(
             f"eval.path={path}: no row has an answer to score against; name its column with "
             "eval.answer_column"
         )
     run.eval_name = data_name(path)
-    run.eval_prompts, run.eval_dropped = run.mode.prompts(
-        answered, run.tokenizer, f"eval.path={path}"
-    )
+    run.eval_prompts, run.eval_dropped = run.mode.prompts(kept, run.tokenizer, f"eval.path={path}")
     if run.eval_dropped:
         run.messages.append(
             f"eval  {run.eval_dropped} over-long prompts of {run.eval_name} were dropped"
         )
-    unanswered = len(examples) - len(answered)
+    unanswered = len(examples) - len(kept)
     if unanswered:
         run.messages.append(
             f"eval  {unanswered} of {len(examples)} rows of {run.eval_name} have no answer and "
@@ -73,6 +75,7 @@ def read_eval_prompts(run: Run) -> None:
         )
 
 
+@during("evaluate")
 def evaluate(
     run: Run, sampling: Sampling | None = None, what: str = "eval"
 ) -> tuple[dict[str, float], list[Trajectory]]:
@@ -90,32 +93,54 @@ def evaluate(
         `avg@k`, `pass@k`, `length_mean` (tokens), `truncated_frac`, `efficiency` (accuracy in % per
         token) and the reading mode's metrics; and this rank's trajectories.
     """
-    k, count = run.config.eval.k, run.config.eval.samples or run.config.eval.k
+    sampling = sampling or run.mode.evaluation_sampling(run)
+    trajectories = draw_completions(run, sampling, what)
+    run.mode.score_all(run, run.eval_prompts, trajectories)
+    scores = verifier_scores(trajectories, completions_per_prompt(run.config), run.config.eval.k)
+    return scores | run.mode.metrics(run, trajectories, sampling), trajectories
+
+
+def completions_per_prompt(config) -> int:
+    """`eval.samples`, which is `eval.k` by default."""
+    return config.eval.samples or config.eval.k
+
+
+def draw_completions(run: Run, sampling: Sampling, what: str = "eval") -> list[Trajectory]:
+    """This rank's completions of the evaluation prompts, those of a prompt adjacent.
+
+    Args:
+        run: with evaluation prompts and a rollout engine.
+        sampling: how they are drawn.
+        what: names the evaluation in the progress shown.
+    """
 
     def seed(index: int, sample: int) -> int:
         return sample_seed(run.config.seed, 0, index, sample, "eval")
 
-    requests = make_requests(shard_contiguous(list(run.eval_prompts)), count, seed)
-    sampling = sampling or run.mode.evaluation_sampling(run)
+    prompts = shard_contiguous(list(run.eval_prompts))
+    requests = make_requests(prompts, completions_per_prompt(run.config), seed)
+    assert run.rollout is not None
     with Progress(what, len(requests), "completions", shown=rank() == 0) as progress:
-        trajectories = run.rollout.generate(requests, sampling, on_finished=progress.advance)
-    run.mode.score_all(run, run.eval_prompts, trajectories)
-    scores = verifier_scores(trajectories, count, k)
-    return scores | run.mode.metrics(run, trajectories, sampling), trajectories
+        return run.rollout.generate(requests, sampling, on_finished=progress.advance)
 
 
 def verifier_scores(trajectories: Sequence[Trajectory], count: int, k: int) -> dict[str, float]:
-    """Avg@k, Pass@k and lengths over all ranks; `count` completions per prompt are adjacent."""
+    """Avg@k, Pass@k and lengths over all ranks; `count` completions per prompt are adjacent.
+
+    `timeouts` counts the completions whose verifier did not end in time, if there are any.
+    """
     own = [
-        (t.score > 0, int(t.sampled_mask.sum()), t.finish_reason == "length") for t in trajectories
+        (t.score > 0, int(t.sampled_mask.sum()), t.finish_reason == "length", t.timed_out)
+        for t in trajectories
     ]
-    correct, lengths, truncated = zip(*(row for part in gather(own) for row in part))
+    correct, lengths, truncated, slow = zip(*(row for part in gather(own) for row in part))
     by_prompt = np.array(correct).reshape(-1, count).tolist()
     accuracy, length = avg_at_k(by_prompt), float(np.mean(lengths))
-    return {
+    scores = {
         f"avg@{k}": accuracy,
         f"pass@{k}": pass_at_k(by_prompt, k),
         "length_mean": length,
         "truncated_frac": float(np.mean(truncated)),
         "efficiency": 100 * accuracy / length,
     }
+    return scores | ({"timeouts": sum(slow)} if any(slow) else {})

@@ -29,13 +29,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from recipes.errors import ConfigError
+from rewards.groups import equal_groups_share, group_advantages
 from rewards.length import length_reward
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer, max_new_tokens
 from trainers.losses import Loss
-
-# Added to a group's standard deviation.
-EPSILON = 1e-6
 
 
 class GRPO(Trainer):
@@ -101,8 +99,7 @@ class GRPO(Trainer):
 
     def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         groups = self._groups([t.reward for t in trajectories])
-        equal = np.ptp(groups, axis=1) == 0
-        metrics = {"reward/equal_groups_frac": float(equal.mean())}
+        metrics = {"reward/equal_groups_frac": equal_groups_share(groups)}
         if self.config.grpo.truncated == "mask":
             metrics["rollout/kept_frac"] = float(np.mean([self.keeps(t) for t in trajectories]))
         return metrics
@@ -146,21 +143,3 @@ class GRPO(Trainer):
 def is_truncated(trajectory: Trajectory) -> bool:
     """Whether the completion was cut at the limit of new tokens."""
     return trajectory.finish_reason == "length"
-
-
-def group_advantages(rewards: np.ndarray, normalize_std: bool = True) -> np.ndarray:
-    """Rewards less their group's mean.
-
-    Args:
-        rewards: [P, n], a row per prompt.
-        normalize_std: divides by the group's standard deviation (of the population) plus 1e-6.
-
-    Returns:
-        [P, n]; exactly 0 in a group of one, or of equal rewards.
-    """
-    advantages = rewards - rewards.mean(1, keepdims=True)
-    if normalize_std:
-        advantages = advantages / (rewards.std(1, keepdims=True) + EPSILON)
-    # Rounding leaves equal rewards a difference to their mean, which the division would blow up.
-    differs = np.ptp(rewards, axis=1, keepdims=True) > 0
-    return np.where(differs, advantages, 0.0)

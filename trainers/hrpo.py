@@ -38,20 +38,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rewards.groups import group_advantages
 from rewards.streaming import Stages, score_stages
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.grpo import GRPO, group_advantages
-from trainers.streaming_sft import check_layout
+from trainers.grpo import GRPO
 
 
 class HRPO(GRPO):
     """The options are the config's sections `hrpo` and, but for gamma, `grpo`."""
 
-    @classmethod
-    def check(cls, config) -> None:
-        super().check(config)
-        check_layout(config)
+    layouts = ("grouped", "interleaved", "batch")
 
     def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
         options = self.config.hrpo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 import kernels
 from recipes.embedded import model_folder
 from recipes.errors import TrainingError
-from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed, lock
+from trainers.core import checkpoint, distributed, lock, random_states, watchdog
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -36,7 +34,9 @@ from trainers.core.rollout import make_engine
 from trainers.core.scoring import score_tokens
 from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
+from trainers.parity import check_parity
 from trainers.run import Run
+from trainers.start_model import start_model
 
 
 class Loop:
@@ -48,14 +48,12 @@ class Loop:
 
     def __init__(self, run: Run):
         self.run = run
-        run.device = distributed.setup()
+        run.device = distributed.setup(run.config.deadline.longest())
         # The default run directory is named after the time, which each rank read for itself.
         run.place(distributed.gather(run.directory)[0])
         self.lock = lock.hold(run.directory)
         self.config = config = run.config
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        random_states.seed(config.seed)
         path = self.start_path = start_model(run)
         adapt = adapters(run)
         say(f"loading {config.model.path}")
@@ -69,25 +67,33 @@ class Loop:
             embed=run.mode.embedder(run.device),
             missing=run.missing,
             adapt=adapt,
+            trust_remote_code=config.model.trust_remote_code,
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, self.engine)
+            checkpoint.load_state(run.checkpoint, self.engine)
         if run.method.samples or run.eval_prompts:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
             run.rollout = run.mode.wrap(engine)
+        run.score_policy, run.write_scores = self.score_policy, self.write_scores
+        run.policy_head = policy.head
         if run.method.distills:
-            from trainers.core.teacher import Teacher
+            from trainers.core.teacher import make_teacher
 
             say(f"loading {config.teacher.path}")
-            run.teacher = Teacher(run)
-        run.score_policy = self.score_policy
+            run.teacher = make_teacher(run)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
+        random_states.seed(config.seed + distributed.rank())
+        if run.checkpoint is not None:
+            random_states.load(run.checkpoint)
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
+        self.tracker: Tracker | None = None
 
+    @watchdog.during("report")
     def fit(self) -> bool:
         """Train to `train.steps`, or to the step at which a signal asks for an end.
 
@@ -106,8 +112,13 @@ class Loop:
         # A method that reads its sequences syncs for each evaluation, the first one too.
         if run.rollout is not None and (self.trainer.samples or run.start):
             self.sync(run.start)
-        if run.start == 0:
-            self.evaluate(0)
+        if run.rollout is not None:
+            tracker.say(check_parity(run, self.engine))
+            if not self.trainer.samples and run.start and run.start < config.train.steps:
+                run.rollout.sleep()
+        # A run that was killed as it evaluated has saved that step.
+        if run.start == 0 or tracker.lacks_evaluation(self.is_due(run.start, config.eval.every)):
+            self.evaluate(run.start)
         for step in range(run.start + 1, config.train.steps + 1):
             row, trajectories = self.step(step)
             tracker.step(row)
@@ -131,6 +142,7 @@ class Loop:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
+    @watchdog.during("report")
     def finish(self) -> None:
         """The method's own measurements when training is over; then the engine is closed."""
         try:
@@ -147,10 +159,11 @@ class Loop:
             its metrics, and the trajectories that this rank annotated or nobody learned from.
         """
         clock = Clock()
-        trajectories = self.trainer.draw(step - 1)
         samples = self.run.rollout is not None and self.trainer.samples
-        if samples:
-            self.run.rollout.sleep()
+        with watchdog.phase("rollout", step):
+            trajectories = self.trainer.draw(step - 1)
+            if samples:
+                self.run.rollout.sleep()
         clock.lap("rollout")
         shards = self.shards(trajectories)
         clock.lap("annotate")
@@ -159,8 +172,9 @@ class Loop:
         row = self.optimize(step, shards, stats) | stats.metrics()
         clock.lap("update")
         if samples:
-            self.run.rollout.wake()
-            self.sync(step)
+            with watchdog.phase("sync"):
+                self.run.rollout.wake()
+                self.sync(step)
         clock.lap("sync")
         tokens, elapsed = sum(t.length for t in trajectories), clock.elapsed()
         row |= {
@@ -175,6 +189,7 @@ class Loop:
         shown = [t for t in trajectories if "mask" in t.annotations or not self.trainer.keeps(t)]
         return {"step": step, **row}, shown
 
+    @watchdog.during("annotate")
     def shards(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
         """This rank's annotated part of the kept trajectories, for each update of the step.
 
@@ -196,6 +211,7 @@ class Loop:
                 trajectory.annotations["mask"] = np.zeros(length, dtype=bool)
         return shards
 
+    @watchdog.during("update")
     def optimize(
         self, step: int, shards: list[list[Trajectory]], stats: TokenStats
     ) -> dict[str, float]:
@@ -318,18 +334,44 @@ class Loop:
             name: the annotation that is written.
             adapters: false: under the weights without LoRA's adapters.
         """
+
+        def score(head, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+            scored = score_tokens(
+                head,
+                hidden,
+                targets=batch.targets,
+                temperature=self.config.rollout.temperature,
+                vocab=self.run.vocab,
+            )
+            return {name: scored.logprobs}
+
+        self.write_scores(trajectories, score, adapters)
+
+    def write_scores(
+        self, trajectories: list[Trajectory], function: Callable, adapters: bool = True
+    ) -> None:
+        """Write annotations that the current weights give, without gradients.
+
+        A collective: a rank with fewer micro-batches runs its last one again.
+
+        Args:
+            trajectories: this rank's, at least one.
+            function: maps the head, hidden states [T, H] and their micro-batch to each
+                annotation's values [T, …].
+            adapters: false: under the weights without LoRA's adapters.
+        """
         lengths = [t.length for t in trajectories]
         groups = make_microbatches(lengths, self.config.train.tokens_per_microbatch)
-        score = functools.partial(
-            _score, temperature=self.config.rollout.temperature, vocab=self.run.vocab
-        )
         for index in range(max(distributed.gather(len(groups)))):
             group = groups[min(index, len(groups) - 1)]
             batch = pack(trajectories, group, self.run.device)
-            logprobs = unpack(batch, trajectories, self.engine.score(batch, score, adapters))
-            for member, array in zip(batch.members, logprobs):
-                trajectories[member].annotations[name] = array
+            values = self.engine.score(batch, function, adapters)
+            for name, tensor in values.items():
+                arrays = unpack(batch, trajectories, tensor)
+                for member, array in zip(batch.members, arrays):
+                    trajectories[member].annotations[name] = array
 
+    @watchdog.during("sync")
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
         sync_weights(self.run.rollout, self.engine.weights, step)
@@ -341,11 +383,17 @@ class Loop:
             return
         started = time.perf_counter()
         if not self.trainer.samples:
+            run.rollout.wake()
             self.sync(step)
         scores, _ = evaluate(run, what=f"eval  step {step}  {run.eval_name}:")
+        # A method that reads its sequences needs the engine for evaluations only. After the last
+        # one, the method's own measurements may.
+        if not self.trainer.samples and step < self.config.train.steps:
+            run.rollout.sleep()
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
+    @watchdog.during("save")
     def save(self, step: int) -> None:
         """Write a checkpoint. A collective.
 
@@ -393,21 +441,7 @@ def say(text: str) -> None:
     """Print a line before there is a tracker, on rank 0."""
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def start_model(run: Run) -> str:
-    """`model.path`; or, where it lacks tokens, the folder RUN/start of a copy that has them.
-
-    A collective.
-    """
-    path = run.config.model.path
-    if not run.new_tokens:
-        return path
-    folder = run.directory / "start"
-    if distributed.rank() == 0:
-        extend_model(path, run.tokenizer, run.new_tokens, folder)
-    distributed.barrier()
-    return str(folder)
+        watchdog.heard()
 
 
 def absolute(path: str) -> str:
@@ -423,11 +457,6 @@ def adapters(run: Run) -> Callable[[torch.nn.Module], None] | None:
     from trainers.core.lora import add_adapters
 
     return functools.partial(add_adapters, options=options, train_embeddings=bool(run.new_tokens))
-
-
-def _score(head, hidden, batch, *, temperature, vocab):
-    scored = score_tokens(head, hidden, targets=batch.targets, temperature=temperature, vocab=vocab)
-    return scored.logprobs
 
 
 def normalize(

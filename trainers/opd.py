@@ -4,30 +4,50 @@ The student samples, and the teacher scores the sampled tokens. A token's reward
 log-prob in a plain REINFORCE loss. In PowerOPD (arXiv 2606.17199) the reward is a bounded function
 of the two probabilities; in vanilla OPD it is their log-ratio.
 
-There is one optimizer step per rollout batch, hence no importance ratio and no clip. More updates
-(`train.minibatches`) are refused. As in the paper, there is no reference model, value function,
-discount or advantage normalisation: the token reward is dense and already relative to the student.
+There is one optimizer step per rollout batch, hence no ratio to an older policy and no clip. More
+updates (`train.minibatches`) are refused. As in the paper, there is no reference model, value
+function, discount or advantage normalisation: the token reward is dense and already relative to the
+student.
+
+`reward.importance_cap` makes up for a rollout engine whose log-probs differ from the trainer's, as
+where it computes in another precision. It weights each token by the ratio of the two, cut at the
+cap.
 
 `objective` replaces the sampled reward by an exact divergence between the two full distributions on
 the student's samples.
+
+`teacher.prompt` or `teacher.prompt_column` gives the teacher another prompt than the student: one
+with a worked solution, a demonstration, instructions. The teacher may then be the student itself
+(`teacher.path=self`: OPSD, SDFT and their kin). A completion's ids are the student's.
+
+`reward.select` lets the tokens of highest score alone learn, as DIAL-OPD does (arXiv 2610.11659).
+`reward.task_weight` adds the verifier's score: w_d r_t + w_r A, where A is the completion's
+advantage over the other samples of its prompt, as in GRPO. With w_r = 0 it is distillation alone,
+and with w_d = 0 GRPO without a KL (under `reward.terminal_stop=raw`, as `mask` leaves the stop
+token out of both).
 
     torchrun --nproc_per_node=N train.py recipe=poweropd [reward.alpha=5] [reward.token=log_ratio]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from recipes.components import TOKEN_REWARDS
+from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.errors import ConfigError
+from rewards.groups import equal_groups_share, group_advantages
+from rewards.selection import select_tokens
+from rewards.token import Weighted
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer
 from trainers.core.distributed import world_size
+from trainers.core.metrics import compared_logprobs, compared_tokens
+from trainers.core.teacher import SELF
 from trainers.losses import Loss
 
 # Added to the standard deviation of a step's rewards.
@@ -44,11 +64,13 @@ class OnPolicyDistillation(Trainer):
 
     def __init__(self, run):
         super().__init__(run)
+        options = self.config.reward
         self.full = self.config.objective != "policy_gradient"
-        self.reward = None
+        self.reward = self.score = None
         if not self.full:
-            options = self.config.reward
-            self.reward = TOKEN_REWARDS.resolve(options.token)(options)
+            self.reward = token_reward(options)
+        if options.select.score is not None:
+            self.score = TOKEN_SCORES.resolve(options.select.score)(options.select)
 
     @classmethod
     def check(cls, config) -> None:
@@ -59,6 +81,9 @@ class OnPolicyDistillation(Trainer):
                 "distillation has no importance ratio, so only the first update of a step would be "
                 "right; use train.minibatches=1 with fewer train.prompts_per_step"
             )
+        check_reward(config)
+        check_self_teaching(config)
+        check_importance(config)
         stop = config.reward.terminal_stop
         if config.objective != "policy_gradient" and stop in ("relabel", "cross_eos"):
             raise ConfigError(
@@ -66,26 +91,187 @@ class OnPolicyDistillation(Trainer):
                 f"objective={config.objective} has none; use mask or raw"
             )
 
+    @classmethod
+    def needs_answers(cls, config) -> bool:
+        return config.reward.task_weight > 0
+
+    def draw(self, step: int) -> list[Trajectory]:
+        trajectories = super().draw(step)
+        if self.config.reward.task_weight:
+            for trajectory, advantage in zip(trajectories, self.task_advantages(trajectories)):
+                values = np.full(len(trajectory.completion_ids), advantage, np.float32)
+                trajectory.annotations |= {"task_advantages": values, "advantages": values}
+        return trajectories
+
+    def task_advantages(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """The weighted advantage of each trajectory of a step [P * n] over those of its prompt."""
+        options = self.config.reward
+        advantages = group_advantages(self._scores(trajectories), options.task_normalize_std)
+        return options.task_weight * advantages.ravel()
+
+    def _scores(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """The verifier's, [P, n], a row per prompt."""
+        scores = np.array([trajectory.score for trajectory in trajectories], dtype=np.float64)
+        return scores.reshape(-1, self.config.rollout.samples_per_prompt)
+
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         mode = self.config.reward.terminal_stop
         for trajectory in trajectories:
             annotate_stop(trajectory, mode, self.run.teacher_stop)
+            trajectory.annotations["mask"][: self.config.teacher.skip_tokens] = False
+        if self.config.reward.importance_cap is not None:
+            for trajectory in trajectories:
+                trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
         self.run.teacher.annotate(trajectories, hidden=self.full)
-        if self.reward is not None and self.reward.window:
+        standardises = self.reward is not None and self.reward.window
+        if standardises or self.score is not None:
             self.run.score_policy(trajectories)
-            standardise(trajectories, self.reward)
+        if standardises:
+            standardise(trajectories, self.reward, self.config.reward.teacher_weight)
+        if self.score is not None:
+            for trajectory in trajectories:
+                select(trajectory, self.score, self.config.reward.select.keep)
+
+    def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        if not self.config.reward.task_weight:
+            return {}
+        return {"reward/equal_groups_frac": equal_groups_share(self._scores(trajectories))}
+
+    def token_metrics(
+        self, trajectory: Trajectory, output: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        annotations = trajectory.annotations
+        mask, compared = annotations["mask"], compared_tokens(trajectory)
+        teacher, student = annotations["teacher_logprobs"], compared_logprobs(trajectory, output)
+        metrics = {"teacher/tv": (total_variation(teacher, student), compared)}
+        if self.score is not None:
+            metrics["reward/selected_frac"] = (mask.astype(np.float32), compared)
+        if self.reward is not None:
+            rewards = self.reward(torch.from_numpy(teacher), torch.from_numpy(student)).numpy()
+            metrics["reward/dead_frac"] = ((rewards == 0).astype(np.float32), mask)
+        if "task_advantages" in annotations:
+            task = annotations["task_advantages"]
+            metrics["reward/teacher_mean"] = (output["rewards"] - task, mask)
+            metrics["reward/task_abs_mean"] = (np.abs(task), mask)
+        return metrics
 
     def loss(self) -> Loss:
         temperature, vocab = self.config.rollout.temperature, self.run.vocab
         if not self.full:
             return Loss(
-                policy_gradient=True, reward=self.reward, temperature=temperature, vocab=vocab
+                policy_gradient=True,
+                reward=self.reward,
+                temperature=temperature,
+                vocab=vocab,
+                objective={"is_cap": self.config.reward.importance_cap},
             )
         return Loss(
             divergence=full_objective(self.config),
-            teacher_head=self.run.teacher.policy.head,
+            teacher_head=self.run.teacher.head,
             temperature=temperature,
             vocab=vocab,
+        )
+
+
+def token_reward(options) -> Any:
+    """The token reward with its weight; None where that is 0."""
+    reward = TOKEN_REWARDS.resolve(options.token)(options)
+    # A weight of 1 keeps a reward that the head's kernel computes. A standardised one gets its
+    # weight when it is standardised.
+    if options.teacher_weight == 1 or reward.window:
+        return reward
+    return Weighted(reward, options.teacher_weight) if options.teacher_weight else None
+
+
+def check_reward(config) -> None:
+    """Raises ConfigError: keys of the sampled reward that are impossible together."""
+    options, samples = config.reward, config.rollout.samples_per_prompt
+    sampled = {
+        "reward.select.score": options.select.score is not None,
+        "reward.task_weight": options.task_weight > 0,
+        "reward.teacher_weight": options.teacher_weight != 1,
+    }
+    for name, is_set in sampled.items():
+        if is_set and config.objective != "policy_gradient":
+            raise ConfigError(
+                f"{name} is of the reward of sampled tokens, and objective={config.objective} "
+                "compares whole distributions; use objective=policy_gradient"
+            )
+    if options.task_weight and samples < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt={samples}: reward.task_weight={options.task_weight:g} "
+            "compares samples of one prompt; give 2 or more"
+        )
+    if not options.teacher_weight and not options.task_weight:
+        raise ConfigError(
+            "reward.teacher_weight=0 and reward.task_weight=0 leave no reward; raise one of them"
+        )
+
+
+def check_self_teaching(config) -> None:
+    """Raises ConfigError: keys of a student that teaches itself that are impossible together."""
+    teacher, where = config.teacher, f"teacher.weights={config.teacher.weights}"
+    if teacher.weights == "frozen":
+        return
+    if teacher.path != SELF:
+        raise ConfigError(
+            f"{where} is of a student that teaches itself; use teacher.path={SELF}, or "
+            "teacher.weights=frozen"
+        )
+    if teacher.weights == "base" and config.model.lora.rank is None:
+        raise ConfigError(
+            f"{where} are the weights without LoRA's adapters, and there are none; set "
+            "model.lora.rank, or use teacher.weights=frozen"
+        )
+    if teacher.weights == "current" and teacher.prompt is teacher.prompt_column is None:
+        raise ConfigError(
+            f"{where}: teacher and student are the same and read the same, so there is nothing to "
+            "learn; give the teacher more with teacher.prompt or teacher.prompt_column"
+        )
+    if config.train.minibatches > 1:
+        raise ConfigError(
+            f"train.minibatches={config.train.minibatches}: {where} change with the first update "
+            "of a step; use train.minibatches=1"
+        )
+
+
+def total_variation(teacher_logprobs: np.ndarray, student_logprobs: np.ndarray) -> np.ndarray:
+    """max(0, 1 - p/q) of tokens that the student drew, [T].
+
+    Its mean is an unbiased estimate of the total variation between both (arXiv 2609.08341).
+    """
+    gap = np.minimum(teacher_logprobs.astype(np.float64) - student_logprobs, 0)
+    return -np.expm1(gap)
+
+
+def select(trajectory: Trajectory, score, share: float) -> None:
+    """Mask all but the tokens of highest score, and write which were `candidates` [T] bool.
+
+    Args:
+        trajectory: with `mask`, `teacher_logprobs` and `student_logprobs`.
+        score: of tokens (rewards/selection.py).
+        share: of its unmasked tokens, to keep.
+    """
+    annotations = trajectory.annotations
+    mask = annotations["mask"]
+    scores = score(annotations["teacher_logprobs"], annotations["student_logprobs"])
+    annotations |= {"candidates": mask, "mask": select_tokens(scores, mask, share)}
+
+
+def check_importance(config) -> None:
+    """Raises ConfigError: `reward.importance_cap` has no ratio to cap."""
+    cap, stop = config.reward.importance_cap, config.reward.terminal_stop
+    if cap is None:
+        return
+    if config.objective != "policy_gradient":
+        raise ConfigError(
+            f"reward.importance_cap={cap:g} weights sampled tokens, and objective="
+            f"{config.objective} compares whole distributions; use objective=policy_gradient"
+        )
+    if stop == "relabel":
+        raise ConfigError(
+            f"reward.importance_cap={cap:g} compares the log-probs of the sampled token, and "
+            "reward.terminal_stop=relabel scores another one; use mask, cross_eos or raw"
         )
 
 
@@ -136,14 +322,15 @@ def annotate_stop(trajectory: Trajectory, mode: str, teacher_stop: int) -> None:
     trajectory.annotations |= {"mask": mask, "targets": targets, "teacher_targets": teacher_targets}
 
 
-def standardise(trajectories: Sequence[Trajectory], reward) -> None:
-    """Write `advantages` [T] float32: rewards standardised over the step's unmasked tokens.
+def standardise(trajectories: Sequence[Trajectory], reward, weight: float = 1.0) -> None:
+    """Add rewards standardised over the step's unmasked tokens to `advantages` [T] float32.
 
     A collective. Tokens with an infinite reward do not enter the moments.
 
     Args:
         trajectories: this rank's, with `mask`, `teacher_logprobs` and `student_logprobs`.
         reward: a token reward (rewards/token.py).
+        weight: of the standardised reward.
     """
     rewards, counted = [], [np.zeros(0)]
     for trajectory in trajectories:
@@ -156,8 +343,9 @@ def standardise(trajectories: Sequence[Trajectory], reward) -> None:
         counted.append(values[annotations["mask"]])
     mean, std = moments(np.concatenate(counted))
     for trajectory, values in zip(trajectories, rewards):
-        advantages = (values - mean) / (std + EPSILON)
-        trajectory.annotations["advantages"] = advantages.astype(np.float32)
+        advantages = weight * (values - mean) / (std + EPSILON)
+        others = trajectory.annotations.get("advantages", 0)
+        trajectory.annotations["advantages"] = (advantages + others).astype(np.float32)
 
 
 def moments(values: np.ndarray) -> tuple[float, float]:

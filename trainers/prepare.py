@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ import torch
 import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
+from recipes.schema.keys import as_text
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
 from rollouts.streaming.tokens import add_tokens
 from trainers.base import Trainer
-from trainers.core.distributed import world_size
 from trainers.core.operators import check_compiler
 from trainers.core.policy import (
     DTYPES,
@@ -25,9 +26,11 @@ from trainers.core.policy import (
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
+from trainers.core.teacher import teacher_section
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
+from trainers.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.run import Run
 
 
@@ -40,6 +43,7 @@ def prepare(config) -> Run:
     method = TRAINERS.resolve(config.trainer)
     ENGINES.resolve(config.rollout.engine)
     check_precision(config, method)
+    check_layout(config, method)
     run = Run(config=config, mode=reading_mode(config), method=method)
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
@@ -57,6 +61,11 @@ def prepare(config) -> Run:
             "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "
             "estimate"
         )
+    if config.rollout.engine == "vllm" and not config.rollout.seeded:
+        run.messages.append(
+            "rollout  rollout.seeded=false: neither a repeated nor a resumed run draws the same "
+            "samples"
+        )
     run.max_length = max_length(run, context_length(model))
     if method.samples or run.eval_prompts:
         check_engine(run, model)
@@ -64,15 +73,8 @@ def prepare(config) -> Run:
 
 
 def resume_facts(config) -> dict[str, Any]:
-    """What must agree at a resume, by name: DeepSpeed's files have another form otherwise."""
-    return {
-        "ranks": world_size(),
-        "zero_stage": config.engine.zero_stage,
-        "lora": adapter_form(config.model.lora),
-        "model.dtype": config.model.dtype,
-        "engine.offload_optimizer": config.engine.offload_optimizer,
-        "engine.offload_params": config.engine.offload_params,
-    }
+    """What must agree at a resume, by name: which parameters there are."""
+    return {"lora": adapter_form(config.model.lora)}
 
 
 def adapter_form(options) -> str | None:
@@ -83,8 +85,13 @@ def adapter_form(options) -> str | None:
     return f"{kind} of rank {options.rank}, alpha {options.alpha}, on {','.join(options.targets)}"
 
 
-def prepare_evaluation(config) -> Run:
+def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False) -> Run:
     """A run that only evaluates: the model in a rollout engine, and the evaluation data.
+
+    Args:
+        others: configs of models whose heads may lack tokens; these are not sampled then.
+        answered: leave out the rows of the data that have no answer.
+        fit: lower the limit on new tokens to what the model's context leaves.
 
     Raises:
         OnstreamError: one line that names the key or file.
@@ -92,14 +99,31 @@ def prepare_evaluation(config) -> Run:
     ENGINES.resolve(config.rollout.engine)
     run = Run(config=config, mode=reading_mode(config))
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
-    run.tokenizer, model = check_model("model", config.model.path)
-    run.vocab, run.missing = vocabulary(run.tokenizer, model)
+    trusted = config.model.trust_remote_code
+    run.tokenizer, model = check_model("model", config.model.path, trusted)
+    run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
-    read_eval_prompts(run)
+    read_eval_prompts(run, answered)
+    if fit:
+        fit_context(run, context_length(model))
     run.max_length = max_length(run, context_length(model))
     check_engine(run, model)
     start_engine(run)
     return run
+
+
+def fit_context(run: Run, context: int | None) -> None:
+    """Lower `rollout.max_new_tokens` to what the context leaves, if it leaves any, and say so."""
+    rollout = run.config.rollout
+    longest = max(run.mode.positions(p, rollout.max_new_tokens) for p in run.eval_prompts)
+    fitting = rollout.max_new_tokens - longest + (context or longest)
+    if 1 <= fitting < rollout.max_new_tokens:
+        rollout = replace(rollout, max_new_tokens=fitting)
+        run.config = run.mode.config = replace(run.config, rollout=rollout)
+        run.messages.append(
+            f"eval  rollout.max_new_tokens={fitting}: more do not fit the model's context of "
+            f"{context} tokens"
+        )
 
 
 def start_engine(run: Run) -> None:
@@ -131,6 +155,16 @@ def check_precision(config, method: type[Trainer]) -> None:
             )
 
 
+def check_layout(config, method: type[Trainer]) -> None:
+    """Raises ConfigError: the method cannot use the run's `streaming.layout`."""
+    layout = getattr(getattr(config, "streaming", None), "layout", None)
+    if layout in method.layouts:
+        return
+    *others, last = map(as_text, method.layouts)
+    needed = f"{', '.join(others)} or {last}" if others else last
+    raise ConfigError(f"streaming.layout={as_text(layout)}: recipe={config.recipe} needs {needed}")
+
+
 def prepare_models(run: Run):
     """Fill in the tokenizer and what depends on it, without reading a weight.
 
@@ -138,9 +172,7 @@ def prepare_models(run: Run):
         the model's config.
     """
     config, method = run.config, run.method
-    run.tokenizer, model = check_model("model.path", config.model.path)
-    attention = config.model.attn_implementation
-    check_architecture("model.path", config.model.path, model, attention)
+    run.tokenizer, model = checked_model("model", config.model, config)
     tokenizer = run.tokenizer
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
@@ -150,15 +182,34 @@ def prepare_models(run: Run):
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
-        teacher, teacher_model = check_model("teacher.path", config.teacher.path)
-        check_architecture("teacher.path", config.teacher.path, teacher_model, attention)
-        check_same_vocabulary(tokenizer, teacher, config.model.path, config.teacher.path)
+        section = teacher_section(config)
+        teacher, teacher_model = checked_model("teacher", section, config)
+        check_same_vocabulary(tokenizer, teacher, config.model.path, section.path)
+        run.teacher_context = context_length(teacher_model)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
         heads.append(teacher_model)
     run.vocab, run.missing = vocabulary(tokenizer, *heads)
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return model
+
+
+def checked_model(name: str, section, config):
+    """The tokenizer and config of a model that can be trained, or teach.
+
+    Args:
+        name: of the section of the config that names the model.
+        section: that section.
+        config: the run's.
+
+    Raises:
+        ModelError: the model cannot be used.
+    """
+    key, trusted = f"{name}.path", section.trust_remote_code
+    tokenizer, model = check_model(key, section.path, trusted)
+    attention = config.model.attn_implementation
+    check_architecture(key, section.path, model, attention, trusted)
+    return tokenizer, model
 
 
 def prepare_data(run: Run, context: int | None) -> None:
@@ -168,8 +219,10 @@ def prepare_data(run: Run, context: int | None) -> None:
         context: the model's, in tokens; None if it states none.
     """
     config, data = run.config, run.config.data
-    examples = configured_examples(data, config.seed)
-    if run.method.verifies:
+    another = run.method.distills and reads_another_prompt(config)
+    changes = {"teacher_column": config.teacher.prompt_column} if another else {}
+    examples = configured_examples(data, config.seed, **changes)
+    if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
     check_targets(run.prompts, run.method, config)
@@ -180,6 +233,8 @@ def prepare_data(run: Run, context: int | None) -> None:
             f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
             f"{data.max_prompt_tokens} and were dropped"
         )
+    if another:
+        add_teacher_prompts(run)
     run.sampler = PromptSampler(len(run.prompts), config.train.prompts_per_step, config.seed)
     if config.eval.every < 0:
         return

@@ -47,16 +47,12 @@ class ProactiveLLM(Trainer):
     """The options are the config's section `proactive`."""
 
     samples = False
+    layouts = ("scheduled",)
     learns = ("solution",)
 
     @classmethod
     def check(cls, config) -> None:
         options = config.proactive
-        if config.streaming.layout != "scheduled":
-            raise ConfigError(
-                f"streaming.layout={config.streaming.layout}: recipe={config.recipe} needs "
-                "scheduled"
-            )
         if not (options.batch_weight or options.stream_weight or options.kl_weight):
             raise ConfigError(
                 "proactive.batch_weight, stream_weight and kl_weight are all 0: nothing to learn"

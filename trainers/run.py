@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from rollouts.data.examples import Prompt, PromptSampler
+from rewards.verification import Verifier
+from rollouts.data.examples import Ids, Prompt, PromptSampler
 from rollouts.engines.base import Engine
 from trainers.modes.plain import Plain
-
-Verifier = Callable[[str, str], float]
 
 
 @dataclass(kw_only=True)
@@ -36,6 +35,10 @@ class Run:
     stop_ids: tuple[int, ...] = ()
     # The teacher's own end token.
     teacher_stop: int | None = None
+    # What the teacher's config states, in tokens.
+    teacher_context: int | None = None
+    # The prompts that the teacher reads in place of the student's, by index; empty: the same.
+    teacher_prompts: dict[int, Ids] = field(default_factory=dict)
     # Ids at and past it are padding rows of the heads.
     vocab: int = 0
     # Ids below it that no token has.
@@ -66,6 +69,10 @@ class Run:
     teacher: Any = None
     # Writes log-probs under the current weights (`Loop.score_policy`).
     score_policy: Callable[..., None] | None = None
+    # Writes annotations under the current weights (`Loop.write_scores`).
+    write_scores: Callable[..., None] | None = None
+    # The trained policy's head.
+    policy_head: Any = None
 
     def place(self, directory: Path) -> None:
         """Set the run directory, in the config too."""

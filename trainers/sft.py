@@ -38,6 +38,7 @@ class SupervisedFineTuning(CrossEntropyTrainer):
     """Cross-entropy on the solutions, averaged over all completion tokens of the step."""
 
     samples = False
+    layouts = (None,)
     learns = ("solution",)
 
     @classmethod

@@ -10,7 +10,6 @@ first.
 
 from __future__ import annotations
 
-from recipes.errors import ConfigError
 from rollouts.data.examples import Prompt
 from rollouts.layout import arrange
 from rollouts.streaming.prompts import target_segments
@@ -23,11 +22,8 @@ class StreamingSFT(SupervisedFineTuning):
     """Cross-entropy on thoughts and answers, averaged over the target tokens of the step."""
 
     adds_tokens = True
+    layouts = ("grouped", "interleaved", "batch")
     learns = ("thoughts", "final")
-
-    @classmethod
-    def check(cls, config) -> None:
-        check_layout(config)
 
     @classmethod
     def target_length(cls, prompt: Prompt, run: Run) -> int:
@@ -51,16 +47,4 @@ class StreamingSFT(SupervisedFineTuning):
             answer=prompt.example.answer,
             completion=tokenizer.decode([token for segment in targets for token in segment]),
             **sequence,
-        )
-
-
-def check_layout(config) -> None:
-    """Refuse a streaming recipe that has no layout.
-
-    Raises:
-        ConfigError: `streaming.layout` is null.
-    """
-    if config.streaming.layout is None:
-        raise ConfigError(
-            f"streaming.layout=null: recipe={config.recipe} needs grouped, interleaved or batch"
         )

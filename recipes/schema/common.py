@@ -7,7 +7,7 @@ A step is one rollout batch. `train.minibatches` is the number of optimizer upda
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
@@ -53,6 +53,11 @@ class ModelConfig:
         "float32",
         "Type of the computation. With bfloat16 the optimizer still keeps float32 weights.",
         choices=("float32", "bfloat16"),
+    )
+    trust_remote_code: bool = key(
+        False,
+        "Run the Python code that comes with a model which transformers has no class for. That "
+        "code can do whatever you can on this machine.",
     )
     attn_implementation: str = key(
         "packed",
@@ -148,6 +153,15 @@ class RolloutConfig:
         off=-1,
         at_least=1,
     )
+    max_mismatch: float | None = key(
+        None,
+        "Largest difference, in nats, between the trainer's and the sampler's log-probs before the "
+        "first step; above it the run ends. Of float32 it is the largest of a token, of bfloat16 "
+        "the mean. null: 1e-4 in float32, 0.01 in bfloat16, or twice the model's own rounding if "
+        "that is more. -1: not checked.",
+        off=-1,
+        above=0,
+    )
     stop_ids: tuple[int, ...] = key(
         (), "Token ids that end a completion, beside those of the student and the teacher."
     )
@@ -155,7 +169,16 @@ class RolloutConfig:
         0.4, "Share of a GPU's memory that vLLM takes.", above=0, at_most=1
     )
     cpu_kv_cache_gib: float = key(1.0, "Size of vLLM's KV cache on a CPU, GiB.", above=0)
-    sleep: bool = key(True, "Free vLLM's GPU memory during updates.")
+    sleep: bool = key(
+        True,
+        "Free vLLM's GPU memory during updates, and between evaluations where a method reads its "
+        "sequences.",
+    )
+    seeded: bool = key(
+        True,
+        "Give each completion of vLLM a seed of its own. false: vLLM's own generator, which is "
+        "faster on a GPU; neither a repeated nor a resumed run then draws the same samples.",
+    )
     batch_size: int = key(
         128, "Number of sequences that the engines other than vLLM decode together.", at_least=1
     )
@@ -168,6 +191,13 @@ class RewardConfig:
         "Function that scores a completion against the answer. Its score is logged, and is the "
         "reward of the methods that learn from one.",
         component=VERIFIERS,
+    )
+    seconds_per_batch: float = key(
+        120.0,
+        "Seconds that the slow answers of a batch share, on each rank: those whose check takes "
+        "longer than 0.05 s. What is then unchecked counts as wrong, and in reward/timeouts. A "
+        "batch is a step's completions, or an evaluation's.",
+        above=0,
     )
 
 
@@ -288,6 +318,39 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DeadlineConfig:
+    """Minutes after which a phase is overdue. Then the run ends with the phase and a stack."""
+
+    load: float = key(
+        120.0, "Checks, fetching and loading models, starting the rollout engine.", above=0
+    )
+    rollout: float = key(240.0, "Sampling of a step.", above=0)
+    annotate: float = key(240.0, "Scores and rewards of a step's samples.", above=0)
+    update: float = key(240.0, "Optimizer updates of a step.", above=0)
+    sync: float = key(60.0, "Bringing the rollout engine to the trained weights.", above=0)
+    save: float = key(120.0, "Writing a checkpoint.", above=0)
+    evaluate: float = key(480.0, "One evaluation.", above=0)
+    report: float = key(
+        120.0, "Anything else: records, W&B, measurements after training, the report.", above=0
+    )
+    collective: float | None = key(
+        None,
+        "A collective, in which ranks wait for one another. null: as long as the longest phase.",
+        above=0,
+    )
+
+    def phases(self) -> dict[str, float]:
+        """The deadline of each phase, minutes."""
+        names = (entry.name for entry in fields(self) if entry.name != "collective")
+        return {name: getattr(self, name) for name in names}
+
+    def longest(self) -> float:
+        """The time that a collective may take, minutes. A phase is overdue before."""
+        # A rank that is overdue first says so, and leaves a minute for it.
+        return self.collective or max(self.phases().values()) + 1
+
+
+@dataclass(frozen=True)
 class Config:
     """The keys that every run reads. The configs of methods extend it."""
 
@@ -311,6 +374,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    deadline: DeadlineConfig = field(default_factory=DeadlineConfig)
 
 
 def check(config: Any) -> None:
@@ -334,6 +398,13 @@ def check(config: Any) -> None:
     if config.eval.samples is not None and config.eval.samples < config.eval.k:
         raise ConfigError(
             f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}"
+        )
+    deadline = config.deadline
+    longest = max(deadline.phases().values())
+    if deadline.collective is not None and deadline.collective < longest:
+        raise ConfigError(
+            f"deadline.collective={deadline.collective:g} is less than a phase's deadline of "
+            f"{longest:g} minutes, in which ranks may wait for one another; raise it"
         )
     if config.engine.offload_params and config.engine.zero_stage != 3:
         raise ConfigError(

@@ -4,18 +4,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes.components import TOKEN_REWARDS
+from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.schema.common import Config, RewardConfig
 from recipes.schema.keys import key
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = key("stories-teacher", "Teacher, named as model.path is; of the same vocabulary.")
+    path: str = key(
+        "stories-teacher",
+        "Teacher, named as model.path is; of the same vocabulary. self: the student.",
+    )
+    weights: str = key(
+        "frozen",
+        "Weights of a student that teaches itself. frozen: those it starts from. current: those of "
+        "the step. base: those without LoRA's adapters. The last two need no second model.",
+        choices=("frozen", "current", "base"),
+    )
+    prompt: str | None = key(
+        None,
+        "Last turn of the prompt that the teacher reads in place of the student's. {prompt}, "
+        "{solution} and {answer} stand for the row's. null: the student's own.",
+    )
+    prompt_column: str | None = key(
+        None,
+        "Column of the prompt that the teacher reads, a text or chat turns, with the same fields.",
+    )
+    skip_tokens: int = key(
+        0, "Number of tokens of each completion, from the first, that do not learn.", at_least=0
+    )
+    trust_remote_code: bool = key(
+        False, "The same as model.trust_remote_code, for the teacher's own code."
+    )
     dtype: str = key(
         "float32",
         "Type of the teacher's weights and computation.",
         choices=("float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    score: str | None = key(
+        None,
+        "Score of a response's tokens, of which the highest alone learn. null: all learn. dial: "
+        "|log p - log q|^(1 - beta) * |p - q|^beta (DIAL-OPD).",
+        component=TOKEN_SCORES,
+    )
+    keep: float = key(
+        0.4, "Share of a response's tokens that learn, one at least.", above=0, at_most=1
+    )
+    beta: float = key(
+        1.0,
+        "Exponent of the dial score. 0 selects by the log-ratio, 1 by the difference of the "
+        "probabilities.",
+        at_least=0,
     )
 
 
@@ -25,7 +68,7 @@ class DistillationRewardConfig(RewardConfig):
         "power",
         "Reward of a sampled token, of the teacher's probability p and the student's q. power: "
         "p^alpha - q^alpha. log_ratio: log p - log q. clip, tanh: bounded log-ratios. zscore: the "
-        "log-ratio standardised over the step's tokens.",
+        "log-ratio standardised over the step's tokens. sign: the log-ratio's sign (TV-OPD).",
         component=TOKEN_REWARDS,
     )
     alpha: float = key(5.0, "Exponent of the power reward.", above=0)
@@ -36,6 +79,25 @@ class DistillationRewardConfig(RewardConfig):
     )
     clip: float = key(1.0, "Bound of the clip reward, nats.", above=0)
     tanh_scale: float = key(5.0, "Scale of the tanh reward, nats: tanh(log-ratio / it).", above=0)
+    sign_scale: float = key(1.0, "Size of the sign reward.", above=0)
+    teacher_weight: float = key(1.0, "Weight of the token reward.", at_least=0)
+    task_weight: float = key(
+        0.0,
+        "Weight of the verifier's score beside the token reward: of a completion's advantage over "
+        "the other samples of its prompt, as in GRPO. Above 0, rollout.samples_per_prompt must be "
+        "2 or more.",
+        at_least=0,
+    )
+    task_normalize_std: bool = key(
+        True, "Divide that advantage by the standard deviation of its prompt's scores."
+    )
+    select: SelectConfig = field(default_factory=SelectConfig)
+    importance_cap: float | None = key(
+        None,
+        "Largest weight of a token, by the trainer's probability of it over the sampler's. For "
+        "objective=policy_gradient. null: no token is weighted.",
+        above=0,
+    )
     terminal_stop: str = key(
         "mask",
         "What the stop token that ends a completion counts as. raw: as any token. mask: it does "

@@ -70,6 +70,7 @@ class NamedColumns:
     prompt: str | None = None
     answer: str | None = None
     target: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,14 @@ def _fields_reader(
     source: str, rows: list[Row], named: NamedColumns
 ) -> Callable[[Row, str], dict[str, Any]]:
     """What turns a row and its place into the fields of an `Example`, all but the index."""
-    if not (named.prompt or named.target) and any(map(is_segmented, rows)):
+    if named.teacher is not None and all(cell(row, named.teacher) is None for row in rows):
+        raise DataError(
+            f"{source}: no column '{named.teacher}' (teacher.prompt_column); its columns: "
+            f"{listed(dict.fromkeys(name for row in rows for name in row))}"
+        )
+    if not any((named.prompt, named.target, named.teacher)) and any(map(is_segmented, rows)):
         return segmented
-    if not (named.prompt or named.answer or named.target) and any(map(is_squad, rows)):
+    if named == NamedColumns() and any(map(is_squad, rows)):
         return squad
     return partial(_table_fields, source=source, columns=_choose_columns(source, rows, named))
 
@@ -217,16 +223,17 @@ def _table_fields(row: Row, where: str, source: str, columns: Columns) -> dict[s
     messages, reply = _chat(prompt, where, columns.prompt)
     if not named.prompt:
         messages = with_system_column(row, messages, where)
+    fields: dict[str, Any] = {"messages": messages, "frames": frames}
+    if named.teacher is not None:
+        fields["teacher_messages"], _ = _chat(cell(row, named.teacher), where, named.teacher)
     if named.target is not None:
         target = _target(row, where, named.target, messages)
-        return {"messages": messages, "answer": target, "solution": target, "frames": frames}
+        return fields | {"answer": target, "solution": target}
     answers, solution = _answers_and_solution(row, where, columns, messages, reply)
-    return {
-        "messages": messages,
+    return fields | {
         "answer": answers[0] if answers else None,
         "references": answers if len(answers) > 1 else None,
         "solution": solution,
-        "frames": frames,
     }
 
 

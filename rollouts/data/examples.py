@@ -41,6 +41,8 @@ class Example:
     context: str | None = None
     # [F, D] float32: a source that is no text.
     frames: np.ndarray | None = None
+    # Chat turns that a teacher reads in place of `messages`.
+    teacher_messages: list[Message] | None = None
     # All right answers, where the data set has several.
     references: tuple[str, ...] | None = None
 

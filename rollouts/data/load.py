@@ -21,6 +21,7 @@ def load_examples(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     target_column: str | None = None,
+    teacher_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     size: int | None = None,
@@ -48,6 +49,7 @@ def load_examples(
             answer itself, where it has neither `####` nor a box.
         target_column: the column of the text to write. It is answer and solution, whatever else
             the row has.
+        teacher_column: the column of the prompt that a teacher reads.
         limit: the number of rows to take, from the first on. None: all.
         seed: of generated data.
         size: the number of generated examples. None: the default of `data.stories`.
@@ -58,6 +60,11 @@ def load_examples(
         DataError: one line that says what is wrong with which file and row.
     """
     if path in ("stories", "translation"):
+        if teacher_column is not None:
+            raise DataError(
+                f"data.path={path} is generated and has no columns (teacher.prompt_column="
+                f"{teacher_column}); use teacher.prompt"
+            )
         count = DataConfig.stories if size is None else size
         count = count if limit is None else min(count, limit)
         if path == "translation":
@@ -66,9 +73,8 @@ def load_examples(
         return _stories(
             count, seed, split, difficulty, verbose=verbose, distractors=distractors, varied=varied
         )
-    return _read_examples(
-        path, split, NamedColumns(prompt_column, answer_column, target_column), limit
-    )
+    named = NamedColumns(prompt_column, answer_column, target_column, teacher_column)
+    return _read_examples(path, split, named, limit)
 
 
 def configured_examples(data, seed: int, path: str | None = None, **changes) -> Sequence[Example]:
@@ -106,7 +112,7 @@ def _read_examples(
         room = None if limit is None else limit - len(examples)
         if room == 0:
             break
-        examples += row_examples(source, list(islice(rows, room)), named, len(examples))
+        examples += row_examples(source, islice(rows, room), named, len(examples))
     if not examples:
         raise DataError(f"{path}: there are no rows in it; give data with at least one")
     return examples

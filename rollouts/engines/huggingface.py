@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipes.embedded import model_folder
 from rollouts.engines.decoding import Decoding
-from rollouts.pretrained import caps_attention
+from rollouts.pretrained import caps_attention, load_model
 from rollouts.sync import fingerprint
 from rollouts.trajectory import Request, Sampling, Trajectory
 
@@ -28,10 +27,8 @@ class HuggingFaceEngine:
     """
 
     def __init__(self, path: str, config, device: torch.device, dtype: torch.dtype, **_):
-        from transformers import AutoModelForCausalLM
-
         self.device, self.batch_size = device, config.rollout.batch_size
-        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype)
+        model = load_model(path, config.model.trust_remote_code, dtype=dtype)
         if caps_attention(model.config):
             model.set_attn_implementation("eager")
         self.model = model.to(device).eval().requires_grad_(False)

@@ -44,7 +44,8 @@ class VllmEngine:
     """Samples completions with vLLM.
 
     Every request has a seed of its own. So the noise of a completion does not depend on the batch.
-    The logits may, in the last bits (docs/design.md, "Reproducible samples").
+    The logits may, in the last bits (docs/design.md, "Reproducible samples"). With
+    `rollout.seeded=false` the noise comes from vLLM's own generator.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class VllmEngine:
             ) from error
         self.sampling_params = SamplingParams
         self.can_sleep = rollout.sleep and not on_cpu
+        self.seeded = rollout.seeded
         # The number of ids that sampling is limited to, and those among them that it leaves out.
         self.vocabulary: tuple[int | None, tuple[int, ...]] = (None, ())
-        options = common_options(path, rollout, dtype, max_length)
+        options = common_options(path, config, dtype, max_length)
         options |= cpu_options(max_length) if on_cpu else gpu_options(rollout, self.can_sleep)
         try:
             self.llm = LLM(**options)
@@ -127,7 +129,7 @@ class VllmEngine:
             top_k=sampling.top_k,
             stop_token_ids=list(sampling.stop_ids),
             ignore_eos=True,
-            seed=request.seed,
+            seed=request.seed if self.seeded else None,
             logprobs=0,
             detokenize=False,
         )
@@ -193,13 +195,16 @@ def prepare_import(on_cpu: bool, kv_cache_gib: float) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
 
 
-def common_options(path: str, rollout, dtype: torch.dtype, max_length: int) -> dict:
-    """vLLM's options on any device; `rollout` is that section of the config."""
+def common_options(path: str, config, dtype: torch.dtype, max_length: int) -> dict:
+    """vLLM's options on any device; `config` is the run's."""
+    rollout = config.rollout
     return {
         "model": model_folder(path),
+        "trust_remote_code": config.model.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,
-        "seed": 0,
+        # Without seeds of their own, the samples of different ranks must differ.
+        "seed": 0 if rollout.seeded else (config.seed + rank()) % 2**31,
         "max_model_len": max_length,
         "max_num_seqs": rollout.batch_size,
         "enable_prefix_caching": True,
@@ -221,6 +226,11 @@ def cpu_options(max_length: int) -> dict:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(8192, max_length),
     }
+
+
+def rank() -> int:
+    """This process's place among those of a distributed run, from 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def gpu_options(rollout, can_sleep: bool) -> dict:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.embedded import model_folder
 from recipes.errors import ModelError
 from rollouts.data.marks import TOKENS
-from rollouts.pretrained import drop_unused_sampling, token_count
+from rollouts.pretrained import drop_unused_sampling, load_model, token_count
 from rollouts.trajectory import Sampling
 
 
@@ -76,7 +75,9 @@ def add_tokens(tokenizer) -> list[str]:
     return new
 
 
-def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
+def extend_model(
+    path: str, tokenizer, new: list[str], folder: Path, trust_remote_code: bool = False
+) -> Path:
     """Write a copy of a model whose embedding has a row for each of the new tokens.
 
     A new row is the mean of the rows of the old tokens, in the embedding and in an untied head. A
@@ -87,16 +88,16 @@ def extend_model(path: str, tokenizer, new: list[str], folder: Path) -> Path:
         tokenizer: a tokenizer with the new tokens.
         new: the new tokens.
         folder: where the copy goes, with the tokenizer. A copy that is there is taken as it is.
+        trust_remote_code: run the code that comes with the model, if it needs it.
 
     Returns:
         `folder`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").is_file():
         return folder
-    model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype="auto")
+    model = load_model(path, trust_remote_code, dtype="auto")
     drop_unused_sampling(model)
     ids = sorted(tokenizer.convert_tokens_to_ids(new))
     if model.get_input_embeddings().weight.shape[0] < token_count(tokenizer):

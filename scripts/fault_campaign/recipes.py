@@ -16,7 +16,7 @@ SHORT = {
     "log.completions": 64,
 }
 # vLLM takes half a minute to start, and draws the same in each run.
-OTHER_ENGINE = {"onpolicy_sft_paper": "hf", "adasr_paper": "streaming"}
+OTHER_ENGINE = {"onpolicy_sft_paper": "hf", "adasr_paper": "hf"}
 
 
 def overrides(recipe: str, folder: Path) -> list[str]:

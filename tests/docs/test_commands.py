@@ -163,6 +163,7 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
 }
 # A kind of command -> why it is not run.
 NOT_RUN = {
+    "benchmarks/gpu.sh --out gpu.json": "needs a GPU; tests/benchmarks/test_gpu.py runs it in tiny",
     "scripts/quickstart.sh": "installs packages; tests/scripts/test_setup.py has its parts",
     "scripts/test.sh": "installs packages, and runs these tests",
     "scripts/test.sh fast": "runs these tests",

@@ -21,6 +21,8 @@ NOT_RECORDED = {
     "time/eval",
     "perf/tokens_per_second",
     "perf/peak_memory_gib",
+    "reward/timeouts",
+    "eval/<data>/timeouts",
 }
 GROUPED = ("grpo", "hrpo")
 SAMPLED = ("opd", "onpolicy_sft", *GROUPED)
@@ -33,9 +35,14 @@ WRITERS = {
     names.TAUGHT: lambda c: c.trainer == "opd",
     names.TOKEN_REWARDS: lambda c: c.trainer in ("opd", *GROUPED),
     names.ALL_REWARDS: lambda c: c.trainer in SAMPLED,
-    names.GROUPS: lambda c: c.trainer in GROUPED,
+    names.TEACHER_REWARDS: lambda c: c.trainer == "opd" and c.objective == "policy_gradient",
+    names.SELECTING: lambda c: c.trainer == "opd" and c.reward.select.score is not None,
+    names.MIXED: lambda c: c.trainer == "opd" and c.reward.task_weight > 0,
+    names.GROUPS: lambda c: c.trainer in GROUPED or WRITERS[names.MIXED](c),
     names.MINIBATCHES: lambda c: c.trainer in GROUPED and c.train.minibatches > 1,
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
+    names.SLOW_STEPS: lambda c: False,
+    names.SLOW_EVALUATIONS: lambda c: False,
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",
@@ -53,7 +60,9 @@ def written(run: str) -> set[str]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_golden_run_wrote_the_names_that_the_table_gives_it(run):
-    config = compose([f"recipe={RUNS[run].get('recipe', run)}"])
+    keys = {"recipe": run} | RUNS[run]
+    keys.pop("stop_at", None)
+    config = compose([f"{key}={value}" for key, value in keys.items()])
     promised = {name for name, metric in METRICS.items() if WRITERS[metric.rows](config)}
     assert written(run) == promised - NOT_RECORDED
 

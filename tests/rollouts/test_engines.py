@@ -98,6 +98,15 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(engine, model):
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(together, other)) < 3
 
 
+def test_vllm_draws_anew_where_its_samples_are_not_seeded(engine, model, monkeypatch):
+    """`rollout.seeded` is vLLM's; the other engine always has seeds."""
+    reset(engine, model)
+    monkeypatch.setattr(engine, "seeded", False, raising=False)
+    first, second = (engine.generate(requests(), SAMPLING) for _ in range(2))
+    same = [a.completion_ids == b.completion_ids for a, b in zip(first, second)]
+    assert sum(same) < 3 if isinstance(engine, VllmEngine) else all(same)
+
+
 def test_greedy_is_the_argmax(engine, model):
     reset(engine, model)
     for trajectory in engine.generate(requests(3), Sampling(8, temperature=0.0)):

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
@@ -541,13 +541,7 @@ def odd_rows(draw):
     return rows
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=4 * settings.default.max_examples)
 @given(rows=odd_rows(), name=st.sampled_from(["rows.jsonl", "rows.json"]), column=st.booleans())
 def test_any_rows_are_read_whole_or_refused_in_one_line(tmp_path, rows, name, column):
     path = tmp_path / name

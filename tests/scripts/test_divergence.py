@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.compose import compose
 from rollouts.trajectory import Trajectory
@@ -50,6 +50,35 @@ def test_a_model_has_no_divergence_from_itself(tiny_models, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["prompts"] == 3 and result["tokens"] == 18
     assert math.isclose(result["kl"], 0, abs_tol=1e-6) and result["agreement"] == 1
+
+
+def test_rows_need_no_answer_and_both_models_must_have_a_token(
+    tiny_models, tmp_path, capsys, monkeypatch
+):
+    """Rows without an answer were refused, and the vocabulary was that of the model alone."""
+    teacher = tmp_path / "teacher"
+    # A head without a row for the last token, as where a tokenizer has grown.
+    smaller = AutoModelForCausalLM.from_pretrained(tiny_models["teacher"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["teacher"])
+    smaller.resize_token_embeddings(len(tokenizer) - 1)
+    smaller.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "The sky is"}\n{"prompt": "A dog", "answer": "7"}\n')
+    keys = [f"model={tiny_models['student']}", f"teacher={teacher}", f"data={file}", "engine=hf"]
+    vocabularies = []
+    compare = divergence.compare
+    monkeypatch.setattr(
+        divergence,
+        "compare",
+        lambda run, drawn: vocabularies.append(run.vocab) or compare(run, drawn),
+    )
+    assert divergence.main([*keys, "max_new_tokens=8"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["prompts"] == 2 and 0 < result["kl"] < math.inf
+    assert "dropped" not in printed.err
+    assert vocabularies == [len(tokenizer) - 1]
 
 
 def test_another_vocabulary_is_refused(tiny_models, capsys):

@@ -2,6 +2,8 @@
 tests/trainers/test_run.py."""
 
 import json
+import re
+import shutil
 
 import pytest
 
@@ -125,3 +127,37 @@ def test_every_mode_takes_all_rows_of_a_file(mode):
     """With a mode, the first 400 were taken in silence."""
     assert mode_defaults(mode, "rows.jsonl")["eval.size"] == "null"
     assert "eval.size" not in mode_defaults(mode, "stories")
+
+
+def test_the_default_limit_is_what_the_context_leaves(tiny_models, tmp_path, capsys):
+    """A context of 1,024 tokens, which leaves a prompt no 1,024 new ones, was one line of error."""
+    model = shutil.copytree(tiny_models["student"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 24}
+    (model / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Say 1.", "answer": "1"}\n')
+    keys = [f"model={model}", f"data={file}", "k=1", "engine=hf", "data.template=plain"]
+    assert main(keys) == 0
+    printed = capsys.readouterr()
+    limit = int(re.search(r"rollout\.max_new_tokens=(\d+): more do not fit", printed.err)[1])
+    assert 10 < limit < 24
+    assert json.loads(printed.out.splitlines()[-1])["length_mean"] <= limit
+    assert main([*keys, "max_new_tokens=1024"]) == 1
+    assert "exceeds the model's context of 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut off", "of another shape"])
+def test_a_model_without_whole_weights_is_one_line(damage, tiny_models, tmp_path, capsys):
+    """It was a traceback, as only the trainer's own loading was watched."""
+    model = shutil.copytree(tiny_models["student"], tmp_path / "model")
+    weights = model / "model.safetensors"
+    if damage == "absent":
+        weights.unlink()
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 8}
+        (model / "config.json").write_text(json.dumps(config))
+    assert main([f"model={model}", "data=stories", "k=1", "size=1", "engine=hf"]) == 1
+    printed = capsys.readouterr().err
+    assert f"error: model {model} cannot be loaded: " in printed and "Traceback" not in printed

@@ -39,7 +39,7 @@ def in_vllm(path: str, adapter: str | None, prompts: list[list[int]]) -> list[li
     from vllm.lora.request import LoRARequest
 
     config = compose([])
-    options = common_options(path, config.rollout, torch.float32, 256) | cpu_options(256)
+    options = common_options(path, config, torch.float32, 256) | cpu_options(256)
     if adapter is not None:
         options |= {"enable_lora": True, "max_lora_rank": 16}
     llm = LLM(**options)

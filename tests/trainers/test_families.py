@@ -14,7 +14,9 @@ from recipes.errors import ConfigError, ModelError
 from rollouts.engines.vllm import VllmEngine
 from rollouts.pretrained import context_length
 from rollouts.sync import sync_weights
-from trainers.core.attention import capped_attention, packed_attention
+from trainers.core.attention import packed_attention
+from trainers.core.attention_kernels import capped_attention
+from trainers.core.packed_row import PackedRow
 from trainers.core.policy import Policy, load_policy
 from trainers.prepare import check_engine, prepare
 from trainers.run import Run
@@ -105,7 +107,7 @@ def test_a_soft_cap_bounds_the_scores_of_each_packed_sequence(window):
         scaling=0.9,
         softcap=1.5,
         sliding_window=window,
-        sequence_bounds=[0, 4, 11],
+        packed_row=PackedRow([0, 4, 11], None, CPU),
     )
     for start, end in ((0, 4), (4, 11)):
         for head in range(4):
@@ -127,15 +129,14 @@ def test_a_wide_soft_cap_is_none():
 
 
 @pytest.mark.parametrize(
-    ("name", "bounds"), [("s_aux", [0, 4]), ("alibi", [0, 4]), ("s_aux", None), ("softcap", None)]
+    ("name", "packed"), [("s_aux", True), ("alibi", True), ("s_aux", False), ("softcap", False)]
 )
-def test_what_packed_attention_does_not_know_is_an_error(name, bounds):
+def test_what_packed_attention_does_not_know_is_an_error(name, packed):
     query, key, value = attention_inputs(4)
+    row = PackedRow([0, 4], None, CPU) if packed else None
     arguments = {"position_ids": torch.arange(4), "use_cache": False, name: torch.ones(4)}
     with pytest.raises(ModelError, match=f"passes {name} to its attention") as caught:
-        packed_attention(
-            torch.nn.Module(), query, key, value, None, sequence_bounds=bounds, **arguments
-        )
+        packed_attention(torch.nn.Module(), query, key, value, None, packed_row=row, **arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -247,8 +248,8 @@ def sixteen_bits_only(module, query, key, value, mask, *, position_ids, **argume
         raise RuntimeError("FlashAttention only supports fp16 and bf16 data type")
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     rows = (x.to(dtype) for x in (query, key, value))
-    bounds = [*starts, position_ids.shape[1]]
-    return packed_attention(module, *rows, None, sequence_bounds=bounds, **arguments)
+    row = PackedRow([*starts, position_ids.shape[1]], None, CPU)
+    return packed_attention(module, *rows, None, packed_row=row, **arguments)
 
 
 def test_a_policy_in_32_bits_is_checked_with_kernels_that_take_16(tiny_models):
@@ -281,9 +282,9 @@ def test_the_context_by_any_name(model_type, options, length):
 def test_attention_that_sees_the_sequence_before_is_refused(tiny_models, dtype):
     """Also where the rounding of 16 bits leaves room."""
 
-    def leaks(module, query, key, value, mask, *, sequence_bounds=None, **arguments):
-        bounds = [0, query.shape[2]]
-        return packed_attention(module, query, key, value, None, sequence_bounds=bounds)
+    def leaks(module, query, key, value, mask, *, packed_row=None, **arguments):
+        row = PackedRow([0, query.shape[2]], None, CPU)
+        return packed_attention(module, query, key, value, None, packed_row=row)
 
     AttentionInterface.register("leaks", leaks)
     with pytest.raises(ModelError, match="computes something else in packed sequences"):

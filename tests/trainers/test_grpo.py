@@ -13,11 +13,13 @@ import torch
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, DataError
+from rewards.groups import group_advantages
+from rewards.length import length_reward
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.trajectory import Trajectory
 from trainers.core.policy import load_policy
 from trainers.core.teacher import Reference
-from trainers.grpo import GRPO, group_advantages, length_reward
+from trainers.grpo import GRPO
 from trainers.losses import Loss, k3
 from trainers.modes import reading_mode
 from trainers.prepare import prepare

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from recipes.compose import compose
 from recipes.errors import ConfigError, ModelError
+from rewards.groups import group_advantages
 from rewards.streaming import score_stages
 from rollouts.streaming.tokens import Protocol
 from rollouts.trajectory import Trajectory
-from trainers.grpo import group_advantages
 from trainers.hrpo import HRPO
 from trainers.losses import Loss
 from trainers.modes import reading_mode

@@ -22,7 +22,8 @@ def scored(example, text, verifier):
     mode = reading_mode(compose(PLAIN))
     tokenizer = SimpleNamespace(decode=lambda ids: text)
     trajectory = Trajectory(0, 0, [9], [1, 2], "stop")
-    mode.score(trajectory, Prompt(0, (9,), "", example), tokenizer, verifier)
+    run = SimpleNamespace(tokenizer=tokenizer, verifier=verifier)
+    mode.score_all(run, [Prompt(0, (9,), "", example)], [trajectory])
     return trajectory
 
 

@@ -88,45 +88,6 @@ def test_packed_layouts_equal_separate_forwards(tiny_models, implementation):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_sequences_of_one_length_together_are_each_alone(window, masked):
-    torch.manual_seed(0)
-    lengths = [7, 7, 7, 5, 5, 3, 7, 1, 1]
-    bounds = np.cumsum([0, *lengths]).tolist()
-    query, (key, value) = torch.randn(1, 4, bounds[-1], 8), torch.randn(2, 1, 2, bounds[-1], 8)
-    masks = [None] * len(lengths)
-    if masked:
-        masks[2] = torch.ones(7, 7, dtype=torch.bool)
-        masks[3] = torch.eye(5, dtype=torch.bool)
-    found, _ = attention.packed_attention(
-        torch.nn.Module(),
-        query,
-        key,
-        value,
-        None,
-        sliding_window=window,
-        sequence_bounds=bounds,
-        sequence_masks=masks,
-    )
-    for start, end, mask in zip(bounds, bounds[1:], masks):
-        place = torch.arange(end - start)
-        distance = place[:, None] - place
-        sees = distance >= 0 if mask is None else mask
-        if window and end - start > window:
-            sees = (distance >= 0) & (distance < window)
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=sees,
-            enable_gqa=True,
-        )
-        torch.testing.assert_close(
-            found[:, start:end], expected.transpose(1, 2), atol=1e-6, rtol=1e-5
-        )
-
-
 def test_the_block_mask_skips_what_nothing_sees():
     layouts = [grouped([200, 200, 100], [150, 150]), Layout(300), read_first(256, 128)]
     bounds = np.cumsum([0] + [layout.length for layout in layouts]).tolist()
@@ -164,12 +125,11 @@ def test_plain_rows_keep_their_path(tiny_models):
     made = trajectories()
     batch = pack(made, [2, 2], CPU)
     weight = torch.zeros(1)
-    assert attention.arguments("packed", batch.bounds, batch.layouts, weight) == {
-        "sequence_bounds": [0, 17, 34]
-    }
+    row = attention.arguments("packed", batch.bounds, batch.layouts, weight)["packed_row"]
+    assert row.bounds == [0, 17, 34] and row.masks == [None, None]
     assert attention.arguments("sdpa", batch.bounds, batch.layouts, weight) == {}
     mixed = pack(made, [0, 2], CPU)
-    masks = attention.arguments("packed", mixed.bounds, mixed.layouts, weight)["sequence_masks"]
+    masks = attention.arguments("packed", mixed.bounds, mixed.layouts, weight)["packed_row"].masks
     assert masks[0].shape == (20, 20) and masks[1] is None  # its own length, never the row's
     assert empty_like(mixed).layouts is mixed.layouts
 
@@ -351,5 +311,6 @@ def test_only_the_deep_segment_is_judged():
     prompt = Prompt(0, (9,), "", Example(0, [], answer="Six"))
     trajectory = Trajectory(0, 0, [9], [1, 2, 3, 2], "stop", slots=np.array([0, 0, 1, 1]))
     mode = reading_mode(compose(["recipe=streaming_sft"]))
-    mode.score(trajectory, prompt, tokenizer, lambda text, answer: float(text == answer))
+    run = SimpleNamespace(tokenizer=tokenizer, verifier=lambda text, answer: text == answer)
+    mode.score_all(run, [prompt], [trajectory])
     assert trajectory.score == 1 and trajectory.completion == "Five . Six"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from recipes.errors import AnnotationError
 from rollouts.layout import Layout
 from rollouts.trajectory import Annotations, Trajectory
 
@@ -113,7 +114,11 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 def pack(
     trajectories: Sequence[Trajectory], members: Sequence[int], device: torch.device
 ) -> MicroBatch:
-    """Lay the trajectories at `members` end to end. All must carry the same annotations."""
+    """Lay the trajectories at `members` end to end. All must carry the same annotations.
+
+    Raises:
+        AnnotationError: one does not have an entry per completion token.
+    """
     ids, positions, rows, targets = [], [], [], []
     start, bounds = 0, [0]
     packed = [trajectories[member] for member in members]
@@ -162,6 +167,13 @@ def _annotations(
 ) -> dict[str, torch.Tensor]:
     annotations = {}
     for name in trajectories[0].annotations if trajectories else ():
+        for trajectory in trajectories:
+            entries, tokens = len(trajectory.annotations[name]), len(trajectory.completion_ids)
+            if entries != tokens:
+                raise AnnotationError(
+                    f"prompt {trajectory.prompt_index}: annotation '{name}' has {entries} entries "
+                    f"for {tokens} completion tokens"
+                )
         values = np.concatenate([trajectory.annotations[name] for trajectory in trajectories])
         annotations[name] = torch.from_numpy(values).to(device)
     return annotations

@@ -8,6 +8,7 @@ get the merged weights. Without its adapters the policy is the model that the ru
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def add_adapters(model: nn.Module, options, train_embeddings: bool = False) -> N
     from peft import inject_adapter_in_model
 
     try:
-        inject_adapter_in_model(_peft_config(options), model, ADAPTER)
+        with warnings.catch_warnings():
+            # peft says so of GPT-2's layers, whose weights are transposed, and then does it.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False .* to True")
+            inject_adapter_in_model(_peft_config(options), model, ADAPTER)
     except ValueError as error:
         raise ConfigError(f"{_targets(options)}: {first_line(error)}") from error
     _check_layers(model, options)

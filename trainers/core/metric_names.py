@@ -15,15 +15,20 @@ DISTILLING = "steps of recipes with a teacher or self-distillation"
 TAUGHT = "steps of recipes with a teacher"
 TOKEN_REWARDS = "steps of recipes with a reward or an advantage per token"
 ALL_REWARDS = f"{TOKEN_REWARDS}, and of on-policy SFT"
-GROUPS = "steps of recipes with group advantages: GRPO and AdaSR"
+TEACHER_REWARDS = "steps of recipes with a teacher and objective=policy_gradient"
+SELECTING = "steps of recipes with reward.select"
+MIXED = "steps of recipes with a teacher and reward.task_weight above 0"
+GROUPS = "steps of recipes with group advantages: GRPO, AdaSR, reward.task_weight above 0"
 MINIBATCHES = "steps of GRPO and AdaSR with train.minibatches above 1"
 REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
 FILTERING = "steps of on-policy SFT"
+SLOW_STEPS = "steps in which there were some"
 ADASR = "steps of AdaSR"
 PROACTIVE = "steps of ProactiveLLM"
 EVERY_EVALUATION = "every evaluation"
 STREAMING_EVALUATION = "evaluations of streaming models"
 SIMULTANEOUS_EVALUATION = "evaluations of simultaneous models"
+SLOW_EVALUATIONS = "evaluations in which there were some"
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,29 @@ METRICS: dict[str, Metric] = {
         "The verifier's mean score of the completions; absent where no prompt has an answer.",
         SAMPLING,
     ),
+    "reward/timeouts": Metric(
+        "completions",
+        "Completions that count as wrong, or as less right, as their check did not end in time.",
+        SLOW_STEPS,
+    ),
     "reward/equal_groups_frac": Metric(
         "share",
         "Prompts whose completions all have the same reward, and so no advantage.",
         GROUPS,
+    ),
+    "reward/dead_frac": Metric(
+        "share",
+        "Unmasked tokens whose token reward is exactly 0, as where both probabilities underflow.",
+        TEACHER_REWARDS,
+    ),
+    "reward/selected_frac": Metric(
+        "share", "Tokens that learn, of those that could be selected.", SELECTING
+    ),
+    "reward/teacher_mean": Metric(
+        "the reward's", "Mean weighted token reward, without the verifier's part.", MIXED
+    ),
+    "reward/task_abs_mean": Metric(
+        "the reward's", "Mean size of the verifier's weighted advantage, over tokens.", MIXED
     ),
     "reward/format": Metric(
         "share", "Mean product of the format scores of the streaming and the deep part.", ADASR
@@ -169,6 +193,11 @@ METRICS: dict[str, Metric] = {
         "Divergence from the teacher: the objective's own, or the mean of log q - log p.",
         DISTILLING,
     ),
+    "teacher/tv": Metric(
+        "share",
+        "Total variation of student and teacher, its unbiased estimate: mean of max(0, 1 - p/q).",
+        TAUGHT,
+    ),
     "teacher/agreement": Metric(
         "share", "Sampled tokens that are the teacher's most likely one.", TAUGHT
     ),
@@ -218,6 +247,9 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/<data>/efficiency": Metric(
         "% per token", "100 times avg@k over length_mean.", EVERY_EVALUATION
+    ),
+    "eval/<data>/timeouts": Metric(
+        "completions", "As reward/timeouts, of the evaluation's completions.", SLOW_EVALUATIONS
     ),
     "eval/<data>/streaming_length_mean": Metric(
         "tokens",

@@ -91,13 +91,16 @@ class TokenStats:
 
     def _add_teacher(self, trajectory: Trajectory, output: Mapping[str, np.ndarray]) -> None:
         annotations = trajectory.annotations
-        mask = annotations["mask"]
+        counted = compared_tokens(trajectory)
         teacher = annotations["teacher_logprobs"].astype(np.float64)
         # The log-ratio of a sampled token estimates the reverse KL, where it is not computed.
-        kl = output["divergence"] if "divergence" in output else output["logprobs"] - teacher
+        if "divergence" in output:
+            kl = output["divergence"]
+        else:
+            kl = compared_logprobs(trajectory, output) - teacher
         likely = annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
         agrees = teacher >= likely
-        self._add("teacher", mask.sum(), kl[mask].sum(), agrees[mask].sum())
+        self._add("teacher", counted.sum(), kl[counted].sum(), agrees[counted].sum())
 
     def _add_rewards(self, rewards: np.ndarray, mask: np.ndarray) -> None:
         unmasked = rewards[mask]
@@ -159,6 +162,28 @@ class TokenStats:
         }
 
 
+def compared_tokens(trajectory: Trajectory) -> np.ndarray:
+    """[T] bool: the tokens on which student and teacher are compared.
+
+    They are the unmasked ones, with those that were not selected to learn from.
+    """
+    annotations = trajectory.annotations
+    if trajectory.padding:
+        return annotations["mask"]
+    return annotations.get("candidates", annotations["mask"])
+
+
+def compared_logprobs(trajectory: Trajectory, output: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T] nats, the student's log-probs of these tokens.
+
+    Args:
+        trajectory: annotated.
+        output: the loss's per-token arrays, which have nothing for tokens that do not learn.
+    """
+    selected = "candidates" in trajectory.annotations
+    return trajectory.annotations["student_logprobs"] if selected else output["logprobs"]
+
+
 def _mismatch_metrics(
     count: float, gap: float, kl: float, ratio: float, squares: float
 ) -> dict[str, float | list]:
@@ -201,6 +226,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         `rollout/truncated_frac`: the share that was cut at the limit;
         `reward/accuracy`: the verifier's mean score, where there are scores;
         `rollout/efficiency`: that in % per token;
+        `reward/timeouts`: completions whose verifier did not end in time, if there are any;
         `reward/{mean,std,min,max}`: of the rewards of whole completions, where there are any.
     """
     length = float(np.mean([t.sampled_mask.sum() for t in trajectories]))
@@ -211,6 +237,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         accuracy = float(np.mean(scores))
         row["reward/accuracy"] = accuracy
         row["rollout/efficiency"] = 100 * accuracy / length
+    if timeouts := sum(t.timed_out for t in trajectories):
+        row["reward/timeouts"] = timeouts
     rewards = [t.reward for t in trajectories if t.reward is not None]
     if rewards:
         for name in ("mean", "std", "min", "max"):

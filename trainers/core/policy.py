@@ -14,7 +14,12 @@ from recipes.embedded import known_names, model_folder
 from recipes.errors import ModelError, first_line
 from recipes.registry import nearest
 from rollouts.layout import Layout, check_layouts
-from rollouts.pretrained import caps_attention, drop_unused_sampling
+from rollouts.pretrained import (
+    caps_attention,
+    drop_unused_sampling,
+    load_model,
+    needs_own_code,
+)
 from trainers.core import attention
 
 DTYPES = {
@@ -25,6 +30,8 @@ DTYPES = {
 }
 
 
+# In a config's `auto_map`: the class that comes with the model.
+AUTO_CLASS = "AutoModelForCausalLM"
 # A logit so low that its probability is exactly 0. It is finite, so that 0 times it is 0.
 NEVER = -1e4
 
@@ -110,25 +117,24 @@ class Policy(nn.Module):
         hidden = self.model.base_model(input_ids=second, use_cache=False).last_hidden_state
         self.model.set_attn_implementation(implementation)
         row = torch.cat([first, second], 1), torch.cat([places, places], 1)
-        # The flash kernels take 16 bits only; these weights are cast later.
-        sixteen_bits = implementation.startswith("flash") and hidden.dtype == torch.float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=sixteen_bits):
-            packed = self._states(*row, [0, 8, 16])
-        self.train(training)
         name = type(self.model).__name__
         exact = hidden.dtype in (torch.float32, torch.float64)
         if not _close(self._logits(hidden), logits, 1e-4 if exact else 2e-2):
             raise ModelError(
                 f"{name} does more than a linear head after its last hidden state; not supported"
             )
-        # The rounding of 16 bits adds up over the layers: 0.05 in a model of 30. Seeing another
-        # sequence makes 1.3 there.
-        if not _close(packed[8:], hidden[0], 1e-3 if exact and not sixteen_bits else 0.3):
-            raise ModelError(
-                f"{name} computes something else in packed sequences with "
-                f"model.attn_implementation={implementation} than in single ones with eager; "
-                "try another one"
-            )
+        for cast in attention.casts(implementation, hidden):
+            with torch.autocast(device.type, torch.bfloat16, enabled=cast):
+                packed = self._states(*row, [0, 8, 16])
+            # The rounding of 16 bits adds up over the layers: 0.05 in a model of 30. Seeing another
+            # sequence makes 1.3 there.
+            if not _close(packed[8:], hidden[0], 1e-3 if exact and not cast else 0.3):
+                raise ModelError(
+                    f"{name} computes something else in packed sequences with "
+                    f"model.attn_implementation={implementation} than in single ones with eager; "
+                    "try another one"
+                )
+        self.train(training)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the kernels make of the head, as a whole: logits [..., V] of hidden states."""
@@ -151,7 +157,10 @@ class Policy(nn.Module):
 
         training = self.training
         self.eval()
-        check_layouts(self.model, states)
+        weight = self.head.weight
+        for cast in attention.casts(self.model.config._attn_implementation, weight):
+            with torch.autocast(weight.device.type, torch.bfloat16, enabled=cast):
+                check_layouts(self.model, states)
         self.train(training)
 
     def _states(
@@ -254,6 +263,7 @@ def load_policy(
     embed: Callable | None = None,
     missing: Sequence[int] = (),
     adapt: Callable[[nn.Module], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
     """Load a model folder or hub name.
 
@@ -266,21 +276,16 @@ def load_policy(
         embed: makes input embeddings of sources that are no text.
         missing: ids that are no tokens; they get a probability of 0.
         adapt: changes the loaded model in place, as LoRA does.
+        trust_remote_code: run the code that comes with the model, if it needs it.
 
     Raises:
         ModelError: the model cannot be loaded, does not keep to the masks of a layout, or cannot
             leave out an id.
     """
-    from transformers import AutoModelForCausalLM
-
     attention.register()
-    path = model_folder(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    model = load_model(
+        path, trust_remote_code, dtype=dtype, attn_implementation=attn_implementation
+    )
     drop_unused_sampling(model)
     model = model.to(device)
     if adapt is not None:
@@ -292,19 +297,21 @@ def load_policy(
     return policy
 
 
-def check_model(key: str, path: str):
+def check_model(key: str, path: str, trust_remote_code: bool = False):
     """The tokenizer and config of a model, before any weight is read.
 
     Args:
         key: the config key that names the model.
         path: its value, a folder or hub name.
+        trust_remote_code: run the code that comes with the model, if it needs it.
 
     Returns:
         (tokenizer, config). The tokenizer's `stop_ids` are its end token and those of the model's
         two configs.
 
     Raises:
-        ModelError: there is no such folder or hub model, or no end token. The message names `key`.
+        ModelError: there is no such folder or hub model, it needs code of its own that is not
+            trusted, or it has no end token. The message names `key`.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -314,9 +321,12 @@ def check_model(key: str, path: str):
         hint = "" if "/" in path else nearest(path, known_names())
         raise ModelError(f"{key}={path}: no such folder{hint}")
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        # Without a value, transformers asks on a terminal whether to run the code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_own_code(key, path) from error
         where = (
             "is not a model folder"
             if local.is_dir()
@@ -337,7 +347,9 @@ def check_model(key: str, path: str):
     return tokenizer, config
 
 
-def check_architecture(key: str, path: str, config, attn_implementation: str) -> None:
+def check_architecture(
+    key: str, path: str, config, attn_implementation: str, trust_remote_code: bool = False
+) -> None:
     """Refuse by its config a model that could not be trained rightly, before any weight is read.
 
     Args:
@@ -345,23 +357,24 @@ def check_architecture(key: str, path: str, config, attn_implementation: str) ->
         path: its value, for the message.
         config: the model's.
         attn_implementation: `model.attn_implementation`.
+        trust_remote_code: the model's own class counts, if it comes with one.
 
     Raises:
-        ModelError: the model reads more than text, is no causal language model of transformers,
-            keeps a state besides keys and values, or computes its attention in its own way.
+        ModelError: the model reads more than text, is no causal language model, needs code of its
+            own that is not trusted, keeps a state besides keys and values, or computes its
+            attention in its own way.
     """
-    from transformers import AutoModelForCausalLM
-
-    classes = AutoModelForCausalLM._model_mapping
     text = config.get_text_config()
     if text is not config:
-        found = classes.get(type(text), None)
+        found = _model_class(path, text, False)
         hint = f"save its text model by itself, as {found.__name__}" if found else "not supported"
         raise ModelError(
             f"{key}={path}: {config.model_type} is a text model inside a larger one "
             f"(text_config); {hint}"
         )
-    model = classes.get(type(config), None)
+    model = _model_class(path, config, trust_remote_code)
+    if model is None and AUTO_CLASS in getattr(config, "auto_map", {}):
+        raise needs_own_code(key, path)
     if model is None:
         raise ModelError(f"{key}={path}: {config.model_type} is no causal language model")
     layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -385,6 +398,23 @@ def check_architecture(key: str, path: str, config, attn_implementation: str) ->
             f"{key}={path}: {config.model_type} caps its attention scores, which "
             "model.attn_implementation=sdpa cannot; use packed"
         )
+
+
+def _model_class(path: str, config, trust_remote_code: bool):
+    """The class of a causal language model by its config; None: there is none.
+
+    Args:
+        path: the model's folder or hub name, where code of its own is.
+        config: the model's.
+        trust_remote_code: that code may run.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    own = getattr(config, "auto_map", {}).get(AUTO_CLASS)
+    if trust_remote_code and own:
+        return get_class_from_dynamic_module(own, model_folder(path))
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str) -> None:

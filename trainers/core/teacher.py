@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,25 +13,28 @@ from trainers.core.batching import make_microbatches, pack, unpack
 from trainers.core.policy import DTYPES, load_policy
 from trainers.core.scoring import score_tokens
 
+# The value of `teacher.path` for a student that teaches itself.
+SELF = "self"
+
 
 class FrozenModel:
     """Runs over trajectories in packed micro-batches of the same token budget as the update's.
 
     Args:
-        path: a model folder or hub name.
-        dtype: a key of `DTYPES`.
+        model: the section of a config that names it: `model` or `teacher`.
         run: a `Run` (trainers/run.py) with its device.
     """
 
-    def __init__(self, path: str, dtype: str, run):
+    def __init__(self, model, run):
         self.config, self.device, self.vocab = run.config, run.device, run.vocab
         policy = load_policy(
-            path,
-            DTYPES[dtype],
+            model.path,
+            DTYPES[model.dtype],
             run.device,
             run.config.model.attn_implementation,
             masked=run.mode.masked,
             missing=run.missing,
+            trust_remote_code=model.trust_remote_code,
         )
         self.policy = policy.eval().requires_grad_(False)
 
@@ -69,10 +74,16 @@ class FrozenModel:
 
 
 class Teacher(FrozenModel):
-    """`teacher.path`."""
+    """`teacher.path`; for `self`, the weights that the run started from."""
 
     def __init__(self, run):
-        super().__init__(run.config.teacher.path, run.config.teacher.dtype, run)
+        super().__init__(teacher_section(run.config), run)
+        self.run = run
+
+    @property
+    def head(self):
+        """The teacher's head (weight [V, H_teacher])."""
+        return self.policy.head
 
     def annotate(self, trajectories: Sequence[Trajectory], hidden: bool = False) -> None:
         """Write `teacher_logprobs` and `teacher_max_logprobs` [T] (float32, nats).
@@ -82,18 +93,96 @@ class Teacher(FrozenModel):
             hidden: also write `teacher_hidden` [T, H_teacher] float32. The head makes the full
                 distribution of it, which is V/H times as large.
         """
+        score = scorer(self.run, hidden)
+        self.write(as_teacher_reads(self.run, trajectories), partial(score, self.head))
 
-        def values(states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
-            scored = self.score(states, batch.annotations["teacher_targets"])
-            annotations = {
-                "teacher_logprobs": scored.logprobs,
-                "teacher_max_logprobs": scored.max_logprob,
-            }
-            if hidden:
-                annotations["teacher_hidden"] = states.float()
-            return annotations
 
-        self.write(trajectories, values)
+class SelfTeacher:
+    """The trained policy itself: this step's weights, or those without LoRA's adapters.
+
+    It takes no memory of its own. It sees more than the policy does (`teacher.prompt`).
+
+    Args:
+        run: a `Run` whose policy is loaded.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.adapters = run.config.teacher.weights == "current"
+
+    @property
+    def head(self):
+        """The policy's head, which learns nothing as a teacher."""
+        return DetachedHead(self.run.policy_head)
+
+    def annotate(self, trajectories: Sequence[Trajectory], hidden: bool = False) -> None:
+        """As `Teacher.annotate`. A collective."""
+        read = as_teacher_reads(self.run, trajectories)
+        self.run.write_scores(read, scorer(self.run, hidden), self.adapters)
+
+
+class DetachedHead:
+    """A head as a constant. Its weight is looked up each time, as ZeRO-3 moves it about."""
+
+    def __init__(self, head):
+        self.of = head
+        self.softcap = head.softcap
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.of.weight.detach()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return None if self.of.bias is None else self.of.bias.detach()
+
+
+def make_teacher(run) -> Teacher | SelfTeacher:
+    """The teacher of a run whose policy is loaded."""
+    teacher = run.config.teacher
+    own = teacher.path == SELF and teacher.weights != "frozen"
+    return SelfTeacher(run) if own else Teacher(run)
+
+
+def teacher_section(config):
+    """The section `teacher`, which names the student's model where that teaches itself."""
+    teacher, model = config.teacher, config.model
+    if teacher.path != SELF:
+        return teacher
+    return replace(teacher, path=model.path, trust_remote_code=model.trust_remote_code)
+
+
+def as_teacher_reads(run, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories after the prompts that the teacher reads; annotations are shared.
+
+    The completion's ids are the student's. Their places differ by the difference of the prompts.
+    """
+    prompts = run.teacher_prompts
+    return [
+        replace(t, prompt_ids=list(prompts[t.prompt_index])) if prompts else t for t in trajectories
+    ]
+
+
+def scorer(run, hidden: bool) -> Callable:
+    """What maps a head, hidden states [T, H] and their `MicroBatch` to a teacher's annotations."""
+
+    def score(head, states: torch.Tensor, batch) -> dict[str, torch.Tensor]:
+        scored = score_tokens(
+            head,
+            states,
+            targets=batch.annotations["teacher_targets"],
+            temperature=run.config.rollout.temperature,
+            vocab=run.vocab,
+        )
+        annotations = {
+            "teacher_logprobs": scored.logprobs,
+            "teacher_max_logprobs": scored.max_logprob,
+        }
+        if hidden:
+            annotations["teacher_hidden"] = states.detach().float()
+        return annotations
+
+    return score
 
 
 class AdapterlessPolicy:
@@ -115,7 +204,7 @@ class Reference(FrozenModel):
     """The weights that a run started from, also after a resume: `model.path` in `model.dtype`."""
 
     def __init__(self, run):
-        super().__init__(run.config.model.path, run.config.model.dtype, run)
+        super().__init__(run.config.model, run)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Write `reference_logprobs` [T] (float32, nats), of the sampled tokens."""

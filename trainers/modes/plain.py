@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rewards.verification import verdicts
 from rollouts.data.chat import tokenize_prompts
 from rollouts.data.examples import Example, Prompt
 from rollouts.engines.base import Engine
@@ -94,6 +95,22 @@ class Plain:
             limits["vocab"], limits["missing"] = vocabulary(tokenizer)
         return Sampling(stop_ids=tuple(stop_ids), **limits)
 
+    def parity_sampling(self, run, max_new_tokens: int) -> Sampling:
+        """How the parity gate draws: at the temperature of training, but short, and of all tokens.
+
+        Args:
+            run: a `Run` with its tokenizer.
+            max_new_tokens: of a completion.
+        """
+        return self.sampling(
+            run.tokenizer,
+            run.stop_ids,
+            temperature=self.config.rollout.temperature,
+            max_new_tokens=max_new_tokens,
+            vocab=run.vocab,
+            missing=run.missing,
+        )
+
     def evaluation_sampling(self, run) -> Sampling:
         """How the completions of an evaluation are drawn. A collective where it calibrates.
 
@@ -113,30 +130,31 @@ class Plain:
 
     # Scores
 
-    def score(
-        self,
-        trajectory: Trajectory,
-        prompt: Prompt,
-        tokenizer,
-        verifier: Callable[[str, str], float] | None,
-    ) -> None:
+    def score_all(self, run, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
         """Write the texts and, where the example has an answer, the verifier's score.
 
         Of several right answers, the one that gives the best score counts.
-        """
-        trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
-        trajectory.completion = tokenizer.decode(self.text_ids(trajectory))
-        if trajectory.answer is not None and verifier is not None:
-            text = self.judged_text(trajectory, tokenizer)
-            answers = prompt.example.right_answers
-            trajectory.score = max(verifier(text, answer) for answer in answers)
 
-    def score_all(self, run, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
-        """`score` each trajectory of these prompts."""
+        Args:
+            run: a `Run` with its tokenizer and verifier.
+            prompts: those of the trajectories, and maybe others.
+            trajectories: a batch, whose slow comparisons share `reward.seconds_per_batch`.
+        """
         by_index = {prompt.index: prompt for prompt in prompts}
+        judged, questions = [], []
         for trajectory in trajectories:
             prompt = by_index[trajectory.prompt_index]
-            self.score(trajectory, prompt, run.tokenizer, run.verifier)
+            trajectory.prompt, trajectory.answer = prompt.text, prompt.example.answer
+            trajectory.completion = run.tokenizer.decode(self.text_ids(trajectory))
+            if trajectory.answer is not None and run.verifier is not None:
+                judged.append(trajectory)
+                text = self.judged_text(trajectory, run.tokenizer)
+                questions.append((text, prompt.example.right_answers))
+        if not judged:
+            return
+        seconds = self.config.reward.seconds_per_batch
+        for trajectory, verdict in zip(judged, verdicts(run.verifier, questions, seconds)):
+            trajectory.score, trajectory.timed_out = verdict
 
     def text_ids(self, trajectory: Trajectory) -> list[int]:
         """The completion's ids without the stop token, which is not text."""

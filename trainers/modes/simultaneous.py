@@ -19,6 +19,7 @@ from rollouts.simultaneous.decision import (
     DecisionHead,
     Recorder,
     SimultaneousSampling,
+    WaitK,
     character_starts,
     check_heads,
     spellings,
@@ -84,6 +85,10 @@ class Simultaneous(Plain):
     def starts(self, tokenizer) -> np.ndarray:
         """[V]: the tokens that begin a word, as the language of the targets has them."""
         return character_starts(tokenizer) if self.by_character else word_starts(tokenizer)
+
+    def parity_sampling(self, run, max_new_tokens: int) -> SimultaneousSampling:
+        """With a head that reads and writes by turns, and needs no calibration."""
+        return replace(super().parity_sampling(run, max_new_tokens), head=WaitK(2))
 
     def evaluation_sampling(self, run) -> SimultaneousSampling:
         sampling = super().evaluation_sampling(run)

@@ -1,0 +1,204 @@
+"""The stages of benchmarks/gpu.sh. Each runs in processes of its own, which may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "hydra-core"),
+    *("vllm", "wandb", "trl", "liger-kernel", "flash-attn", "pytest", "numpy"),
+)
+# Asked of the Python that runs the stages, with the packages that they see.
+DESCRIPTION = """
+import importlib.metadata, json, platform, sys
+import torch
+from benchmarks.kernels.report import environment
+found = environment(sys.argv[1], [])
+versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+for name in sys.argv[2:]:
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        versions[name] = None
+if sys.argv[1] == "cuda":
+    about = torch.cuda.get_device_properties(0)
+    found["memory_gib"] = round(about.total_memory / 2**30, 1)
+    found["capability"] = [about.major, about.minor]
+keys = ("device", "memory_gib", "capability", "cores", "threads", "gpu", "git_sha", "backend")
+print(json.dumps({key: found[key] for key in keys if key in found} | {"versions": versions}))
+"""
+METHODS = (
+    *("vanilla", "power", "power_full_vocabulary", "power_lora", "power_sdpa"),
+    *("power_torch_kernels", "streaming", "profile"),
+)
+KERNELS = {
+    True: "--tokens 24 --hidden 16 --vocab 300 --dtype fp32 --suite kl --quick --no-memory",
+    False: "--tokens 8192 --hidden 2048 --vocab 151936 --dtype bf16 --suite all",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given: device, size, seconds, a folder, and its processes' variables."""
+
+    device: str
+    quick: bool
+    seconds: float
+    work: Path
+    environment: dict[str, str]
+
+
+def describe(device: str, environment: dict[str, str]) -> dict:
+    """The device, the commit and the versions. Whatever goes wrong is told as the device."""
+    try:
+        done = start(["-c", DESCRIPTION, device, *PACKAGES], 120, environment)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (RuntimeError, IndexError, ValueError) as error:
+        return {"device": f"unknown: {last_lines(str(error))}"}
+
+
+def run_tests(job: Job) -> dict:
+    """The tests of the Triton kernels and of attention: how many passed, and which failed how."""
+    report, choice = job.work / "tests.xml", []
+    files = ["tests/kernels/test_triton_gpu.py", "tests/trainers/test_attention.py"]
+    if job.quick:
+        choice = ["-k", "test_cuda_graph or choose_the_kernel"]
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *choice]
+    done = start(["-m", "pytest", *files, *options], job.seconds, job.environment, fails=True)
+    if not report.exists():
+        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    counts, failed = Counter(), {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag: child for child in case}
+        kind = next((k for k in ("failure", "error", "skipped") if k in kinds), "passed")
+        counts[kind] += 1
+        if kind in ("failure", "error"):
+            failed[case.get("name")] = last_lines(kinds[kind].get("message", ""))
+    status = "failed" if failed else "passed"
+    return {"status": status, "counts": dict(counts), "failed": failed}
+
+
+def run_kernels(job: Job) -> dict:
+    """The kernels' bench: milliseconds, MiB and the ratio to naive torch, of each provider."""
+    out = job.work / "kernels.jsonl"
+    peers = (
+        "torch" if job.quick else ",".join(["torch", "compile", "torch-lce", *other_kernels(job)])
+    )
+    arguments = ["--device", job.device, *KERNELS[job.quick].split(), "--peers", peers]
+    # It keeps to its budget between rows; a row of its own may take a little longer.
+    budget = ["--budget-s", str(max(job.seconds - 20, 5)), "--out", str(out)]
+    done = start(
+        ["-m", "kernels.bench", *arguments, *budget], job.seconds, job.environment, fails=True
+    )
+    if not out.exists():
+        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    keys = ("kernel", "mask", "provider", "status", "reason", "ms_p50", "ratio", "temp_mib")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [{k: r[k] for k in keys if k in r} for r in records if r["type"] == "result"]
+    found = {"peers": peers, "rows": rows}
+    if done.returncode:
+        found |= {"status": "failed", "reason": last_lines(done.stderr)}
+    return found
+
+
+def other_kernels(job: Job) -> list[str]:
+    """The projects whose kernels are installed here; the bench would try to fetch the others."""
+    code = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+    names = {"trl": "trl", "liger_kernel": "liger"}
+    found = start(["-c", code, *names], 60, job.environment).stdout.split()
+    return [names[name] for name in found]
+
+
+def run_attention(job: Job) -> dict:
+    """Packed attention of 8,192 tokens in sequences of three lengths, each kernel beside eager."""
+    out = job.work / "attention.json"
+    size = "--tokens 128 --lengths 32 --dtypes float32 --rounds 1" if job.quick else "--rounds 10"
+    command = ["-m", "benchmarks.attention", "--device", job.device, *size.split()]
+    done = start([*command, "--out", str(out)], job.seconds, job.environment, fails=True)
+    if not out.exists():
+        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    found = {"rows": json.loads(out.read_text())}
+    if done.returncode:
+        found |= {"status": "failed", "reason": last_lines(done.stderr)}
+    return found
+
+
+def run_training(job: Job) -> dict:
+    """Steps of each method: tokens per second, memory, seconds by phase; and a step's operators."""
+    rows = train(job, METHODS, steps=2 if job.quick else 20)
+    failed = [row["method"] for row in rows if "reason" in row]
+    return {"rows": rows} | ({"status": "failed"} if failed else {})
+
+
+def train(job: Job, methods: tuple[str, ...], steps: int) -> list[dict]:
+    """Train with methods in turn, in one process. Where it dies, the next goes on in a new one."""
+    out = job.work / f"training-{methods[0]}.jsonl"
+    rows: list[dict] = []
+    end = monotonic() + job.seconds
+    while len(rows) < len(methods):
+        left = [method for method in methods if method not in {row["method"] for row in rows}]
+        if end - monotonic() < 5:
+            return rows + [{"method": method, "reason": "no time was left"} for method in left]
+        options = ["--device", job.device, "--steps", str(steps), "--work", str(job.work)]
+        options += ["--out", str(out), *(["--quick"] if job.quick else [])]
+        worker = ["-m", "benchmarks.gpu.training", *left, *options]
+        try:
+            done = start(worker, end - monotonic(), job.environment, fails=True)
+            said = last_lines(done.stdout + done.stderr)
+        except RuntimeError as error:
+            said = last_lines(str(error))
+        lines = out.read_text().splitlines() if out.exists() else []
+        if len(lines) < len(rows) + len(left):
+            died = left[len(lines) - len(rows)]
+            lines.append(json.dumps({"method": died, "reason": f"its process ended: {said}"}))
+            out.write_text("\n".join(lines) + "\n")
+        rows = [json.loads(line) for line in lines]
+    return rows
+
+
+def start(
+    arguments: list[str], seconds: float, environment: dict[str, str], fails: bool = False
+) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in the repository.
+
+    Args:
+        fails: a status that is not 0 is no error.
+
+    Raises:
+        RuntimeError: it failed, or was stopped after so many seconds.
+    """
+    variables = environment | {"PYTHONPATH": path_of(environment), "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode() + (error.stderr or b"").decode()
+        raise RuntimeError(f"stopped after {seconds:.0f} s: {last_lines(said)}") from None
+    if done.returncode and not fails:
+        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    return done
+
+
+def path_of(environment: dict[str, str]) -> str:
+    """PYTHONPATH with the repository first."""
+    return os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+
+
+def last_lines(text: str, most: int = 1500) -> str:
+    """The end of what a process said."""
+    return text.strip()[-most:]
