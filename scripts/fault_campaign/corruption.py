@@ -86,8 +86,8 @@ def _manifest(run: Path) -> list[str]:
         flip(path, place)
         try:
             checkpoint.verify(newest)
-            changed = path.read_text()[max(0, place - 12) : place + 8].strip()
-            found.append(f"{path.name}, byte {place}: …{changed}…")
+            changed = path.read_text()[max(0, place - 12) : place + 8].split()
+            found.append(f"{path.name}, byte {place}: …{' '.join(changed)}…")
         except CheckpointError:
             pass
         flip(path, place)
