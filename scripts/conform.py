@@ -44,8 +44,12 @@ def conform(arguments: list[str]) -> None:
     """
     values = key_values(arguments, SHORT_KEYS, module="scripts.conform")
     # torch takes a second to load; help does not need it.
+    import torch
+
     from trainers.conformance import report, suite
 
+    # The tensors are tiny: a second thread costs more than it does.
+    torch.set_num_threads(1)
     results, seconds = report.run_all(suite.chosen(values), lambda line: print(line, flush=True))
     total = report.summary(results, seconds)
     if any(result.difference for result in results):

@@ -52,9 +52,9 @@ def test_vllm_takes_a_family_and_its_weights(name, tokenizer, tmp_path):
     subject.vllm.close()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe"])
-def test_a_family_goes_through_the_whole_matrix(name, run_command, tmp_path):
-    found = tmp_path / "found.json"
+def test_a_family_goes_through_the_whole_matrix(run_command, tmp_path):
+    """The one with experts; 90 s. `python -m benchmarks.compatibility` has all families."""
+    name, found = "qwen3-moe", tmp_path / "found.json"
     done = run_command("-m", "benchmarks.compatibility", name, "--child", found, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(found.read_text())

@@ -192,8 +192,7 @@ def adapter_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         # vLLM seeds torch's generator as it starts, also at a resume.
         ("zero1", 0, "dora", "vllm", "float32", 0.2),
         ("zero2", 0, "lora", "hf", "bfloat16", 0),
-        ("zero3", 2, "lora", "hf", "float32", 0.2),
-        ("zero3", 2, "dora", "hf", "float32", 0),
+        ("zero3", 2, "dora", "hf", "float32", 0.2),
     ],
 )
 def test_a_run_its_checkpoint_and_its_resume(
