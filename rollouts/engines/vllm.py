@@ -113,11 +113,14 @@ class VllmEngine:
             # What is cached must not depend on what was drawn before a resume.
             self.llm.reset_prefix_cache()
         self._limit_vocabulary(sampling)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-            [self._params(request, sampling) for request in requests],
-            use_tqdm=False if on_finished is None else partial(_count, on_finished),
-        )
+        # vLLM draws from torch's own generator too, even where each request has a seed. That one is
+        # the trainer's: its dropout must not depend on what was sampled before a resume.
+        with torch.random.fork_rng(enabled=self.seeded):
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                [self._params(request, sampling) for request in requests],
+                use_tqdm=False if on_finished is None else partial(_count, on_finished),
+            )
         return [_trajectory(*pair) for pair in zip(requests, outputs)]
 
     def _params(self, request: Request, sampling: Sampling):

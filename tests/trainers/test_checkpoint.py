@@ -226,6 +226,13 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path):
         checkpoint.find(tmp_path)
 
 
+def changed(folder, old, new):
+    """One part of a manifest becomes another."""
+    manifest = folder / "manifest.json"
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -234,6 +241,9 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path):
         (lambda p: (p / "model" / "config.json").unlink(), "config.json is missing"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
+        (lambda p: changed(p, '"step": 2', '"step": 1'), "its own checksum differs"),
+        (lambda p: changed(p, '"form"', '"fork"'), "its own checksum differs"),
+        (lambda p: changed(p, '"checksum"', '"checksun"'), "its own checksum differs"),
     ],
 )
 def test_a_damaged_checkpoint_names_the_file(tmp_path, damage, message):

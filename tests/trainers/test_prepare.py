@@ -9,7 +9,7 @@ import torch
 from recipes.compose import compose, to_dict, to_yaml
 from recipes.errors import CheckpointError, ConfigError, DataError, ModelError, OnstreamError
 from rollouts.data.examples import Example
-from trainers.core.checkpoint import FORM
+from trainers.core.checkpoint import FORM, manifest_checksum
 from trainers.core.rundir import changed_keys
 from trainers.prepare import prepare
 
@@ -126,6 +126,7 @@ def saved(run, step, **about):
     folder = run / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
     manifest = {"form": FORM, "step": step, "ranks": 1, "lora": None, "files": {}} | about
+    manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

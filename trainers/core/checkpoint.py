@@ -12,7 +12,14 @@ from tqdm import tqdm
 
 from recipes.errors import CheckpointError, one_line
 from trainers.core import distributed, random_states
-from trainers.core.files import checksums, damage, flush, inside, write_together
+from trainers.core.files import (
+    checksums,
+    damage,
+    flush,
+    inside,
+    text_checksum,
+    write_together,
+)
 
 MANIFEST = "manifest.json"
 # Of the files; the manifests of older forms lack it.
@@ -133,7 +140,9 @@ def _finish(folder: Path, partial: Path, about: dict, by_rank: list[dict[str, li
         by_rank: each rank's files, with bytes and checksum.
     """
     files = {name: entry for listed in by_rank for name, entry in sorted(listed.items())}
-    (partial / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
+    manifest = {**about, "files": files}
+    manifest["checksum"] = manifest_checksum(manifest)
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     folders = [path for path in partial.rglob("*") if path.is_dir()]
     for path in (partial / MANIFEST, *folders, partial):
         flush(path)
@@ -228,6 +237,11 @@ def run_of(folder: Path) -> Path | None:
     return folder.parent.parent if inside else None
 
 
+def manifest_checksum(manifest: dict) -> str:
+    """Of what a manifest says, however it is written down."""
+    return text_checksum(json.dumps(manifest, sort_keys=True))
+
+
 def verify(folder: Path) -> dict:
     """Check a checkpoint's files before anything loads. A collective: each rank checks a share.
 
@@ -243,6 +257,10 @@ def verify(folder: Path) -> dict:
     manifest: dict = {}
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        checksum = manifest.pop("checksum", None)
+        # Older forms, which are refused later, have none.
+        if (checksum or "form" in manifest) and checksum != manifest_checksum(manifest):
+            raise ValueError("its own checksum differs, so it was changed")
         files, _ = manifest["files"], manifest["step"]
         by_size = sorted(files, key=lambda name: (files[name][0], name))
         own = by_size[distributed.rank() :: distributed.world_size()]

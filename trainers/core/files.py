@@ -37,6 +37,11 @@ def _checksum(path: Path) -> list:
     return [path.stat().st_size, digest]
 
 
+def text_checksum(text: str) -> str:
+    """The checksum of a text, as `checksums` has them of files."""
+    return hashlib.blake2b(text.encode()).hexdigest()[:32]
+
+
 def damage(folder: Path, listed: dict[str, list]) -> str:
     """What is wrong with files; an empty text: nothing.
 

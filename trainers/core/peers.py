@@ -26,7 +26,7 @@ LATE = 30.0
 # Seconds without the store after which rank 0, or torchrun, counts as gone.
 STORE_GONE = 30.0
 # Seconds that rank 0, which may hold the store, waits for the ends of the others.
-LEAVE = 60.0
+LEAVE = 30.0
 # At most so many ranks are named.
 NAMED = 8
 
