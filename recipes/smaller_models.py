@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.errors import ConfigError, ModelError, one_line
+from recipes.locks import turn
 from recipes.packaged_models import cache_folder, packaged_folder
 
 # Lists of a config with an entry per layer.
@@ -42,8 +43,6 @@ def smaller_folder(name: str) -> Path:
     Raises:
         ModelError: the whole model cannot be fetched, or the smaller one cannot be kept.
     """
-    from filelock import FileLock
-
     model = MODELS[name]
     whole = packaged_folder(model.whole)
     removed = "-".join(map(str, model.removed))
@@ -51,8 +50,7 @@ def smaller_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        # The system frees the lock with its process.
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with turn(folder.with_name(f".{folder.name}.lock"), f"another process that makes {name}"):
             if not folder.is_dir():
                 _write(whole, model.removed, folder)
     except OSError as error:

@@ -14,11 +14,12 @@ A run's report draws them. Training ends with the same sweep, for the heads in `
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from recipes.errors import ConfigError
-from scripts.cli import compose_values, key_values, launch, run_command
-from scripts.evaluate import SHORT_KEYS
+from scripts.cli import compose_values, key_values, launch, print_error, run_command
+from scripts.evaluate import SHORT_KEYS, load_run
 
 HEADS = "batch,wait_k,entropy"
 OWN_KEYS = {
@@ -50,7 +51,9 @@ def print_curves(arguments: list[str]) -> None:
         "proactive.curve": f"[{heads}]",
     }
     config = compose_values(defaults | values)
-    print(json.dumps(sweep(config, out)))
+    curves = sweep(config, out)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(curves))
 
 
 def sweep(config, out: str | None) -> dict:
@@ -63,17 +66,20 @@ def sweep(config, out: str | None) -> dict:
         OnstreamError: a head, the model or the data cannot be used.
     """
     from rollouts.simultaneous.decision import check_heads
+    from trainers.core import failures, watchdog
     from trainers.evaluation import evaluate
     from trainers.modes.curves import write_curves
-    from trainers.prepare import prepare_evaluation
 
     file = Path(out or default_file(Path(config.model.path).expanduser())).expanduser()
     if not file.parent.is_dir():
         raise ConfigError(f"out={file}: there is no folder {file.parent}; make it")
     check_heads(config.proactive)
-    run = prepare_evaluation(config)
-    curves = write_curves(run, config.proactive.curve, file, config.model.path, evaluate)
-    run.rollout.close()
+    with failures.watched(config.deadline, print_error):
+        with watchdog.phase("load"):
+            run = load_run(config)
+        with watchdog.phase("report"):
+            curves = write_curves(run, config.proactive.curve, file, config.model.path, evaluate)
+            run.rollout.close()
     return curves
 
 

@@ -11,7 +11,8 @@ All rows of a file are measured; `size` says otherwise. Of generated data, 400 p
 `max_new_tokens` says otherwise. What was dropped or shortened is said on stderr.
 
 The result is JSON on the last line of stdout. `data` is anything that `data.path` takes. Every
-other key of the config works too, as in `data.suffix='…'` or `rollout.batch_size=64`.
+other key of the config works too, as in `data.suffix='…'` or `rollout.batch_size=64`. Under
+`torchrun --nproc_per_node=N -m scripts.evaluate …` N ranks share the prompts.
 
 Without `mode`, the model reads the whole prompt and then answers. The modes are:
 
@@ -35,7 +36,7 @@ import sys
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from scripts.cli import compose_values, key_values, launch, run_command
+from scripts.cli import compose_values, key_values, launch, print_error, run_command
 
 SHORT_KEYS = {
     "model": "model.path",
@@ -75,10 +76,16 @@ def print_scores(arguments: list[str]) -> None:
     if mode == "simultaneous":
         defaults |= calibration_values(values)
     config = compose_values(defaults | values)
-    scores = evaluate_model(config, fit="rollout.max_new_tokens" not in values)
-    if mode is not None:
-        scores = {"mode": mode, **scores}
-    print(json.dumps(scores))
+    from trainers.core import failures, watchdog
+
+    fit = "rollout.max_new_tokens" not in values
+    with failures.watched(config.deadline, print_error) as dog:
+        with watchdog.phase("load"):
+            run = load_run(config, fit)
+        scores = evaluate_model(run)
+        if dog.shown:
+            about = {} if mode is None else {"mode": mode}
+            print(json.dumps(about | scores))
 
 
 def mode_defaults(mode: str | None, data: str) -> dict[str, str]:
@@ -114,20 +121,31 @@ def calibration_values(values: dict[str, str]) -> dict[str, str]:
     }
 
 
-def evaluate_model(config, fit: bool = False) -> dict:
-    """Load the model, sample and score; returns the scores and what they were measured on.
+def load_run(config, fit: bool = False):
+    """The model in a rollout engine, and the evaluation data, on this rank. A collective.
 
     Args:
         fit: lower the limit on new tokens to what the model's context leaves.
     """
-    from trainers.evaluation import evaluate
+    from trainers.core import distributed
     from trainers.prepare import prepare_evaluation
 
+    if distributed.world_size() > 1:
+        distributed.setup(config.deadline.longest())
     run = prepare_evaluation(config, fit=fit)
-    for message in run.messages:
-        print(message, file=sys.stderr)
+    if distributed.rank() == 0:
+        for message in run.messages:
+            print(message, file=sys.stderr)
+    return run
+
+
+def evaluate_model(run) -> dict:
+    """Sample and score; returns the scores and what they were measured on. A collective."""
+    from trainers.evaluation import evaluate
+
     scores, _ = evaluate(run)
     run.rollout.close()
+    config = run.config
     return {
         "model": config.model.path,
         "data": run.eval_name,

@@ -13,6 +13,7 @@ from rollouts.data.load import configured_examples
 from rollouts.trajectory import Sampling, Trajectory, sample_seed
 from trainers.core.distributed import gather, rank, shard_contiguous
 from trainers.core.progress import Progress
+from trainers.core.watchdog import during
 from trainers.modes.plain import make_requests
 from trainers.run import Run
 
@@ -74,6 +75,7 @@ def read_eval_prompts(run: Run, answered: bool = True) -> None:
         )
 
 
+@during("evaluate")
 def evaluate(
     run: Run, sampling: Sampling | None = None, what: str = "eval"
 ) -> tuple[dict[str, float], list[Trajectory]]:

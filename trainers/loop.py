@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 import kernels
 from recipes.embedded import model_folder
 from recipes.errors import TrainingError
-from rollouts.streaming.tokens import extend_model
 from rollouts.sync import sync_weights
 from rollouts.trajectory import Trajectory
-from trainers.core import checkpoint, distributed, lock
+from trainers.core import checkpoint, distributed, lock, random_states, watchdog
 from trainers.core.batching import (
     MicroBatch,
     empty_like,
@@ -38,6 +36,7 @@ from trainers.core.tracking import Tracker
 from trainers.evaluation import evaluate
 from trainers.parity import check_parity
 from trainers.run import Run
+from trainers.start_model import start_model
 
 
 class Loop:
@@ -49,14 +48,12 @@ class Loop:
 
     def __init__(self, run: Run):
         self.run = run
-        run.device = distributed.setup()
+        run.device = distributed.setup(run.config.deadline.longest())
         # The default run directory is named after the time, which each rank read for itself.
         run.place(distributed.gather(run.directory)[0])
         self.lock = lock.hold(run.directory)
         self.config = config = run.config
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        random_states.seed(config.seed)
         path = self.start_path = start_model(run)
         adapt = adapters(run)
         say(f"loading {config.model.path}")
@@ -74,7 +71,7 @@ class Loop:
         )
         self.engine = PolicyEngine(policy, config)
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, self.engine)
+            checkpoint.load_state(run.checkpoint, self.engine)
         if run.method.samples or run.eval_prompts:
             say(f"starting {config.rollout.engine}")
             engine = make_engine(config, run.device, self.engine.dtype, run.max_length, path)
@@ -88,9 +85,15 @@ class Loop:
             run.teacher = make_teacher(run)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
+        # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
+        random_states.seed(config.seed + distributed.rank())
+        if run.checkpoint is not None:
+            random_states.load(run.checkpoint)
         # Updates in a row that were skipped, as they were not finite.
         self.nonfinite = 0
+        self.tracker: Tracker | None = None
 
+    @watchdog.during("report")
     def fit(self) -> bool:
         """Train to `train.steps`, or to the step at which a signal asks for an end.
 
@@ -113,8 +116,9 @@ class Loop:
             tracker.say(check_parity(run, self.engine))
             if not self.trainer.samples and run.start and run.start < config.train.steps:
                 run.rollout.sleep()
-        if run.start == 0:
-            self.evaluate(0)
+        # A run that was killed as it evaluated has saved that step.
+        if run.start == 0 or tracker.lacks_evaluation(self.is_due(run.start, config.eval.every)):
+            self.evaluate(run.start)
         for step in range(run.start + 1, config.train.steps + 1):
             row, trajectories = self.step(step)
             tracker.step(row)
@@ -138,6 +142,7 @@ class Loop:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
+    @watchdog.during("report")
     def finish(self) -> None:
         """The method's own measurements when training is over; then the engine is closed."""
         try:
@@ -154,10 +159,11 @@ class Loop:
             its metrics, and the trajectories that this rank annotated or nobody learned from.
         """
         clock = Clock()
-        trajectories = self.trainer.draw(step - 1)
         samples = self.run.rollout is not None and self.trainer.samples
-        if samples:
-            self.run.rollout.sleep()
+        with watchdog.phase("rollout", step):
+            trajectories = self.trainer.draw(step - 1)
+            if samples:
+                self.run.rollout.sleep()
         clock.lap("rollout")
         shards = self.shards(trajectories)
         clock.lap("annotate")
@@ -166,8 +172,9 @@ class Loop:
         row = self.optimize(step, shards, stats) | stats.metrics()
         clock.lap("update")
         if samples:
-            self.run.rollout.wake()
-            self.sync(step)
+            with watchdog.phase("sync"):
+                self.run.rollout.wake()
+                self.sync(step)
         clock.lap("sync")
         tokens, elapsed = sum(t.length for t in trajectories), clock.elapsed()
         row |= {
@@ -182,6 +189,7 @@ class Loop:
         shown = [t for t in trajectories if "mask" in t.annotations or not self.trainer.keeps(t)]
         return {"step": step, **row}, shown
 
+    @watchdog.during("annotate")
     def shards(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
         """This rank's annotated part of the kept trajectories, for each update of the step.
 
@@ -203,6 +211,7 @@ class Loop:
                 trajectory.annotations["mask"] = np.zeros(length, dtype=bool)
         return shards
 
+    @watchdog.during("update")
     def optimize(
         self, step: int, shards: list[list[Trajectory]], stats: TokenStats
     ) -> dict[str, float]:
@@ -362,6 +371,7 @@ class Loop:
                 for member, array in zip(batch.members, arrays):
                     trajectories[member].annotations[name] = array
 
+    @watchdog.during("sync")
     def sync(self, step: int) -> None:
         """Bring the rollout engine to the trainer's weights, verified."""
         sync_weights(self.run.rollout, self.engine.weights, step)
@@ -383,6 +393,7 @@ class Loop:
         seconds = time.perf_counter() - started
         self.tracker.evaluation(step, scores, run.eval_name, seconds)
 
+    @watchdog.during("save")
     def save(self, step: int) -> None:
         """Write a checkpoint. A collective.
 
@@ -430,22 +441,7 @@ def say(text: str) -> None:
     """Print a line before there is a tracker, on rank 0."""
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def start_model(run: Run) -> str:
-    """`model.path`; or, where it lacks tokens, the folder RUN/start of a copy that has them.
-
-    A collective.
-    """
-    path = run.config.model.path
-    if not run.new_tokens:
-        return path
-    folder = run.directory / "start"
-    if distributed.rank() == 0:
-        trusted = run.config.model.trust_remote_code
-        extend_model(path, run.tokenizer, run.new_tokens, folder, trusted)
-    distributed.barrier()
-    return str(folder)
+        watchdog.heard()
 
 
 def absolute(path: str) -> str:

@@ -17,7 +17,6 @@ from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
 from rollouts.streaming.tokens import add_tokens
 from trainers.base import Trainer
-from trainers.core.distributed import world_size
 from trainers.core.operators import check_compiler
 from trainers.core.policy import (
     DTYPES,
@@ -25,13 +24,13 @@ from trainers.core.policy import (
     check_model,
     check_same_vocabulary,
 )
-from trainers.core.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.teacher import teacher_section
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
+from trainers.privileged import add_teacher_prompts, reads_another_prompt
 from trainers.run import Run
 
 
@@ -74,15 +73,8 @@ def prepare(config) -> Run:
 
 
 def resume_facts(config) -> dict[str, Any]:
-    """What must agree at a resume, by name: DeepSpeed's files have another form otherwise."""
-    return {
-        "ranks": world_size(),
-        "zero_stage": config.engine.zero_stage,
-        "lora": adapter_form(config.model.lora),
-        "model.dtype": config.model.dtype,
-        "engine.offload_optimizer": config.engine.offload_optimizer,
-        "engine.offload_params": config.engine.offload_params,
-    }
+    """What must agree at a resume, by name: which parameters there are."""
+    return {"lora": adapter_form(config.model.lora)}
 
 
 def adapter_form(options) -> str | None:

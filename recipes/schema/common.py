@@ -7,7 +7,7 @@ A step is one rollout batch. `train.minibatches` is the number of optimizer upda
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
@@ -318,6 +318,39 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DeadlineConfig:
+    """Minutes after which a phase is overdue. Then the run ends with the phase and a stack."""
+
+    load: float = key(
+        120.0, "Checks, fetching and loading models, starting the rollout engine.", above=0
+    )
+    rollout: float = key(240.0, "Sampling of a step.", above=0)
+    annotate: float = key(240.0, "Scores and rewards of a step's samples.", above=0)
+    update: float = key(240.0, "Optimizer updates of a step.", above=0)
+    sync: float = key(60.0, "Bringing the rollout engine to the trained weights.", above=0)
+    save: float = key(120.0, "Writing a checkpoint.", above=0)
+    evaluate: float = key(480.0, "One evaluation.", above=0)
+    report: float = key(
+        120.0, "Anything else: records, W&B, measurements after training, the report.", above=0
+    )
+    collective: float | None = key(
+        None,
+        "A collective, in which ranks wait for one another. null: as long as the longest phase.",
+        above=0,
+    )
+
+    def phases(self) -> dict[str, float]:
+        """The deadline of each phase, minutes."""
+        names = (entry.name for entry in fields(self) if entry.name != "collective")
+        return {name: getattr(self, name) for name in names}
+
+    def longest(self) -> float:
+        """The time that a collective may take, minutes. A phase is overdue before."""
+        # A rank that is overdue first says so, and leaves a minute for it.
+        return self.collective or max(self.phases().values()) + 1
+
+
+@dataclass(frozen=True)
 class Config:
     """The keys that every run reads. The configs of methods extend it."""
 
@@ -341,6 +374,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    deadline: DeadlineConfig = field(default_factory=DeadlineConfig)
 
 
 def check(config: Any) -> None:
@@ -364,6 +398,13 @@ def check(config: Any) -> None:
     if config.eval.samples is not None and config.eval.samples < config.eval.k:
         raise ConfigError(
             f"eval.samples={config.eval.samples} must be at least eval.k={config.eval.k}"
+        )
+    deadline = config.deadline
+    longest = max(deadline.phases().values())
+    if deadline.collective is not None and deadline.collective < longest:
+        raise ConfigError(
+            f"deadline.collective={deadline.collective:g} is less than a phase's deadline of "
+            f"{longest:g} minutes, in which ranks may wait for one another; raise it"
         )
     if config.engine.offload_params and config.engine.zero_stage != 3:
         raise ConfigError(

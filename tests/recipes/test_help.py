@@ -24,7 +24,9 @@ def test_it_lists_exactly_the_keys_that_the_run_reads(recipe):
 def test_it_shows_the_recipes_values_with_bounds_and_meaning():
     text = help_text(["recipe=opd", "train.steps=7"])
     assert "  train.steps=7  [whole number: 0 or more]\n      Number of steps.\n" in text
-    assert "  reward.token=log_ratio  [text: power, log_ratio, clip, tanh, zscore; or the" in text
+    assert (
+        "  reward.token=log_ratio\n      [text: power, log_ratio, clip, tanh, zscore, sign;" in text
+    )
     assert "  opd_clip             Baseline of the PowerOPD paper" in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -16,6 +16,7 @@ from scripts.cli import key_values, next_steps, run_command
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SCRIPTS_WITH_HELP = (
+    "compare_runs",
     "curves",
     "divergence",
     "evaluate",

@@ -29,10 +29,10 @@ class Writes:
         self.fail = fail
 
     def save_state(self, folder):
-        (folder / "state").mkdir()
-        (folder / "state" / "weights.pt").write_bytes(b"w" * 1000)
+        (folder / "weights.pt").write_bytes(b"w" * 1000)
         if self.fail:
             raise KeyboardInterrupt
+        return [folder / "weights.pt"]
 
     adapted = ()
 
@@ -41,7 +41,7 @@ class Writes:
         (folder / "config.json").write_text("{}")
 
 
-FACTS = {"ranks": 1, "zero_stage": 1}
+FACTS = {"lora": None}
 
 
 def save(run, step, **kwargs):
@@ -104,8 +104,7 @@ def small_files():
 
 class WritesTensors(Writes):
     def save_state(self, folder):
-        super().save_state(folder)
-        torch.save(torch.zeros(1_000_000), folder / "state" / "large.pt")
+        save_file({"weight": torch.zeros(1_000_000)}, folder / "large.safetensors")
 
 
 class WritesModel(Writes):
@@ -181,18 +180,36 @@ def test_files_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert flushed[-1] == str(folder.parent)
 
 
-def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, run_command, monkeypatch):
-    """Rank 0 reported a checkpoint without the other rank's part as saved."""
+@pytest.fixture
+def two_ranks(run_command, tmp_path, monkeypatch):
+    """What each of two ranks said of a save and of resumes."""
     monkeypatch.setenv("PYTHONPATH", str(WORKER.parents[2]))
-    for place in ("own", "shared"):
+
+    def run(place: str) -> list:
         done = run_command(WORKER, tmp_path, place, ranks=2)
         assert done.returncode == 0, done.stderr[-2000:]
-        said = {(tmp_path / f"said_{rank}").read_text() for rank in (0, 1)}
-        if place == "shared":
-            assert said == {"saved"}
-            continue
-        assert len(said) == 2 and all("of rank 1 is not where rank 0 writes" in t for t in said)
-        assert not any((tmp_path / "run_0" / "checkpoints").iterdir())
+        return [json.loads((tmp_path / f"said_{rank}").read_text()) for rank in (0, 1)]
+
+    return run
+
+
+def test_ranks_that_do_not_share_a_file_system_are_told_so(two_ranks, tmp_path):
+    """Rank 0 reported a checkpoint without the other rank's part as saved. A resume hung."""
+    for rank, (said, resumed) in enumerate(two_ranks("own")):
+        assert "of rank 1 is not where rank 0 writes" in said
+        assert not list((tmp_path / f"run_{rank}").glob("checkpoints/.*"))
+        assert resumed[0].startswith("rank 1 finds step_2 in ")
+        assert "rank 0 finds step_1; run.dir and resume must be the same folders" in resumed[0]
+
+
+def test_ranks_choose_a_checkpoint_together(two_ranks, tmp_path):
+    first, second = two_ranks("shared")
+    assert first == second
+    saved, whole, damaged = first
+    assert saved == "step_2" and whole[:2] == damaged[:2] == ["step_2", 2]
+    assert "step_4/state/part_1 is corrupt (its checksum differs); an earlier" in damaged[2][0]
+    listed = json.loads((tmp_path / "run/checkpoints/step_2/manifest.json").read_text())["files"]
+    assert sorted(listed) == ["random_0.json", "random_1.json", "state/part_0", "state/part_1"]
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
@@ -231,9 +248,9 @@ def check(folder, facts):
     checkpoint.check_facts(folder, checkpoint.verify(folder), facts)
 
 
-def test_another_number_of_ranks_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="was saved with ranks=1, this run has 2"):
-        check(save(tmp_path, 2), FACTS | {"ranks": 2})
+def test_other_parameters_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="was saved with lora=None, this run has lora of"):
+        check(save(tmp_path, 2), {"lora": "lora of rank 3"})
 
 
 def test_auto_without_a_run_directory_continues_the_newest_run_of_the_recipe(tmp_path):
@@ -283,8 +300,8 @@ def test_auto_takes_the_checkpoint_before_a_damaged_one(tmp_path):
     assert (point, start) == (first, 2)
     assert f"{second}/model/config.json is missing; an earlier one is taken" in messages[0]
     # Facts that differ are no damage.
-    with pytest.raises(CheckpointError, match="saved with ranks=1"):
-        chosen(f"run.dir={run}", "resume=auto", facts=FACTS | {"ranks": 2})
+    with pytest.raises(CheckpointError, match="saved with lora=None"):
+        chosen(f"run.dir={run}", "resume=auto", facts={"lora": "lora of rank 3"})
     (first / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="no other checkpoint of the run is whole"):
         chosen(f"run.dir={run}", "resume=auto")

@@ -186,17 +186,18 @@ def adapter_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "stage, ranks, kind, sampler, dtype",
+    "stage, ranks, kind, sampler, dtype, dropout",
     [
-        ("zero0", 0, "lora", "hf", "float32"),
-        ("zero1", 0, "dora", "vllm", "float32"),
-        ("zero2", 0, "lora", "hf", "bfloat16"),
-        ("zero3", 2, "lora", "hf", "float32"),
-        ("zero3", 2, "dora", "hf", "float32"),
+        ("zero0", 0, "lora", "hf", "float32", 0.2),
+        # vLLM seeds torch's generator as it starts, also at a resume.
+        ("zero1", 0, "dora", "vllm", "float32", 0.2),
+        ("zero2", 0, "lora", "hf", "bfloat16", 0),
+        ("zero3", 2, "lora", "hf", "float32", 0.2),
+        ("zero3", 2, "dora", "hf", "float32", 0),
     ],
 )
 def test_a_run_its_checkpoint_and_its_resume(
-    tiny_models, overrides, run_command, tmp_path, stage, ranks, kind, sampler, dtype
+    tiny_models, overrides, run_command, tmp_path, stage, ranks, kind, sampler, dtype, dropout
 ):
     keys = {
         "recipe": "opd",
@@ -204,6 +205,7 @@ def test_a_run_its_checkpoint_and_its_resume(
         "model__dtype": dtype,
         "model__lora__rank": 3,
         "model__lora__dora": str(kind == "dora").lower(),
+        "model__lora__dropout": dropout,
         "rollout__engine": sampler,
         "train__lr": 0.02,
         "train__warmup_steps": 0,
@@ -216,7 +218,8 @@ def test_a_run_its_checkpoint_and_its_resume(
     run = tmp_path / "run"
     rows = [row for row in read(run / "metrics.jsonl") if "train/loss" in row]
     gap = max(row["mismatch/logp_abs_mean"] for row in rows)
-    assert gap < (1e-5 if dtype == "float32" else 0.02)
+    # Dropout is on in updates alone.
+    assert dropout or gap < (1e-5 if dtype == "float32" else 0.02)
     first, last = (adapter_of(run / "checkpoints" / f"step_{step}") for step in (1, 3))
     assert any(not torch.equal(first[name], last[name]) for name in first)
     # What peft loads does what the merged folder does.

@@ -137,7 +137,8 @@ def test_trusted_code_trains_and_the_engine_sleeps_between_evaluations(
     assert type(again).__name__ == "OwnForCausalLM"
     evaluation = ["wake", "load", "generate"]
     log = (tmp_path / "log").read_text().split()
-    assert log == [*evaluation, "sleep", *evaluation, "sleep", *evaluation]
+    # The parity gate draws from the engine as it was loaded.
+    assert log == ["generate", *evaluation, "sleep", *evaluation, "sleep", *evaluation]
 
 
 def test_the_key_reaches_every_engine_and_script(keys, model, mark, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -199,20 +200,39 @@ def test_a_second_start_into_a_run_directory_names_the_first(overrides, run_comm
     assert lock.hold(run) is not None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_a_checkpoint_at_the_next_step(number, overrides, environment, tmp_path):
-    """It ended the process, and all steps were lost."""
-    keys = {"recipe": "sft", "train__steps": 100_000, "eval__every": -1}
+@pytest.mark.parametrize("number, ranks", [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
+def test_a_signal_to_a_rank_saves_a_checkpoint_at_the_next_step(
+    number, ranks, overrides, environment, tmp_path
+):
+    """It ended the process, and all steps were lost. Without torchrun, which would signal all."""
+    keys = {"recipe": "sft", "train__steps": 100_000, "eval__every": -1, "engine": "zero1"}
     command = [sys.executable, "train.py", *overrides(**keys)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = environment(ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables |= {"WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    for line in processes[0].stdout:
         if " 2/100000" in line:
-            process.send_signal(number)
+            processes[-1].send_signal(number)
             break
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, rest
+    rest, _ = processes[0].communicate(timeout=60)
+    assert [process.wait(timeout=60) for process in processes] == [143] * ranks, rest
     last = rows(tmp_path / "run")[-1]["step"]
     assert f"stopped by a signal after step {last}; continue with resume=auto" in rest
-    assert last < 50 and (tmp_path / f"run/checkpoints/step_{last}/manifest.json").is_file()
+    folder = tmp_path / f"run/checkpoints/step_{last}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert last < 50 and manifest["ranks"] == ranks
+    assert {name for name in manifest["files"] if name.startswith("state/")} == {
+        f"state/rank_{rank}_0.safetensors" for rank in range(ranks)
+    }

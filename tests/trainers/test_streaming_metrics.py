@@ -110,7 +110,7 @@ def test_by_hand(tokenizer, layout):
 
 
 @pytest.mark.parametrize("layout", ["grouped", "interleaved"])
-def test_the_speed_is_measured_once(tokenizer, streaming_model, layout):
+def test_the_speed_is_measured_once(tokenizer, streaming_model, layout, tmp_path):
     run, sampling = made(layout, tokenizer, f"model.path={streaming_model}", "eval.k=2")
     run.rollout = run.mode.wrap(make_engine(run.config, CPU, torch.float32, 256))
     started = time.perf_counter()
@@ -121,6 +121,10 @@ def test_the_speed_is_measured_once(tokenizer, streaming_model, layout):
     again, _ = evaluate(run)
     assert again == scores and len(trajectories) == 2
     assert decoding_speed(run.rollout, run.eval_prompts[0], sampling) != speed
+    # A resumed run takes it from the records of its first process.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval//seconds_per_token": 0.25}\n')
+    run.mode.seconds_per_token, run.directory, run.start = None, tmp_path, 3
+    assert evaluate(run)[0]["seconds_per_token"] == 0.25
 
 
 def test_the_record_shows_the_protocol_and_the_verifier_sees_the_deep_segment_alone(tokenizer):

@@ -7,9 +7,69 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from recipes.compose import compose
+from recipes.errors import CheckpointError, ConfigError
 from rollouts.trajectory import Trajectory
-from trainers.core.rundir import config_at
+from trainers.core import lock
+from trainers.core.rundir import config_at, recorded
 from trainers.core.tracking import Tracker, keep_through, write_config
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow past 20 kB: writes fail as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def tracker(run, start=0):
+    return Tracker(compose(["log.wandb=disabled"]), run, start, lambda scores: "")
+
+
+def test_a_run_directory_that_cannot_be_written_to_is_one_line(tmp_path):
+    """It was a traceback."""
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=f"run.dir={run} cannot be written to .*Not a directory"):
+        tracker(run)
+    assert "cannot be written to" in lock.acquire(run)[1]
+
+
+@pytest.mark.parametrize("points", [[], [2, 4]])
+def test_records_on_a_full_disk_are_one_line_with_the_last_checkpoint(
+    tmp_path, small_files, points
+):
+    """It was a traceback, in the midst of a run."""
+    for step in points:
+        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
+    records = tracker(tmp_path, start=4)
+    with pytest.raises(CheckpointError) as caught:
+        records.step({"step": 5, "time/step": 1, "train/loss": [0.5] * 10_000})
+    message = str(caught.value)
+    assert f"{tmp_path}/metrics.jsonl could not be written (" in message and "\n" not in message
+    last = f"the last checkpoint is {tmp_path}/checkpoints/step_4" if points else "no checkpoint"
+    assert f"{last}; make room, and continue with resume=auto" in message
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_missed(tmp_path):
+    """A resumed run lacked it: the step is saved before it is evaluated."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1}, {"step": 2}, {"step": 2, "eval/stories/avg@1": 1.0}, {"step": 3}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "ev')
+    assert tracker(tmp_path, start=3).lacks_evaluation(due=True)
+    assert not tracker(tmp_path, start=3).lacks_evaluation(due=False)
+    assert not tracker(tmp_path, start=2).lacks_evaluation(due=True)
+    # The records of a new run that starts from a checkpoint begin after it.
+    assert not tracker(tmp_path / "new", start=2).lacks_evaluation(due=True)
+
+
+def test_the_last_value_of_a_metric_is_found(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "speed": 1}\n{"step": 1, "speed": 2}\n{"step": 2}\n{"st')
+    assert recorded(tmp_path, "speed") == 2 and recorded(tmp_path, "other") is None
+    assert recorded(tmp_path / "none", "speed") is None
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c"])

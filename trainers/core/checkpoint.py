@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import itertools
 import json
-import os
-import random
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from recipes.errors import CheckpointError, one_line
-from trainers.core import distributed
+from trainers.core import distributed, random_states
+from trainers.core.files import checksums, damage, flush, inside, write_together
 
 MANIFEST = "manifest.json"
-# Facts that manifests of older versions lack.
-ADDED = ("model.dtype", "engine.offload_optimizer", "engine.offload_params")
-# What PyTorch, safetensors and tokenizers say of a file that cannot be written; none is an OSError.
-WRITE_ERROR = re.compile(r"os error \d+|basic_ios|unexpected pos|PytorchStreamWriter|iostream")
+# Of the files; the manifests of older forms lack it.
+FORM = 2
+# The folder of the optimizer's state.
+STATE = "state"
 STEP = re.compile(r"step_\d+")
 
 
 def save(
     run_dir: Path, step: int, engine, tokenizer, stop_ids, facts: dict, keep: int, base: str = ""
 ) -> Path:
-    """Write `checkpoints/step_N`: DeepSpeed's state, random states, the model, adapters.
+    """Write `checkpoints/step_N`: the optimizer's state, random states, the model, adapters.
 
     A collective. The folder gets its name only when every file is written and listed with its
     checksum. Older checkpoints beyond `keep` are removed after that.
@@ -49,38 +44,23 @@ def save(
         the checkpoint's folder.
 
     Raises:
-        CheckpointError: a file cannot be written, or rank 0 does not see the files of another rank.
+        CheckpointError: a rank cannot write a file, or rank 0 does not see one; on all ranks.
     """
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".{folder.name}.partial")
+    about = {"form": FORM, "step": step, "ranks": distributed.world_size(), **facts}
+    first = distributed.rank() == 0
     try:
-        if distributed.rank() == 0:
-            remove_leftovers(run_dir)
-            partial.mkdir(parents=True)
-        distributed.barrier()
-        engine.save_state(partial)
-        engine.save_model(partial / "model", tokenizer, stop_ids)
-        if engine.adapted:
-            engine.save_adapters(partial / "adapter", base)
-        torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
-        _check_shared(partial)
-        if distributed.rank() == 0:
-            manifest = {"step": step, **facts, "files": _checksums(partial)}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _flush(partial)
-            _discard(folder)
-            partial.rename(folder)
-            _flush_one(folder.parent)
+        write_together(folder, lambda: remove_leftovers(run_dir) if first else None)
+        files = _write(folder, partial, engine, tokenizer, stop_ids, base)
+        (listed,) = write_together(folder, lambda: _listed(files, partial))
+        by_rank = distributed.gather(listed)
+        _check_shared(partial, by_rank)
+        write_together(folder, lambda: _finish(folder, partial, about, by_rank) if first else None)
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    except Exception as error:
-        if not isinstance(error, OSError) and not WRITE_ERROR.search(str(error)):
-            raise
-        message = _write_failure(folder, error)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(message) from error
-    if distributed.rank() == 0:
+    if first:
         # Later ones stay: they are of another attempt, and the new one must not go for them.
         earlier = [path for path in complete(run_dir) if step_of(path) < step]
         for old in earlier[: len(earlier) - keep + 1]:
@@ -89,17 +69,49 @@ def save(
     return folder
 
 
-def _check_shared(folder: Path) -> None:
+def _write(folder: Path, partial: Path, engine, tokenizer, stop_ids, base: str) -> list[Path]:
+    """Write this rank's files of a checkpoint aside; returns them. A collective."""
+
+    def write_state() -> list[Path]:
+        (partial / STATE).mkdir(parents=True, exist_ok=True)
+        return engine.save_state(partial / STATE)
+
+    def write_model() -> list[Path]:
+        engine.save_model(partial / "model", tokenizer, stop_ids)
+        return inside(partial / "model") if distributed.rank() == 0 else []
+
+    def write_adapters() -> list[Path]:
+        if engine.adapted:
+            engine.save_adapters(partial / "adapter", base)
+        return inside(partial / "adapter") if distributed.rank() == 0 else []
+
+    def write_random() -> list[Path]:
+        return [random_states.save(partial)]
+
+    writes = (write_state, write_model, write_adapters, write_random)
+    return list(itertools.chain(*write_together(folder, *writes)))
+
+
+def _listed(files: list[Path], partial: Path) -> dict[str, list]:
+    """[bytes, checksum] of this rank's files, by their paths; now they are on the disk."""
+    for path in files:
+        flush(path)
+    return dict(zip((str(path.relative_to(partial)) for path in files), checksums(files)))
+
+
+def _check_shared(folder: Path, by_rank: list[dict[str, list]]) -> None:
     """See that the files of all ranks are in the folder that rank 0 completes. A collective.
+
+    Args:
+        folder: of the checkpoint.
+        by_rank: each rank's files, by their paths inside it.
 
     Raises:
         CheckpointError: rank 0 does not see a file, on any rank.
     """
-    own = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    # Once each rank has listed its files, all are written.
     absent = [
         (rank, name)
-        for rank, names in enumerate(distributed.gather(own))
+        for rank, names in enumerate(by_rank)
         for name in sorted(names)
         if not (folder / name).is_file()
     ]
@@ -109,6 +121,25 @@ def _check_shared(folder: Path) -> None:
             f"checkpoint file {folder / name} of rank {rank} is not where rank 0 writes; run.dir "
             "must be one folder for all ranks, on a file system that they share"
         )
+
+
+def _finish(folder: Path, partial: Path, about: dict, by_rank: list[dict[str, list]]) -> None:
+    """List all files in `manifest.json`, and give a checkpoint its name.
+
+    Args:
+        folder: the name.
+        partial: where the checkpoint was written.
+        about: what else the manifest says.
+        by_rank: each rank's files, with bytes and checksum.
+    """
+    files = {name: entry for listed in by_rank for name, entry in sorted(listed.items())}
+    (partial / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
+    folders = [path for path in partial.rglob("*") if path.is_dir()]
+    for path in (partial / MANIFEST, *folders, partial):
+        flush(path)
+    _discard(folder)
+    partial.rename(folder)
+    flush(folder.parent)
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -128,41 +159,6 @@ def _discard(folder: Path) -> None:
             shutil.rmtree(folder.rename(hidden))
     except OSError as error:
         tqdm.write(f"checkpoint {folder} could not be removed ({one_line(error)})")
-
-
-def _write_failure(folder: Path, error: Exception) -> str:
-    """The message of a checkpoint that could not be written: folder, reason, free space."""
-    there = next(path for path in folder.absolute().parents if path.exists())
-    disk = shutil.disk_usage(there)
-    return (
-        f"checkpoint {folder} could not be written ({one_line(error)}); the disk has "
-        f"{disk.free / 2**30:.2f} of {disk.total / 2**30:.2f} GiB free; make room, or "
-        "lower checkpoint.keep, and continue with resume=auto"
-    )
-
-
-def _flush(folder: Path) -> None:
-    """Write a folder's files and the folders themselves through to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot flush a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _checksums(folder: Path) -> dict[str, list]:
-    """[bytes, checksum] of every file, by its path inside the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -233,30 +229,28 @@ def run_of(folder: Path) -> Path | None:
 
 
 def verify(folder: Path) -> dict:
-    """Check a checkpoint's files before anything loads.
+    """Check a checkpoint's files before anything loads. A collective: each rank checks a share.
 
     Args:
         folder: the checkpoint's.
 
     Returns:
-        its manifest: `step`, the facts of its run, `files`.
+        its manifest: `step`, `ranks`, the facts of its run, `files`.
 
     Raises:
-        CheckpointError: a file is missing or changed; the message names it.
+        CheckpointError: a file is missing or changed, on all ranks; the message names it.
     """
+    manifest: dict = {}
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files, _ = manifest["files"], manifest["step"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder / MANIFEST} cannot be read ({one_line(error)})"
-        ) from error
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint file {path} is missing")
-        if path.stat().st_size != size or _digest(path) != digest:
-            raise CheckpointError(f"checkpoint file {path} is corrupt (its checksum differs)")
+        by_size = sorted(files, key=lambda name: (files[name][0], name))
+        own = by_size[distributed.rank() :: distributed.world_size()]
+        problem = damage(folder, {name: files[name] for name in own})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"checkpoint {folder / MANIFEST} cannot be read ({one_line(error)})"
+    if problems := list(filter(None, distributed.gather(problem))):
+        raise CheckpointError(problems[0])
     return manifest
 
 
@@ -266,14 +260,18 @@ def check_facts(folder: Path, manifest: dict, facts: dict) -> None:
     Args:
         folder: the checkpoint's.
         manifest: its own.
-        facts: what must agree, by name. One of `ADDED` may be absent from the manifest.
+        facts: what must agree, by name.
 
     Raises:
-        CheckpointError: a fact differs; the message names it.
+        CheckpointError: a fact differs; the message names it. Or the checkpoint is of an older
+            version, whose files could run code as they are read.
     """
+    if manifest.get("form") != FORM:
+        raise CheckpointError(
+            f"checkpoint {folder} was saved by another version of Onstream, in a form that this "
+            f"one does not read; train on from its weights with model.path={folder / 'model'}"
+        )
     for name, value in facts.items():
-        if name in ADDED and name not in manifest:
-            continue
         if manifest.get(name) != value:
             raise CheckpointError(
                 f"checkpoint {folder} was saved with {name}={manifest.get(name)}, this run has "
@@ -281,35 +279,6 @@ def check_facts(folder: Path, manifest: dict, facts: dict) -> None:
             )
 
 
-def load(folder: Path, engine) -> None:
-    """Restore parameters, optimizer and random states. A collective."""
-    engine.load_state(folder)
-    path = folder / f"random_{distributed.rank()}.pt"
-    # The states of `random` and NumPy are no tensors.
-    set_random_states(torch.load(path, weights_only=False))
-
-
-def random_states() -> dict:
-    """The state of every generator a run may draw from."""
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict) -> None:
-    """Restore what `random_states` returned."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+def load_state(folder: Path, engine) -> None:
+    """Restore the weights and the optimizer's state. A collective."""
+    engine.load_state(folder / STATE)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainers.core import lora, operators
+from trainers.core import lora, operators, state
 from trainers.core.distributed import gather, rank, world_size
 from trainers.core.policy import Policy
 
@@ -237,17 +237,17 @@ class PolicyEngine:
             tokenizer: goes into it.
             stop_ids: the end tokens that its generation config names.
         """
-        state = {}
+        tensors = {}
         for name, tensor in self.weights():
             if rank() == 0:
-                state[name] = tensor.to("cpu", copy=True)
+                tensors[name] = tensor.to("cpu", copy=True)
         if rank() == 0:
             model = self.policy.model
             model.generation_config.eos_token_id = list(stop_ids)
             if model.config.tie_word_embeddings:
                 # The embeddings' own entry holds a tied head.
-                state.pop(f"{self._head_name()}.weight", None)
-            model.save_pretrained(folder, state_dict=state)
+                tensors.pop(f"{self._head_name()}.weight", None)
+            model.save_pretrained(folder, state_dict=tensors)
             tokenizer.save_pretrained(folder)
 
     def save_adapters(self, folder: Path, base: str) -> None:
@@ -259,34 +259,32 @@ class PolicyEngine:
         """
         import deepspeed
 
-        model, state = self.policy.model, {}
+        model, tensors = self.policy.model, {}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=self.sharded):
             if rank() == 0:
-                state = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+                tensors = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
         if rank() == 0:
-            lora.save_adapters(folder, model, state, base)
+            lora.save_adapters(folder, model, tensors, base)
 
-    def save_state(self, folder: Path) -> None:
-        """Write the parameters that learn and the optimizer's state, each rank its part."""
-        self.engine.save_checkpoint(
-            str(folder),
-            tag="state",
-            save_latest=False,
-            exclude_frozen_parameters=bool(self.adapted),
-        )
+    def save_state(self, folder: Path) -> list[Path]:
+        """Write this rank's part of the parameters that learn and of AdamW's moments.
+
+        Args:
+            folder: an existing one.
+
+        Returns:
+            the files.
+        """
+        whole = self.config.engine.zero_stage == 0
+        return state.save(folder, self.policy, self.engine.optimizer, whole)
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, with the same number of ranks and the same ZeRO stage."""
-        self.engine.load_checkpoint(
-            str(folder),
-            tag="state",
-            load_lr_scheduler_states=False,
-            load_module_strict=not self.adapted,
-        )
-        # DeepSpeed restores the options of the run that saved. The config's own hold.
-        for group in self.engine.optimizer.param_groups:
-            group |= adam_options(self.config)
+        """Read what the ranks of a run wrote with `save_state`. A collective.
+
+        AdamW's options stay those of the config.
+        """
+        state.load(folder, self.policy, self.engine.optimizer)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Of a collective. Ranks may be far apart after an evaluation of long completions.
-TIMEOUT = timedelta(hours=4)
+from trainers.core import peers, watchdog
 
 
-def setup() -> torch.device:
+def setup(timeout: float = 240.0) -> torch.device:
     """Join the process group, and return this rank's device.
 
     Without torchrun it is a group of one rank, whose variables are written to the environment.
+
+    Args:
+        timeout: of a collective, minutes (`deadline.collective`).
     """
     if "RANK" not in os.environ:
         os.environ |= {
@@ -34,8 +36,17 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
     # DeepSpeed takes a group that is there; its own would have another timeout.
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout))
+        dog = watchdog.active()
+        if dog is not None and world_size() > 1:
+            peers.connect(dog, rank(), world_size())
     return device
+
+
+def setup_if_several() -> None:
+    """Join the process group under torchrun; one rank alone needs none to agree with itself."""
+    if world_size() > 1:
+        setup()
 
 
 def _free_port() -> int:
@@ -61,7 +72,8 @@ def world_size() -> int:
 def barrier() -> None:
     """Wait for all ranks. A collective."""
     if dist.is_initialized():
-        dist.barrier()
+        with watchdog.waiting("barrier"):
+            dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
@@ -73,7 +85,8 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with watchdog.waiting("gather"):
+        dist.all_gather_object(values, value)
     return values
 
 

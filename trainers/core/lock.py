@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from recipes.errors import ConfigError
+from recipes.errors import ConfigError, one_line
 from trainers.core import distributed
 
 
@@ -22,7 +22,7 @@ def hold(directory: Path):
         the lock of rank 0, which must be kept; None on other ranks.
 
     Raises:
-        ConfigError: another process has it; the message names it.
+        ConfigError: another process has it; the message names it. Or nothing can be written there.
     """
     lock, problem = acquire(directory) if distributed.rank() == 0 else (None, "")
     problem = distributed.gather(problem)[0]
@@ -32,16 +32,26 @@ def hold(directory: Path):
 
 
 def acquire(directory: Path):
-    """The lock, and an empty text; or None, and the line that names who has it."""
+    """The lock, and an empty text; or None, and the line that says who has it or what is wrong."""
     from filelock import FileLock, Timeout
 
-    directory.mkdir(parents=True, exist_ok=True)
     owner = directory / ".lock.owner"
     lock = FileLock(directory / ".lock")
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         return None, f"run.dir={directory}: {who} writes into it; wait, or name another directory"
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except OSError as error:
+        return None, cannot_write(directory, error)
     return lock, ""
+
+
+def cannot_write(directory: Path, error: OSError) -> str:
+    """The line that says why a run directory cannot be used."""
+    return (
+        f"run.dir={directory} cannot be written to ({one_line(error)}); make room or give access, "
+        "or name another directory"
+    )

@@ -8,7 +8,6 @@ later start would wait for ever.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shlex
 import shutil
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from recipes.errors import ConfigError
+from recipes.locks import try_acquire, wait
 
 Operator = TypeVar("Operator")
 # Seconds. A lock this old whose owner's processes cannot be seen is taken for abandoned.
 ABANDONED = 600
-# Seconds between two lines of a start that waits.
-SAY_EVERY = 20
 # Prints a line at once, also into a pipe.
 print_now = partial(print, flush=True)
 
@@ -66,6 +64,9 @@ def compile_once(
         name: DeepSpeed's name of the operator, as `cpu_adam`.
         load: compiles it, or loads what was compiled.
         say: takes a line for the user.
+
+    Raises:
+        OnstreamError: another process has had the lock for an hour.
     """
     from filelock import FileLock
     from torch.utils.cpp_extension import _get_build_directory
@@ -84,33 +85,6 @@ def compile_once(
         return load()
     finally:
         turn.release()
-
-
-def wait(ready: Callable[[], bool], what: str, say: Callable[[str], None]) -> None:
-    """Return when `ready()` is true. Until then say now and then what is waited for.
-
-    Args:
-        ready: is asked twice a second.
-        what: is waited for, in words.
-        say: takes a line for the user.
-    """
-    said = -math.inf
-    while not ready():
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
-            say(f"waiting for {what}")
-        time.sleep(0.5)
-
-
-def try_acquire(lock) -> bool:
-    """Take a FileLock if it is free; whether it was."""
-    from filelock import Timeout
-
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
 
 
 def is_free(lock: Path, say: Callable[[str], None]) -> bool:

@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from trainers.core import watchdog
+
 # Seconds between lines where there is no terminal.
 EVERY = 5.0
 
@@ -45,6 +47,8 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """Count more units as finished, and show it when it is time."""
         self.finished += count
+        # A line comes every few seconds, or the bar moves.
+        watchdog.heard()
         if self.bar is not None:
             self.bar.update(count)
         elif self.shown and time.monotonic() - self.said > EVERY and self.finished < self.total:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 from recipes.compose import flatten
 from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import OLD_VALUES
-from trainers.core import checkpoint
+from trainers.core import checkpoint, distributed
 
 # As in the default of run.dir.
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
@@ -26,7 +28,7 @@ UNREMARKED = ("resume", "run.dir", "dry_run")
 def run_directory(
     config, facts: dict[str, Any], messages: list[str]
 ) -> tuple[Path, Path | None, int]:
-    """Choose the run directory, and the checkpoint to continue from.
+    """Choose the run directory, and the checkpoint to continue from. A collective at a resume.
 
     `resume=auto` continues the run in `run.dir`. The default `run.dir` is named after the time, and
     so is always new; then it continues the newest run beside it that trains the same. A path
@@ -49,16 +51,19 @@ def run_directory(
     if config.resume is None:
         _check_unused(directory)
         return directory, None, 0
+    # The ranks share the checking of a checkpoint.
+    distributed.setup_if_several()
     if config.resume == "auto":
         if _is_default(directory):
-            directory = _same_run(directory, config, messages)
+            # Each rank read the time for itself.
+            directory = distributed.gather(_same_run(directory, config, messages))[0]
         point, manifest = _newest(directory, messages)
         if point is None:
             messages.append(f"resume  no checkpoint in {directory}: from the start")
             return directory, None, 0
         source: Path | None = directory
     else:
-        point = checkpoint.find(Path(config.resume).expanduser())
+        point = _named(Path(config.resume).expanduser())
         manifest = _verified(point)
         source = checkpoint.run_of(point)
         directory = _continued(source, directory)
@@ -67,6 +72,11 @@ def run_directory(
     if source is None or directory.resolve() != source.resolve():
         messages.append(f"resume  {directory} is a new run, whose records begin at {start + 1}")
     messages.append(f"resume  from {point}")
+    if manifest["ranks"] != distributed.world_size():
+        messages.append(
+            f"resume  {point.name} was saved by {manifest['ranks']} ranks, this run has "
+            f"{distributed.world_size()}: sums are rounded otherwise"
+        )
     if source is not None:
         for key in changed_keys(config_at(source, start), config):
             messages.append(f"resume  {key} differs from the run's config.yaml")
@@ -104,6 +114,38 @@ def _continued(source: Path | None, directory: Path) -> Path:
     return directory
 
 
+def _agreed(points: list[Path], where: Path) -> list[Path]:
+    """The checkpoints that a rank found, if each rank found the same. A collective.
+
+    Args:
+        points: this rank's.
+        where: where it looked.
+
+    Raises:
+        CheckpointError: ranks differ; on all of them.
+    """
+    found = distributed.gather([point.name for point in points])
+    for rank, names in enumerate(found):
+        if names != found[0]:
+            texts = [" and ".join(names) or "no checkpoint" for names in (names, found[0])]
+            raise CheckpointError(
+                f"rank {rank} finds {texts[0]} in {where}, rank 0 finds {texts[1]}; run.dir and "
+                "resume must be the same folders for all ranks, on a file system that they share"
+            )
+    return points
+
+
+def _named(path: Path) -> Path:
+    """The checkpoint of `resume=PATH`. A collective. Raises CheckpointError: there is none."""
+    try:
+        points, problem = [checkpoint.find(path)], None
+    except CheckpointError as error:
+        points, problem = [], error
+    if not any(distributed.gather(points)) and problem is not None:
+        raise problem
+    return _agreed(points, path)[0]
+
+
 def _newest(directory: Path, messages: list[str]) -> tuple[Path | None, dict]:
     """The newest whole checkpoint of a run, and its manifest; None: there is no checkpoint.
 
@@ -111,7 +153,7 @@ def _newest(directory: Path, messages: list[str]) -> tuple[Path | None, dict]:
         CheckpointError: the run has checkpoints, and all are damaged.
     """
     damage: list[str] = []
-    for point in reversed(checkpoint.complete(directory)):
+    for point in reversed(_agreed(checkpoint.complete(directory), directory)):
         try:
             manifest = checkpoint.verify(point)
         except CheckpointError as error:
@@ -183,6 +225,19 @@ def config_at(run: Path, step: int) -> Path:
     files = earlier_configs(run)
     ends = [end for end in files if end >= step]
     return files[min(ends)] if ends else run / "config.yaml"
+
+
+def recorded(run: Path, name: str) -> Any:
+    """The last value that a run's metrics.jsonl has of a metric; None: it has none."""
+    file = run / "metrics.jsonl"
+    value = None
+    if file.exists():
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                # A line may be cut off.
+                with contextlib.suppress(ValueError):
+                    value = json.loads(line).get(name, value)
+    return value
 
 
 def changed_keys(saved: Path, config) -> list[str]:

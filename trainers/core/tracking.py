@@ -14,12 +14,15 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from recipes.compose import to_yaml
+from recipes.errors import CheckpointError, ConfigError, one_line
 from rollouts.trajectory import Trajectory
-from trainers.core.checkpoint import remove_leftovers, set_aside
-from trainers.core.distributed import rank
+from trainers.core.checkpoint import complete, remove_leftovers, set_aside
+from trainers.core.distributed import gather, rank
+from trainers.core.lock import cannot_write
 from trainers.core.progress import clock
 from trainers.core.rundir import config_at, earlier_configs
 from trainers.core.wandb_run import WandbRun, mode
+from trainers.core.watchdog import heard
 
 # Of a step's printed line: metric, label, format.
 FIGURES = (
@@ -40,21 +43,21 @@ class Tracker:
         start: the step that the run continues after. Later rows of an interrupted attempt are
             dropped.
         summary: the reading mode's part of an evaluation's printed line, made from its scores.
+
+    Raises:
+        ConfigError: the run directory cannot be written to.
+        CheckpointError: later, a record cannot be written; the message names the last checkpoint.
     """
 
     def __init__(self, config, run_dir: Path, start: int, summary: Callable[[dict[str, Any]], str]):
         self.active = rank() == 0
         if not self.active:
             return
-        self.config, self.summary = config, summary
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run_dir)
-        notes = set_aside(run_dir, start)
-        write_config(run_dir, to_yaml(config), start)
-        # A run from its start evaluates before step 1, under step 0; no earlier row may stay.
-        last = start or -1
-        self.metrics_file = _continued(run_dir / "metrics.jsonl", last)
-        self.completions_file = _continued(run_dir / "completions.jsonl", last)
+        self.config, self.summary, self.run_dir = config, summary, run_dir
+        try:
+            notes = self._open(start)
+        except OSError as error:
+            raise ConfigError(cannot_write(run_dir, error)) from error
         self.wandb = None if mode(config) == "disabled" else WandbRun(config, run_dir, start)
         # Seconds of the last steps.
         self.recent: deque[float] = deque(maxlen=20)
@@ -70,10 +73,24 @@ class Tracker:
         for note in (*notes, *(self.wandb.notes if self.wandb else ())):
             self.say(note)
 
+    def _open(self, start: int) -> list[str]:
+        """Make the run directory ready for the steps after `start`; returns remarks."""
+        run_dir = self.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        notes = set_aside(run_dir, start)
+        write_config(run_dir, to_yaml(self.config), start)
+        # A run from its start evaluates before step 1, under step 0; no earlier row may stay.
+        last = start or -1
+        self.metrics_file = _continued(run_dir / "metrics.jsonl", last)
+        self.completions_file = _continued(run_dir / "completions.jsonl", last)
+        return notes
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
+            heard()
             # A log or a pipe, too, shows each line at once.
             sys.stdout.flush()
 
@@ -126,7 +143,7 @@ class Tracker:
         for trajectory in trajectories:
             row = _completion_row(step, trajectory, tokenizer)
             row = {name: _finite(value) for name, value in row.items()}
-            self.completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._write(self.completions_file, json.dumps(row, ensure_ascii=False))
 
     def finish(self) -> None:
         """Close everything."""
@@ -140,9 +157,36 @@ class Tracker:
 
     def _record(self, row: dict) -> None:
         values = {name: _finite(value) for name, value in row.items()}
-        self.metrics_file.write(json.dumps(values) + "\n")
+        self._write(self.metrics_file, json.dumps(values))
         if self.wandb is not None:
             self.wandb.log(values)
+
+    def _write(self, file: TextIO, line: str) -> None:
+        """Raises CheckpointError: the line cannot be written."""
+        try:
+            file.write(line + "\n")
+        except OSError as error:
+            # What is left in its buffer cannot be written either.
+            with contextlib.suppress(OSError):
+                file.close()
+            points = complete(self.run_dir)
+            last = f"the last checkpoint is {points[-1]}" if points else "there is no checkpoint"
+            raise CheckpointError(
+                f"{file.name} could not be written ({one_line(error)}); {last}; make room, and "
+                "continue with resume=auto"
+            ) from error
+
+    def lacks_evaluation(self, due: bool) -> bool:
+        """Whether the records end with a step whose evaluation is missing. A collective.
+
+        Args:
+            due: whether the step that a run continues after is evaluated.
+        """
+        missing = False
+        if self.active and due:
+            rows = _rows(self.run_dir / "metrics.jsonl")
+            missing = bool(rows) and not any("eval/" in name for name in rows[-1])
+        return gather(missing)[0]
 
 
 def write_config(run_dir: Path, text: str, start: int) -> None:
@@ -170,6 +214,12 @@ def _continued(path: Path, step: int) -> TextIO:
     """A .jsonl to append to, without the records that are later than `step`."""
     keep_through(path, step)
     return path.open("a", buffering=1, encoding="utf-8")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl that `keep_through` has made whole."""
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _completion_row(step: int, trajectory: Trajectory, tokenizer) -> dict[str, Any]:

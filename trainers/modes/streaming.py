@@ -23,6 +23,7 @@ from rollouts.streaming.prompts import streaming_prompts
 from rollouts.streaming.tokens import Protocol, StreamingSampling
 from rollouts.trajectory import Request, Trajectory
 from trainers.core.distributed import gather
+from trainers.core.rundir import recorded
 from trainers.modes.plain import Plain
 
 SPEED_REPEATS = 5  # decoding speed is the median of this many measurements
@@ -96,6 +97,10 @@ class Streaming(Plain):
                 (rewards/metrics/latency.py);
             `seconds_per_token`: of that simulation.
         """
+        if self.seconds_per_token is None and run.start:
+            # The latencies of a resumed run are of one clock.
+            name = f"eval/{run.eval_name}/seconds_per_token"
+            self.seconds_per_token = gather(recorded(run.directory, name))[0]
         if self.seconds_per_token is None:
             speed = decoding_speed(run.rollout, run.eval_prompts[0], sampling)
             self.seconds_per_token = gather(speed)[0]
