@@ -1,16 +1,17 @@
 """bash benchmarks/gpu.sh: the GPU path, proved and measured, in stages with a time budget each.
 
-    tests       the Triton kernels and packed attention, by their own tests
-    kernels     python -m kernels.bench, beside torch and what other projects' kernels are there
-    attention   the kernels of packed attention beside eager, in milliseconds
-    training    PowerOPD beside vanilla and full-vocabulary distillation, LoRA, other attention, and
-                a streaming layout, on random models of 150M parameters: tokens per second and
-                memory; and one step of PowerOPD by operator
+    triton_tests     the Triton kernels by their own tests
+    attention_tests  packed attention by its own tests
+    kernels          python -m kernels.bench, beside torch and the other projects' that are there
+    attention        the kernels of packed attention beside eager, in milliseconds
+    training         PowerOPD beside vanilla and full-vocabulary distillation, LoRA, sdpa, and a
+                     streaming layout, on random models of 150M parameters: tokens per second and
+                     memory; and one step of PowerOPD by operator
 
 A stage that fails, or takes too long, is recorded with its reason, and the others go on. The file
 is written after each stage. The exit status is 1 where one failed.
 
-vLLM and W&B are not needed. `training` needs deepspeed and hydra, `tests` needs pytest.
+vLLM and W&B are not needed. `training` needs deepspeed and hydra, the tests need pytest.
 Packages that are missing can be given as a folder of wheels. They are unpacked into a
 temporary folder, and change nothing in the environment.
 """
@@ -33,10 +34,11 @@ from benchmarks.gpu.stages import Job
 
 # Of each stage: what runs it, and the most seconds that it may take.
 STAGES: dict[str, tuple[Callable[[Job], dict], float]] = {
-    "tests": (stages.run_tests, 110),
-    "kernels": (stages.run_kernels, 120),
+    "triton_tests": (stages.run_triton_tests, 60),
+    "attention_tests": (stages.run_attention_tests, 120),
+    "kernels": (stages.run_kernels, 110),
     "attention": (stages.run_attention, 50),
-    "training": (stages.run_training, 245),
+    "training": (stages.run_training, 190),
 }
 
 

@@ -66,14 +66,22 @@ def describe(device: str, environment: dict[str, str]) -> dict:
         return {"device": f"unknown: {last_lines(str(error))}"}
 
 
-def run_tests(job: Job) -> dict:
-    """The tests of the Triton kernels and of attention: how many passed, and which failed how."""
-    report, choice = job.work / "tests.xml", []
-    files = ["tests/kernels/test_triton_gpu.py", "tests/trainers/test_attention.py"]
-    if job.quick:
-        choice = ["-k", "test_cuda_graph or choose_the_kernel"]
-    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *choice]
-    done = start(["-m", "pytest", *files, *options], job.seconds, job.environment, fails=True)
+def run_triton_tests(job: Job) -> dict:
+    """The tests of the Triton kernels."""
+    return run_tests(job, "tests/kernels/test_triton_gpu.py", "cuda_graph" if job.quick else "")
+
+
+def run_attention_tests(job: Job) -> dict:
+    """The tests of packed attention that are of a GPU, and of the choice of its kernel."""
+    choice = "choose_the_kernel" if job.quick else "cuda or choose_the_kernel"
+    return run_tests(job, "tests/trainers/test_attention.py", choice)
+
+
+def run_tests(job: Job, file: str, choice: str) -> dict:
+    """How many of a file's tests passed, and which failed how. They run in order of the file."""
+    report = job.work / f"{Path(file).stem}.xml"
+    options = ["-vv", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", choice]
+    done = start(["-m", "pytest", file, *options], job.seconds, job.environment, fails=True)
     if not report.exists():
         raise RuntimeError(last_lines(done.stdout + done.stderr))
     counts, failed = Counter(), {}

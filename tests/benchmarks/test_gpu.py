@@ -34,8 +34,9 @@ def test_every_stage_runs_in_tiny_on_a_cpu(environment, tmp_path):
     found = json.loads(out.read_text())
     assert done.returncode == 0, json.dumps(found, indent=1)[-4000:] + done.stderr
     assert found["device"] and found["versions"]["torch"] and found["seconds"] > 0
-    tests, kernels, training = (found["stages"][name] for name in ("tests", "kernels", "training"))
-    assert tests["counts"]["passed"] and not tests["failed"]
+    kernels, training = (found["stages"][name] for name in ("kernels", "training"))
+    assert found["stages"]["attention_tests"]["counts"] == {"passed": 9}
+    assert found["stages"]["triton_tests"]["counts"] == {"skipped": 1}
     assert {row["provider"] for row in kernels["rows"]} >= {"ours", "torch"}
     attention = found["stages"]["attention"]["rows"]
     assert {row["kernel"] for row in attention} == {"each", "sdpa", "eager"}

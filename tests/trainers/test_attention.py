@@ -82,6 +82,9 @@ def test_every_kernel_computes_what_eager_does(device, kernel, name, dtype):
     row, options = packed_row(name, device), ROWS[name][1]
     if kernel == "flash" and (row.layouts or "softcap" in options or dtype == torch.float32):
         pytest.skip("flash attention is for causal sequences in 16 bits")
+    chosen = dtype == torch.bfloat16 and (row.layouts or "softcap" in options)
+    if (device, kernel) == ("cuda", "flex") and not chosen:
+        pytest.skip("flex_attention is not chosen for this, and takes seconds to compile")
     # torch's flex_attention has no backward pass on a CPU.
     learns = (device, kernel) != ("cpu", "flex")
     tensors, weights = states(row.bounds[-1], dtype, device)
@@ -92,7 +95,7 @@ def test_every_kernel_computes_what_eager_does(device, kernel, name, dtype):
     with stance, torch.set_grad_enabled(learns):
         found = KERNELS[kernel](*(t if learns else t.detach() for t in tensors), row, **arguments)
     assert found.dtype == dtype
-    # On a GPU flex_attention may round products of float32 to tf32.
+    # A GPU may round products of float32 to tf32.
     bound = 3e-2 if dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 5e-3
     torch.testing.assert_close(found.float(), expected, atol=bound, rtol=bound)
     if not learns:
