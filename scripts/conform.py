@@ -15,7 +15,7 @@ Other keys of the config may follow a component of your own.
 from __future__ import annotations
 
 from recipes.errors import OnstreamError
-from scripts.cli import key_values, launch, run_command
+from scripts.cli import key_values, launch, quiet_torch, run_command
 
 SHORT_KEYS = {
     "reward": "reward.token",
@@ -46,6 +46,7 @@ def conform(arguments: list[str]) -> None:
     # torch takes a second to load; help does not need it.
     from trainers.conformance import report, suite
 
+    quiet_torch()
     results, seconds = report.run_all(suite.chosen(values), lambda line: print(line, flush=True))
     total = report.summary(results, seconds)
     if any(result.difference for result in results):
