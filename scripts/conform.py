@@ -15,7 +15,7 @@ Other keys of the config may follow a component of your own.
 from __future__ import annotations
 
 from recipes.errors import OnstreamError
-from scripts.cli import key_values, launch, run_command
+from scripts.cli import key_values, launch, quiet_torch, run_command
 
 SHORT_KEYS = {
     "reward": "reward.token",
@@ -50,6 +50,7 @@ def conform(arguments: list[str]) -> None:
 
     # The tensors are tiny: a second thread costs more than it does.
     torch.set_num_threads(1)
+    quiet_torch()
     results, seconds = report.run_all(suite.chosen(values), lambda line: print(line, flush=True))
     total = report.summary(results, seconds)
     if any(result.difference for result in results):

@@ -24,6 +24,12 @@ def example(name: str) -> str:
     return re.search(rf"```python\n# {name}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
 
 
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    """The planted mistakes are on the path, as a user's modules are."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
 @pytest.fixture(scope="module")
 def results():
     return report.run_all(suite.cases())
@@ -58,30 +64,42 @@ def test_the_completions_are_all_there_are():
     assert len(Tree(2).completions) == 13
 
 
-# Mistake, component, and the properties that must say so.
+# Mistake, component, the properties that must differ, and what one of them says.
 TRAPS = [
-    (1, "trainer=planted_traps.K1", {"depends on the action", "sign"}),
-    (1, "trainer=planted_traps.K3", {"stated objective"}),
-    (2, "reward.token=planted_traps.Constant", {"depends on the action", "zero at equality"}),
-    (2, "trainer=planted_traps.OfThePlace", {"depends on the action", "zero at equality"}),
-    (3, "trainer=planted_traps.Shifted", {"zero at equality"}),
-    (4, "reward.token=planted_traps.Inverted", {"sign"}),
-    (4, "trainer=planted_traps.InvertedAdvantage", {"sign"}),
-    (5, "trainer=planted_traps.PerMicroBatch", {"micro-batch split", "ranks"}),
-    (6, "trainer=planted_traps.OtherTemperature", {"sampler"}),
-    (7, "trainer=planted_traps.CountsPadding", {"padding", "masked tokens", "ranks"}),
-    (8, "rollout.engine=planted_traps.Stale", {"current weights"}),
-    (8, "rollout.engine=planted_traps.Silent", {"current weights"}),
+    (1, "trainer=K1", {"depends on the action", "sign"}, "the expected gradient is 0"),
+    (1, "trainer=K3", {"stated objective"}, "cosine"),
+    (
+        2,
+        "reward.token=Constant",
+        {"depends on the action", "zero at equality"},
+        "the same for every token",
+    ),
+    (
+        2,
+        "trainer=OfThePlace",
+        {"depends on the action", "zero at equality"},
+        "the expected gradient is 0",
+    ),
+    (3, "trainer=Shifted", {"zero at equality"}, "where teacher = student must be 0"),
+    (4, "reward.token=Inverted", {"sign"}, "where lp - lq"),
+    (4, "trainer=InvertedAdvantage", {"sign"}, "does not move towards the teacher"),
+    (5, "trainer=PerMicroBatch", {"micro-batch split", "ranks"}, "gradient differs by"),
+    (6, "trainer=OtherTemperature", {"sampler"}, "the sampler draws token"),
+    (7, "trainer=CountsPadding", {"padding", "masked tokens", "ranks"}, "not finite"),
+    (8, "rollout.engine=Stale", {"current weights"}, "samples from stale weights"),
+    (8, "rollout.engine=Silent", {"current weights"}, "raised SyncError"),
 ]
 
 
-@pytest.mark.parametrize("trap, component, properties", TRAPS)
-def test_a_planted_mistake_is_caught(trap, component, properties):
+@pytest.mark.parametrize("trap, component, properties, said", TRAPS)
+def test_a_planted_mistake_is_caught(trap, component, properties, said):
     key, _, name = component.partition("=")
-    found, _ = report.run_all(suite.chosen({key: name}))
-    differing = {result.case.property for result in found if result.difference}
-    assert properties <= differing, [result.line() for result in found]
-    assert all(result.case.component == component for result in found)
+    path = f"planted_traps.{name}"
+    found, _ = report.run_all(suite.chosen({key: path}))
+    differing = {result.case.property: result.difference for result in found if result.difference}
+    assert properties <= differing.keys(), [result.line() for result in found]
+    assert any(said in differing[name] for name in properties), differing
+    assert {result.case.component for result in found} == {f"{key}={path}"}
 
 
 def test_a_truncated_sampler_is_noticed():

@@ -26,7 +26,7 @@ from trainers.conformance.world import PROMPTS, TinyPolicy, tree
 # Completions of 1, 2 and 3 tokens, right and wrong ones, stopped and cut.
 MIXED = (0, 1, 4, 5, 20, 39, 7, 12, 33)
 # Uniform draws of each prefix, evenly spread, so a frequency is exact to one of them.
-GRID = 4000
+GRID = 1000
 
 
 def mixed(setup: Setup) -> list[Trajectory]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from recipes.components import TRAINERS
+from recipes.components import ENGINES, TOKEN_REWARDS, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError
 from trainers.conformance.engines import of_engine
 from trainers.conformance.generic import Method
@@ -16,6 +16,8 @@ from trainers.conformance.subjects import Setup, composed, verify
 from trainers.conformance.token_rewards import Reward, named
 from trainers.conformance.verifiers import of_verifier
 from trainers.conformance.world import PROMPTS, STOP, TEXTS, tree
+
+REGISTRIES = {registry.key: registry for registry in (TOKEN_REWARDS, TRAINERS, VERIFIERS, ENGINES)}
 
 
 class Outside(Method):
@@ -105,7 +107,11 @@ def cases(key: str, name: str, overrides: Sequence[str]) -> Iterator[Case]:
         key: `reward.token`, `trainer`, `reward.verifier` or `rollout.engine`.
         name: its dotted path.
         overrides: other keys of the config.
+
+    Raises:
+        ConfigError: it cannot be imported.
     """
+    REGISTRIES[key].resolve(name)
     if key == "reward.token":
         reward = Reward(name, *overrides)
         yield from reward.cases()
@@ -116,9 +122,5 @@ def cases(key: str, name: str, overrides: Sequence[str]) -> Iterator[Case]:
     elif key == "rollout.engine":
         yield from of_engine(name)
     else:
-        TRAINERS.resolve(name)
         keys = plain_stops((*overrides, f"trainer={name}"))
         yield from Outside(keys, f"trainer={name}").cases()
-
-
-KEYS = ("reward.token", "trainer", "reward.verifier", "rollout.engine")

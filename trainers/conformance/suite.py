@@ -87,7 +87,7 @@ def chosen(values: dict[str, str]) -> list[Case]:
     """
     if not values:
         return cases()
-    for key in outside.KEYS:
+    for key in outside.REGISTRIES:
         if "." in values.get(key, ""):
             others = [f"{name}={value}" for name, value in values.items() if name != key]
             return list(outside.cases(key, values[key], others))
