@@ -88,6 +88,7 @@ class Planned:
 
     def __init__(self, policy: TinyPolicy):
         self.policy = policy
+        self.known: dict[tuple[tuple[int, ...], float], torch.Tensor] = {}
         # By prompt, the completions that its samples are.
         self.plan: dict[int, Sequence[Completion]] = {}
         # Trajectories to return in place of the plan.
@@ -106,10 +107,9 @@ class Planned:
         completion = self.plan[request.prompt_index][request.sample_index]
         prompt = list(request.prompt_ids)
         logprobs = [
-            float((self.policy.logits([*prompt, *completion.ids[:end]]) / sampling.temperature)
-                  .log_softmax(-1)[token])
+            float(self._log_probs((*prompt, *completion.ids[:end]), sampling.temperature)[token])
             for end, token in enumerate(completion.ids)
-        ]  # fmt: skip
+        ]
         return Trajectory(
             request.prompt_index,
             request.sample_index,
@@ -119,3 +119,10 @@ class Planned:
             logprobs=np.array(logprobs),
             annotations=ExactAnnotations(),
         )
+
+    def _log_probs(self, ids: tuple[int, ...], temperature: float) -> torch.Tensor:
+        """[V], of the token after `ids`. They are kept: the policy does not change."""
+        key = ids, temperature
+        if key not in self.known:
+            self.known[key] = (self.policy.logits(ids) / temperature).log_softmax(-1)
+        return self.known[key]
