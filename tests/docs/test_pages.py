@@ -152,3 +152,12 @@ def test_the_changelogs_new_names_of_modules_exist():
         if name.startswith(FOLDERS[:7]) and not file_of(name.removesuffix(".…")):
             missing += [] if defines(file_of(module), last) else [name]
     assert not missing
+
+
+def test_the_tests_that_show_a_promise_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    shown = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(shown) > 30
+    for file, name in shown:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in path.read_text("utf-8"), (file, name)
