@@ -106,8 +106,13 @@ def main() -> int:
 
     def view(trajectory, number: int):
         chosen = trajectory.layout.views == number
+        by_token = {name: getattr(trajectory, name) for name in ("sampled", "reads")}
         return replace(
             trajectory,
+            **{
+                name: None if values is None else values[chosen]
+                for name, values in by_token.items()
+            },
             completion_ids=np.array(trajectory.completion_ids)[chosen].tolist(),
             layout=Layout(trajectory.layout.source, trajectory.layout.visible[chosen]),
             annotations={name: values[chosen] for name, values in trajectory.annotations.items()},

@@ -146,12 +146,13 @@ class OnPolicyDistillation(Trainer):
         metrics = {"teacher/tv": (total_variation(teacher, student), compared)}
         if self.score is not None:
             metrics["reward/selected_frac"] = (mask.astype(np.float32), compared)
-        if self.reward is not None:
-            rewards = self.reward(torch.from_numpy(teacher), torch.from_numpy(student)).numpy()
+        if self.full:
+            return metrics
+        rewards, task = output["rewards"], annotations.get("task_advantages")
+        if task is None:
             metrics["reward/dead_frac"] = ((rewards == 0).astype(np.float32), mask)
-        if "task_advantages" in annotations:
-            task = annotations["task_advantages"]
-            metrics["reward/teacher_mean"] = (output["rewards"] - task, mask)
+        else:
+            metrics["reward/teacher_mean"] = (rewards - task, mask)
             metrics["reward/task_abs_mean"] = (np.abs(task), mask)
         return metrics
 

@@ -35,7 +35,9 @@ WRITERS = {
     names.TAUGHT: lambda c: c.trainer == "opd",
     names.TOKEN_REWARDS: lambda c: c.trainer in ("opd", *GROUPED),
     names.ALL_REWARDS: lambda c: c.trainer in SAMPLED,
-    names.TEACHER_REWARDS: lambda c: c.trainer == "opd" and c.objective == "policy_gradient",
+    names.TEACHER_REWARDS: lambda c: (
+        c.trainer == "opd" and c.objective == "policy_gradient" and not WRITERS[names.MIXED](c)
+    ),
     names.SELECTING: lambda c: c.trainer == "opd" and c.reward.select.score is not None,
     names.MIXED: lambda c: c.trainer == "opd" and c.reward.task_weight > 0,
     names.GROUPS: lambda c: c.trainer in GROUPED or WRITERS[names.MIXED](c),

@@ -120,7 +120,7 @@ def test_dial_divides_by_the_selected_tokens_of_the_whole_update():
         assert trajectory.annotations["mask"].tolist() == kept[-1].tolist()
         assert trajectory.annotations["candidates"].all()
     kept = torch.cat(kept)
-    divisor, _, _ = normalize(trajectories, "token_mean", 1)
+    divisor, _, _ = normalize(trajectories, "token_mean", [[0, 1]])
     assert divisor == 4
     batch = pack(trajectories, [0, 1], CPU)
     batch.annotations["teacher_logprobs"] = teacher
