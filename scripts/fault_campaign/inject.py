@@ -114,7 +114,7 @@ PLACES: dict[str, Callable[[Any], tuple[Any, str, Callable[..., bool]]]] = {
     "rollout": lambda loop: (loop.trainer, "draw", _always),
     "annotate": lambda loop: (loop.trainer, "annotate", _always),
     "update": lambda loop: (loop.engine, "backward", _always),
-    "pack": lambda loop: (_module("trainers.loop"), "pack", _always),
+    "pack": lambda loop: (_module("trainers.core.updates"), "pack", _always),
     "optimizer": lambda loop: (loop.engine, "step", _always),
     "sync": lambda loop: (loop.run.rollout, "load_weights", _always),
     "record": lambda loop: (_module("trainers.core.tracking").Tracker, "step", _always),
