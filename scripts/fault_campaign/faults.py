@@ -117,6 +117,8 @@ FAULTS = KILLS | {
         before=True,
         status=0,
         kind="skipped",
+        # A step of GRPO has more updates than the default allows.
+        keys={"train.max_nonfinite": 99},
     ),
     "infinite_skipped": Fault(
         meaning="infinite gradients in one step; the run goes on",
@@ -125,6 +127,8 @@ FAULTS = KILLS | {
         before=True,
         status=0,
         kind="skipped",
+        # A step of GRPO has more updates than the default allows.
+        keys={"train.max_nonfinite": 99},
     ),
     "memory": Fault(
         meaning="no memory for a tensor of the update",
