@@ -232,11 +232,11 @@ def test_what_is_compared_with_the_teacher_does_not_depend_on_the_selection():
     }
     rows = []
     for keep in (None, 0.2):
-        output = {"logprobs": student * trajectory.annotations["mask"]}
         trainer = method_of("recipe=opd", f"reward.select.score={'dial' if keep else 'null'}")
         if keep:
             select(trajectory, trainer.score, keep)
-            output = {"logprobs": student * trajectory.annotations["mask"]}
+        mask = trajectory.annotations["mask"]
+        output = {"logprobs": student * mask, "rewards": (teacher - student) * mask}
         stats = TokenStats(40)
         stats.update(trajectory, output, means=trainer.token_metrics(trajectory, output))
         rows.append(stats.metrics())

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,9 +171,9 @@ def test_the_stalled_rank_is_named_and_prints_its_stack(scenarios):
     waits, stalls = row["outputs"]
     assert row["statuses"] == [124, 124] and row["seconds"] < 12
     assert "in stalled_in_an_earlier_phase" in stalls
-    assert stalls.splitlines()[-1].startswith("error: step 3: rollout has taken 2 s")
+    assert re.match(r"error: step 3: rollout has taken \d s", stalls.splitlines()[-1])
     (line,) = waits.splitlines()
-    assert line.startswith("error: rank 1 has ended: step 3: rollout has taken 2 s")
+    assert re.match(r"error: rank 1 has ended: step 3: rollout has taken \d s", line)
     assert line.endswith("this rank ends too, in step 3: update")
 
 
