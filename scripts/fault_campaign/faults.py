@@ -180,6 +180,8 @@ FAULTS = KILLS | {
         "update",
         "an update never returns from C, where no Python thread runs any more",
         action=inject.freeze,
+        # The status that `faulthandler` ends with.
+        status=1,
         recipes=FEW,
     ),
     "clock": Fault(
