@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_vocab
+from kernels.library import NEVER, Field, traceable
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
 from kernels.rows import (
@@ -39,6 +40,16 @@ class DivergenceOutput(NamedTuple):
     divergence: Tensor
     logprobs: Tensor | None
     entropy: Tensor | None
+
+
+def divergence_fields(tokens: str, ids: str = NEVER, entropy: str = NEVER) -> dict[str, Field]:
+    """Those of a DivergenceOutput: `tokens` has T rows, and the others are Field's `when`."""
+    return {
+        "loss": Field(),
+        "divergence": Field(tokens),
+        "logprobs": Field(tokens, when=ids),
+        "entropy": Field(tokens, when=entropy),
+    }
 
 
 def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,6 +263,12 @@ class _Divergence(torch.autograd.Function):
         return pair.write_grad(divergence, slopes, factors, grad), *[None] * 9
 
 
+@traceable(
+    divergence_fields("student_logits", ids="token_ids", entropy="return_entropy"),
+    acc=["student_logits", "teacher_logits"],
+    by=["student_logits"],
+    of=["loss"],
+)
 def distillation_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,

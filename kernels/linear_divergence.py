@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_scale, check_vocab
-from kernels.divergence import Divergence, DivergenceOutput, check_loss
+from kernels.divergence import Divergence, DivergenceOutput, check_loss, divergence_fields
+from kernels.library import traceable
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rows import RowStats, acc_dtype, slices
 from kernels.tiled_head import (
@@ -232,6 +233,12 @@ def linear_divergence(
     return DivergenceOutput(*outputs)
 
 
+@traceable(
+    divergence_fields("student_hidden", ids="token_ids", entropy="return_entropy"),
+    acc=["student_hidden", "student_weight", "teacher_hidden", "teacher_weight"],
+    by=["student_hidden", "student_weight", "student_bias"],
+    of=["loss"],
+)
 def fused_linear_distillation_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
