@@ -22,7 +22,7 @@ from trainers.core.policy import (
     DTYPES,
     check_architecture,
     check_model,
-    check_same_vocabulary,
+    unshared_tokens,
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
@@ -177,19 +177,25 @@ def prepare_models(run: Run):
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
     # A model that gets new tokens gets rows for them.
-    heads = [] if run.new_tokens else [model]
+    heads, unshared = [] if run.new_tokens else [model], {}
     if run.new_tokens:
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
         section = teacher_section(config)
         teacher, teacher_model = checked_model("teacher", section, config)
-        check_same_vocabulary(tokenizer, teacher, config.model.path, section.path)
+        unshared = unshared_tokens(tokenizer, teacher, config.model.path, section.path)
         run.teacher_context = context_length(teacher_model)
         stop_ids += teacher.stop_ids
         run.teacher_stop = teacher.eos_token_id
         heads.append(teacher_model)
-    run.vocab, run.missing = vocabulary(tokenizer, *heads)
+    run.vocab, missing = vocabulary(tokenizer, *heads)
+    run.missing = tuple(sorted({*missing, *(id for id in unshared if id < run.vocab)}))
+    if unshared:
+        run.messages.append(
+            f"teacher  {' '.join(dict.fromkeys(unshared.values()))}: not the same tokens for "
+            "student and teacher; they are not drawn"
+        )
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return model
 
@@ -225,6 +231,7 @@ def prepare_data(run: Run, context: int | None) -> None:
     if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
+    check_tokens(run)
     check_targets(run.prompts, run.method, config)
     if run.method.learns and context:
         run.prompts = drop_overlong_targets(run, context)
@@ -242,6 +249,20 @@ def prepare_data(run: Run, context: int | None) -> None:
         run.messages.append("eval  off: name held-out data with eval.path")
         return
     read_eval_prompts(run)
+
+
+def check_tokens(run: Run) -> None:
+    """Raises DataError: a prompt has a token that the teacher reads as another one."""
+    for prompt in run.prompts if run.missing else ():
+        unread = set(run.missing).intersection(prompt.token_ids)
+        if unread:
+            token = run.tokenizer.convert_ids_to_tokens(min(unread))
+            raise DataError(
+                f"data.path={run.config.data.path}: the prompt of row {prompt.index} has "
+                f"{token!r}, which teacher.path={run.config.teacher.path} lacks or has as another "
+                "token; change data.template or the rows, or take a teacher with the student's "
+                "tokenizer"
+            )
 
 
 def answered(examples: Sequence[Example], run: Run) -> list[Example]:
