@@ -47,6 +47,11 @@ def prepare(config) -> Run:
     run = Run(config=config, mode=reading_mode(config), method=method)
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
+    served = method.distills and config.teacher.url is not None
+    if served:
+        from trainers.core.served_teacher import ServedTeacher, check_served
+
+        check_served(config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()
@@ -69,6 +74,8 @@ def prepare(config) -> Run:
     run.max_length = max_length(run, context_length(model))
     if method.samples or run.eval_prompts:
         check_engine(run, model)
+    if served:
+        ServedTeacher(config.teacher, run).check()
     return run
 
 
@@ -145,7 +152,7 @@ def check_precision(config, method: type[Trainer]) -> None:
     """Raises ConfigError: flash attention, which computes in 16 bits only, would get 32."""
     attention = config.model.attn_implementation
     dtypes = {"model.dtype": config.model.dtype}
-    if method.distills:
+    if method.distills and config.teacher.url is None:
         dtypes["teacher.dtype"] = config.teacher.dtype
     for key, dtype in dtypes.items():
         if attention.startswith("flash") and dtype == "float32":
@@ -214,7 +221,9 @@ def checked_model(name: str, section, config):
     key, trusted = f"{name}.path", section.trust_remote_code
     tokenizer, model = check_model(key, section.path, trusted)
     attention = config.model.attn_implementation
-    check_architecture(key, section.path, model, attention, trusted)
+    # A served teacher runs elsewhere, by other code.
+    if getattr(section, "url", None) is None:
+        check_architecture(key, section.path, model, attention, trusted)
     return tokenizer, model
 
 

@@ -137,9 +137,13 @@ class DetachedHead:
         return None if self.of.bias is None else self.of.bias.detach()
 
 
-def make_teacher(run) -> Teacher | SelfTeacher:
+def make_teacher(run):
     """The teacher of a run whose policy is loaded."""
     teacher = run.config.teacher
+    if teacher.url is not None:
+        from trainers.core.served_teacher import ServedTeacher
+
+        return ServedTeacher(teacher, run)
     own = teacher.path == SELF and teacher.weights != "frozen"
     return SelfTeacher(run) if own else Teacher(run)
 
