@@ -26,6 +26,7 @@ from trainers.core.policy import (
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
+from trainers.core.served_requests import check_served
 from trainers.core.teacher import teacher_section
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
@@ -49,8 +50,6 @@ def prepare(config) -> Run:
     method.check(config)
     served = method.distills and config.teacher.url is not None
     if served:
-        from trainers.core.served_teacher import ServedTeacher, check_served
-
         check_served(config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
@@ -75,6 +74,8 @@ def prepare(config) -> Run:
     if method.samples or run.eval_prompts:
         check_engine(run, model)
     if served:
+        from trainers.core.served_teacher import ServedTeacher
+
         ServedTeacher(config.teacher, run).check()
     return run
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -26,7 +27,7 @@ from trainers.core.teacher import Teacher, make_teacher
 from trainers.prepare import prepare
 
 KEYS = {"rollout__engine": "hf", "eval__every": -1, "reward__terminal_stop": "cross_eos"}
-SHORT = {"teacher__retry_seconds": 0.6, "teacher__request_seconds": 0.4}
+SHORT = {"retry_seconds": 0.6, "request_seconds": 0.4}
 
 
 def free_port() -> int:
@@ -123,7 +124,13 @@ class Faulty:
         handler.send({"choices": [self.choice(ids, fault)]})
 
     def choice(self, ids: list[int], fault: str) -> dict:
-        value = {"nan": float("nan"), "null": None, "logits": 3.5, "low": -90.0}.get(fault, -2.0)
+        value = {
+            "nan": float("nan"),
+            "null": None,
+            "logits": 3.5,
+            "low": -90.0,
+            "weights": -2.5,
+        }.get(fault, -2.0)
         if fault == "unlike":
             value -= self.asked / 100
         entries = [{str(id): self.entry(id, value, fault)} for id in ids[1:]]
@@ -160,15 +167,23 @@ def prepared(overrides):
     return make
 
 
+@pytest.fixture(scope="module")
+def run(tiny_models, tmp_path_factory):
+    """A run with a teacher in process."""
+    student, teacher = (tiny_models[name] for name in ("student", "teacher"))
+    keys = "rollout.engine=hf eval.every=-1 data.stories=8 rollout.max_new_tokens=12 "
+    keys += f"model.path={student} teacher.path={teacher} run.dir={tmp_path_factory.mktemp('run')}"
+    return prepare(compose(["recipe=poweropd", "train.prompts_per_step=8", *keys.split()]))
+
+
 @pytest.fixture
-def teacher(overrides, prepared):
-    """A served teacher of a run whose servers were not asked yet."""
+def teacher(run):
+    """A teacher of that run whose servers were not asked yet."""
 
     def make(*servers: Faulty, **keys) -> ServedTeacher:
-        run = prepared()
-        url = ",".join(server.url for server in servers)
-        run.config = compose(overrides(**KEYS | keys, teacher__url=url))
-        return make_teacher(run)
+        keys["url"] = ",".join(server.url for server in servers)
+        section = replace(run.config.teacher, **keys)
+        return make_teacher(replace(run, config=replace(run.config, teacher=section)))
 
     return make
 
@@ -258,7 +273,7 @@ def test_a_server_that_is_down(teacher, faulty):
 
 
 def test_errors_that_pass_are_survived_and_said_once(teacher, faulty, capsys):
-    made = teacher(faulty("busy", "busy", "", "", "slow"), teacher__request_seconds=0.4)
+    made = teacher(faulty("busy", "busy", "", "", "slow"), request_seconds=0.4)
     trajectories = completions(made.run)
     made.annotate(trajectories)
     assert all((t.annotations["teacher_logprobs"] == -2).all() for t in trajectories)
@@ -267,15 +282,14 @@ def test_errors_that_pass_are_survived_and_said_once(teacher, faulty, capsys):
 
 def test_a_restart_in_mid_run_is_survived_unless_the_weights_are_others(teacher, faulty):
     server = faulty()
-    made = teacher(server, teacher__retry_seconds=20)
+    made = teacher(server, retry_seconds=20)
     made.annotate(completions(made.run))
     server.stop()
     threading.Timer(0.5, server.start).start()
     made.annotate(trajectories := completions(made.run))
     assert (trajectories[0].annotations["teacher_logprobs"] == -2).all()
-    server.always = "unlike"
-    server.asked = 100
-    with pytest.raises(TeacherError, match="apart, more than"):
+    server.always = "weights"
+    with pytest.raises(TeacherError, match="proved before it score ids 0.5 nats apart"):
         made.annotate(completions(made.run))
 
 
@@ -292,7 +306,7 @@ def test_servers_take_turns_and_one_that_is_down_is_left_out(teacher, faulty):
 
 
 def test_requests_are_bounded(teacher, faulty):
-    made, now, most = teacher(faulty(), teacher__concurrency=2), 0, 0
+    made, now, most = teacher(faulty(), concurrency=2), 0, 0
     ask = made._logprobs
 
     async def counted(*arguments):
@@ -312,7 +326,10 @@ def test_requests_are_bounded(teacher, faulty):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"objective": "reverse_kl"}, "objective=reverse_kl compares whole distributions"),
+        (
+            {"objective": "reverse_kl", "reward__terminal_stop": "mask"},
+            "objective=reverse_kl compares whole distributions, and teacher.url=",
+        ),
         ({"rollout__temperature": 0.7}, "serves log-probs at temperature 1"),
         ({"teacher__path": "self"}, "not teacher.path=self"),
         ({"teacher__url": "localhost:8000"}, "must be addresses as http://HOST:PORT/v1"),

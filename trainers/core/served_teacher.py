@@ -15,7 +15,6 @@ import asyncio
 import itertools
 import sys
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -23,7 +22,6 @@ import numpy as np
 import tenacity
 from tqdm import tqdm
 
-from recipes.embedded import model_folder
 from recipes.errors import ConfigError, TeacherError, one_line
 from rollouts.trajectory import Trajectory
 from trainers.core.policy import check_model
@@ -34,7 +32,8 @@ from trainers.core.served_answers import (
     differing_token,
     open_session,
 )
-from trainers.core.teacher import SELF, as_teacher_reads
+from trainers.core.served_requests import longest_sequence, names_of, scored_ids, urls_of
+from trainers.core.teacher import as_teacher_reads
 from trainers.core.watchdog import heard
 
 # Ids that are scored twice: more than two blocks of vLLM's cache, which are of up to 128.
@@ -226,9 +225,9 @@ class ServedTeacher:
         gap = gaps.max() if dtype == "float32" else gaps.mean()
         if not gap <= ALIKE[dtype]:
             raise TeacherError(
-                f"teacher.url={what} {gap:.2g} nats apart, more than {ALIKE[dtype]:g}; serve the same "
-                "weights everywhere, without cached log-probs, and name the servers' type with "
-                "teacher.dtype"
+                f"teacher.url={what} {gap:.2g} nats apart, more than {ALIKE[dtype]:g}; serve the "
+                "same weights everywhere, without cached log-probs, and set teacher.dtype to the "
+                "servers' own"
             )
 
     async def _logprobs(
@@ -246,63 +245,3 @@ class ServedTeacher:
             "return_token_ids": True,
         }
         return await call(session, url, "/completions", body)
-
-
-def urls_of(section) -> list[str]:
-    """The addresses of `teacher.url`, without a final slash."""
-    return [url.strip().rstrip("/") for url in section.url.split(",") if url.strip()]
-
-
-def check_served(config) -> None:
-    """Raises ConfigError: the run needs more of its teacher than servers give."""
-    url, temperature = f"teacher.url={config.teacher.url}", config.rollout.temperature
-    urls = urls_of(config.teacher)
-    if not urls or not all(one.startswith(("http://", "https://")) for one in urls):
-        raise ConfigError(
-            f"{url} must be addresses as http://HOST:PORT/v1, with commas between them"
-        )
-    if config.teacher.path == SELF:
-        raise ConfigError(f"{url} goes with the name of the served model, not teacher.path={SELF}")
-    if config.objective != "policy_gradient":
-        raise ConfigError(
-            f"objective={config.objective} compares whole distributions, and {url} serves those of "
-            "sampled tokens; use objective=policy_gradient, or leave teacher.url out"
-        )
-    if temperature != 1:
-        raise ConfigError(
-            f"{url} serves log-probs at temperature 1; use rollout.temperature=1 in place of "
-            f"{temperature:g}, or leave teacher.url out"
-        )
-
-
-def names_of(section) -> set[str]:
-    """What a server may call the model of `teacher.path`."""
-    folder = model_folder(section.path)
-    return {section.path, folder, str(Path(folder).resolve())}
-
-
-def scored_ids(trajectory: Trajectory) -> list[int]:
-    """Prompt and completion, with the last id that the teacher scores in place of the last drawn.
-
-    No other id is scored after it.
-
-    Raises:
-        TeacherError: another target is not the id that was drawn. The ids after it would be scored
-            after the wrong text.
-    """
-    drawn = trajectory.completion_ids
-    targets = trajectory.annotations["teacher_targets"].tolist()
-    if targets[:-1] != drawn[:-1]:
-        raise TeacherError(
-            f"prompt {trajectory.prompt_index}: a served teacher scores the ids that were drawn, "
-            "and the method asks for others before the last; leave teacher.url out"
-        )
-    return [*trajectory.prompt_ids, *targets]
-
-
-def longest_sequence(run) -> int:
-    """The most tokens of a training prompt, as the teacher reads it, with its completion."""
-    prompts = run.teacher_prompts.values() or [prompt.token_ids for prompt in run.prompts]
-    rollout = run.config.rollout
-    new = max(rollout.max_new_tokens, *(limit for _, limit in rollout.max_new_tokens_schedule), 0)
-    return max(map(len, prompts), default=1) + new
