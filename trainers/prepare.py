@@ -50,7 +50,7 @@ def prepare(config) -> Run:
     method.check(config)
     served = method.distills and config.teacher.url is not None
     if served:
-        check_served(config)
+        check_served(config.teacher, config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()

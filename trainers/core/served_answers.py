@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ async def call(session: aiohttp.ClientSession, url: str, path: str, body: Any = 
         return json.loads(content)
     except ValueError:
         raise TeacherError(f"teacher.url={url} answers what is no JSON: {said}") from None
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Await all. The first error ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
 
 
 def checked_card(answer: Any, url: str, names: Collection[str]) -> dict[str, Any]:

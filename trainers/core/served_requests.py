@@ -15,15 +15,23 @@ def urls_of(section) -> list[str]:
     return [url.strip().rstrip("/") for url in section.url.split(",") if url.strip()]
 
 
-def check_served(config) -> None:
-    """Raises ConfigError: the run needs more of its teacher than servers give."""
-    url, temperature = f"teacher.url={config.teacher.url}", config.rollout.temperature
-    urls = urls_of(config.teacher)
+def check_served(section, config) -> None:
+    """Refuse a run that needs more of its teacher than servers give.
+
+    Args:
+        section: `teacher`, with a `url`.
+        config: the run's.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    url, temperature = f"teacher.url={section.url}", config.rollout.temperature
+    urls = urls_of(section)
     if not urls or not all(one.startswith(("http://", "https://")) for one in urls):
         raise ConfigError(
             f"{url} must be addresses as http://HOST:PORT/v1, with commas between them"
         )
-    if config.teacher.path == SELF:
+    if section.path == SELF:
         raise ConfigError(f"{url} goes with the name of the served model, not teacher.path={SELF}")
     if config.objective != "policy_gradient":
         raise ConfigError(

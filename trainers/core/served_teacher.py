@@ -31,6 +31,7 @@ from trainers.core.served_answers import (
     checked_logprobs,
     differing_token,
     open_session,
+    together,
 )
 from trainers.core.served_requests import longest_sequence, names_of, scored_ids, urls_of
 from trainers.core.teacher import as_teacher_reads
@@ -82,7 +83,7 @@ class ServedTeacher:
 
         async def prove_all() -> None:
             async with open_session() as session:
-                await asyncio.gather(*(self._patiently(session, [], url) for url in self.urls))
+                await together(self._patiently(session, [], url) for url in self.urls)
 
         self._run(prove_all())
         others = self.rows - self.run.vocab + len(self.run.missing)
@@ -125,7 +126,7 @@ class ServedTeacher:
                 trajectory.annotations[name] = values[len(values) - count :]
 
         async with open_session() as session:
-            await asyncio.gather(*map(score, trajectories))
+            await together(map(score, trajectories))
 
     async def _patiently(
         self, session: aiohttp.ClientSession, ids: list[int], url: str | None = None
