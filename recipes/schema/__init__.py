@@ -20,7 +20,16 @@ from recipes.schema.common import Config, DataConfig
 from recipes.schema.distillation import Distillation
 from recipes.schema.grpo import Grpo
 from recipes.schema.hrpo import Hrpo
-from recipes.schema.keys import REQUIRED, Key, hints_of, key, keys_of, section_names
+from recipes.schema.keys import (
+    REQUIRED,
+    Key,
+    general,
+    hints_of,
+    key,
+    keys_of,
+    section_kind,
+    section_names,
+)
 from recipes.schema.onpolicy_sft import OnPolicySft
 from recipes.schema.reading import MASKED_LAYOUTS
 from recipes.schema.simultaneous import Simultaneous
@@ -43,10 +52,12 @@ __all__ = [
     "Simultaneous",
     "Streaming",
     "check",
+    "general",
     "groups_of",
     "hints_of",
     "keys_of",
     "run_schema",
+    "section_kind",
     "section_names",
 ]
 
