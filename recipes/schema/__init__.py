@@ -139,7 +139,7 @@ def _joined(kinds: Sequence[Any]) -> Any:
         if is_dataclass(inside[0]):
             together = _joined(inside)
             joined.append((name, together, field(default_factory=together)))
-        elif choices := _choices(owners, name):
+        elif not section_kind(inside[0]) and (choices := _choices(owners, name)):
             first = owners[0].__dataclass_fields__[name]
             both = key(first.default, first.metadata["meaning"], choices=choices)
             joined.append((name, inside[0], both))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.schema.common import Config, RewardConfig
-from recipes.schema.keys import REQUIRED, key, named_sections
+from recipes.schema.keys import REQUIRED, key
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class TeacherConfig:
         "Type of the teacher's weights and computation.",
         choices=("float32", "bfloat16", "float16"),
     )
-
 
     route: str | None = key(
         None,
@@ -171,8 +170,7 @@ class Distillation(Config):
         choices=("policy_gradient", "reverse_kl", "forward_kl", "jsd", "topk", "power_full"),
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teachers: dict[str, NamedTeacherConfig] = named_sections(
-        "Teachers in place of the one of teacher.path."
-    )
+    # By their names.
+    teachers: dict[str, NamedTeacherConfig] = field(default_factory=dict)
     reward: DistillationRewardConfig = field(default_factory=DistillationRewardConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)

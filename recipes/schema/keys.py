@@ -129,18 +129,9 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
-def named_sections(meaning: str) -> Any:
-    """A field of any number of sections, each under a name that the user gives.
-
-    Args:
-        meaning: a sentence about it.
-    """
-    return field(default_factory=dict, metadata={"meaning": meaning, "bounds": Bounds()})
-
-
 def section_kind(kind: Any) -> Any:
-    """The class of the sections of a `named_sections`; None: the annotation is of something
-    else."""
+    """The class of the sections that a `dict[str, …]` holds, each under a name that the user gives;
+    None: the annotation is of something else."""
     return get_args(kind)[1] if get_origin(kind) is dict else None
 
 

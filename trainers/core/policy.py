@@ -417,12 +417,15 @@ def _model_class(path: str, config, trust_remote_code: bool):
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str) -> None:
+def check_same_vocabulary(
+    student, teacher, student_path: str, teacher_path: str, section: str = "teacher"
+) -> None:
     """Refuse a teacher that reads token ids differently from the student.
 
     Args:
         student, teacher: their tokenizers.
         student_path, teacher_path: their names, for the message.
+        section: of the teacher, for the message.
 
     Raises:
         ModelError: it names the first token that differs.
@@ -433,6 +436,6 @@ def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str
     differing = students.items() ^ teachers.items()
     token, token_id = min(differing, key=lambda item: (item[1], item[0]))
     raise ModelError(
-        f"teacher.path={teacher_path} has another vocabulary than model.path={student_path}: token "
-        f"{token!r} (id {token_id}) is only in one of them; distillation needs one tokenizer"
+        f"{section}.path={teacher_path} has another vocabulary than model.path={student_path}: "
+        f"token {token!r} (id {token_id}) is only in one of them; distillation needs one tokenizer"
     )
