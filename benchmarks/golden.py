@@ -96,7 +96,7 @@ RUNS: dict[str, dict] = {
     "poweropd_teachers": {
         "recipe": "poweropd",
         "teachers.first.path": "stories-teacher",
-        "teachers.second.path": "stories-verbose",
+        "teachers.second.path": "self",
         "teachers.second.weight": 0.5,
     },
     "opd": {},
