@@ -66,7 +66,7 @@ def measure(config) -> dict:
     Raises:
         OnstreamError: a model or the data cannot be used, or there are several teachers.
     """
-    from trainers.core.policy import check_model, check_same_vocabulary
+    from trainers.core.policy import check_model, unshared_tokens
     from trainers.evaluation import draw_completions
     from trainers.prepare import prepare_evaluation
 
@@ -78,8 +78,9 @@ def measure(config) -> dict:
         check_model(name, section.path, section.trust_remote_code)
         for name, section in (("model", config.model), ("teacher", config.teacher))
     )
-    check_same_vocabulary(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
+    unshared = unshared_tokens(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
     run = prepare_evaluation(config, teacher, answered=False)
+    run.missing = tuple(sorted({*run.missing, *(id for id in unshared if id < run.vocab)}))
     for message in run.messages:
         print(message, file=sys.stderr)
     trajectories = draw_completions(run, run.mode.evaluation_sampling(run), "divergence")

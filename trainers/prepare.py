@@ -22,7 +22,7 @@ from trainers.core.policy import (
     DTYPES,
     check_architecture,
     check_model,
-    check_same_vocabulary,
+    unshared_tokens,
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
@@ -179,31 +179,40 @@ def prepare_models(run: Run):
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
     # A model that gets new tokens gets rows for them.
-    heads = [] if run.new_tokens else [model]
+    heads, unshared = [] if run.new_tokens else [model], {}
     if run.new_tokens:
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
-        teachers = checked_teachers(run)
+        teachers, unshared = checked_teachers(run)
         heads += [teacher_model for _, teacher_model in teachers]
         stop_ids += [stop for teacher, _ in teachers for stop in teacher.stop_ids]
-    run.vocab, run.missing = vocabulary(tokenizer, *heads)
+    run.vocab, missing = vocabulary(tokenizer, *heads)
+    run.missing = tuple(sorted({*missing, *(id for id in unshared if id < run.vocab)}))
+    if unshared:
+        run.messages.append(
+            f"teacher  {' '.join(dict.fromkeys(unshared.values()))}: not the same tokens for "
+            "student and teacher; they are not drawn"
+        )
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return model
 
 
-def checked_teachers(run: Run) -> list[tuple[Any, Any]]:
-    """The tokenizer and config of each teacher. Fill in what the run knows of them.
+def checked_teachers(run: Run) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
+    """The tokenizer and config of each teacher, and the added tokens that one does not share.
+
+    Fill in what the run knows of them.
 
     Raises:
         ModelError: a teacher cannot be used; the message names it.
         ConfigError: they end on different tokens, and the end token is scored.
     """
     config, checked, stops = run.config, [], {}
+    unshared: dict[int, str] = {}
     for name, section in teacher_sections(config).items():
         section = resolved(section, config.model)
         teacher, model = checked_model(name, section, config)
-        check_same_vocabulary(run.tokenizer, teacher, config.model.path, section.path, name)
+        unshared |= unshared_tokens(run.tokenizer, teacher, config.model.path, section.path, name)
         stops[name] = teacher.eos_token_id
         checked.append((teacher, model))
     check_stops(stops, config)
@@ -212,7 +221,7 @@ def checked_teachers(run: Run) -> list[tuple[Any, Any]]:
     run.teacher_context = min(lengths, default=None)
     if described := several_teachers(config):
         run.messages.append(f"teacher  {described}; teacher.path is not read")
-    return checked
+    return checked, unshared
 
 
 def checked_model(name: str, section, config):
@@ -249,6 +258,7 @@ def prepare_data(run: Run, context: int | None) -> None:
     if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
+    check_tokens(run)
     check_targets(run.prompts, run.method, config)
     if routed:
         check_routes(run.prompts, config)
@@ -268,6 +278,21 @@ def prepare_data(run: Run, context: int | None) -> None:
         run.messages.append("eval  off: name held-out data with eval.path")
         return
     read_eval_prompts(run)
+
+
+def check_tokens(run: Run) -> None:
+    """Raises DataError: a prompt has a token that the teacher reads as another one."""
+    sections = teacher_sections(run.config) if run.method.distills else {}
+    teachers = " or ".join(f"{name}.path={section.path}" for name, section in sections.items())
+    for prompt in run.prompts if run.missing else ():
+        unread = set(run.missing).intersection(prompt.token_ids)
+        if unread:
+            token = run.tokenizer.convert_ids_to_tokens(min(unread))
+            raise DataError(
+                f"data.path={run.config.data.path}: the prompt of row {prompt.index} has "
+                f"{token!r}, which {teachers} lacks or has as another token; change data.template "
+                "or the rows, or take a teacher with the student's tokenizer"
+            )
 
 
 def answered(examples: Sequence[Example], run: Run) -> list[Example]:

@@ -55,11 +55,11 @@ def is_alive(pid: int) -> bool:
 def test_an_overdue_phase_ends_the_process_with_a_line_a_stack_and_its_children():
     started = time.monotonic()
     done = run_python(STALLED.replace("HANG", "time.sleep(600)"))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     assert done.returncode == watchdog.EXIT_STATUS == 124
     *stacks, line = done.stderr.splitlines()
     assert any(frame.endswith("in stuck") for frame in stacks)
-    assert line.startswith("error: step 7: rollout has taken 1 s (process ")
+    assert re.match(r"error: step 7: rollout has taken [1-5] s \(process ", line)
     assert "more than deadline.rollout=0.0166667 minutes; raise the key where" in line
     assert not is_alive(int(done.stdout))
 
@@ -67,10 +67,13 @@ def test_an_overdue_phase_ends_the_process_with_a_line_a_stack_and_its_children(
 def test_python_itself_may_hang():
     """A call of C code that keeps the interpreter's lock lets no thread of Python run."""
     done = run_python(STALLED.replace("HANG", "ctypes.PyDLL(None).sleep(600)"))
-    os.kill(int(done.stdout), signal.SIGKILL)
     assert done.returncode == 1
-    assert done.stderr.startswith("Timeout (0:00:02)!")
-    assert any(frame.endswith("in stuck") for frame in done.stderr.splitlines())
+    start, *frames, line = done.stderr.splitlines()
+    assert start == "Timeout (0:00:02)!"
+    assert any(frame.endswith("in stuck") for frame in frames)
+    assert line.startswith("error: step 7: rollout has taken 2 s (process ")
+    assert "more than deadline.rollout=0.0166667 minutes; raise the key where" in line
+    assert not is_alive(int(done.stdout))
 
 
 PARENT = """
@@ -114,18 +117,19 @@ def test_a_rank_ends_when_torchrun_is_killed_and_another_parent_may_go(torchrun,
 
 
 def test_lines_where_nothing_else_is_printed(capsys):
-    dog = Watchdog({"update": 60.0}, print, quiet=0.2)
+    dog = Watchdog({"update": 60.0}, print, quiet=0.5)
     try:
         with dog.phase("update", 3):
             for _ in range(8):
-                time.sleep(0.05)
+                time.sleep(0.1)
                 dog.heard_at = time.monotonic()
             assert capsys.readouterr().err == ""
-            time.sleep(0.5)
+            time.sleep(1.2)
     finally:
         dog.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["… step 3: update for 1 s"] * 2
+    assert 2 <= len(lines) <= 4
+    assert all(re.fullmatch("… step 3: update for [1-5] s", line) for line in lines)
 
 
 def test_the_lines_come_at_growing_intervals():
@@ -136,6 +140,13 @@ def test_the_lines_come_at_growing_intervals():
         "2 min 10 s",
         "3 h 5 min",
     ]
+
+
+def test_a_line_gives_a_phases_time_where_it_is_long():
+    phase = Phase("update", 3, 60.0, time.monotonic() - 90)
+    assert phase.spoken(60) == "step 3: update for 1 min 30 s"
+    # Steps whose rows are not printed.
+    assert phase.spoken(100) == "step 3: update"
 
 
 def test_a_phase_inside_another_has_its_own_deadline():
@@ -169,17 +180,17 @@ def scenarios() -> dict[str, dict]:
 def test_the_stalled_rank_is_named_and_prints_its_stack(scenarios):
     row = scenarios["stalled_in_an_earlier_phase"]
     waits, stalls = row["outputs"]
-    assert row["statuses"] == [124, 124] and row["seconds"] < 12
+    assert row["statuses"] == [124, 124] and row["seconds"] < 30
     assert "in stalled_in_an_earlier_phase" in stalls
-    assert re.match(r"error: step 3: rollout has taken \d s", stalls.splitlines()[-1])
+    assert re.match(r"error: step 3: rollout has taken [2-9] s", stalls.splitlines()[-1])
     (line,) = waits.splitlines()
-    assert re.match(r"error: rank 1 has ended: step 3: rollout has taken \d s", line)
+    assert re.match(r"error: rank 1 has ended: step 3: rollout has taken [2-9] s", line)
     assert line.endswith("this rank ends too, in step 3: update")
 
 
 def test_the_stalled_rank_of_a_phase_is_the_one_outside_its_collective(scenarios):
     row = scenarios["stalled_in_the_same_phase"]
-    assert row["statuses"] == [124, 124] and row["seconds"] < 12
+    assert row["statuses"] == [124, 124] and row["seconds"] < 30
     stalls, waits = row["outputs"]
     assert "in stalled_in_the_same_phase" in stalls and "waits for" not in stalls
     (line,) = waits.splitlines()
@@ -189,13 +200,13 @@ def test_the_stalled_rank_of_a_phase_is_the_one_outside_its_collective(scenarios
 
 def test_the_ranks_beside_one_that_fails_or_is_killed_end_in_a_line(scenarios):
     row = scenarios["failed"]
-    assert row["statuses"] == [1, 1] and row["seconds"] < 12
+    assert row["statuses"] == [1, 1] and row["seconds"] < 30
     assert row["outputs"] == [
         "error: step 4: not finite\n",
         "error: rank 0 has ended: step 4: not finite; this rank ends too, in step 4: update\n",
     ]
     row = scenarios["killed"]
-    assert row["statuses"] == [1, -signal.SIGKILL] and row["seconds"] < 12
+    assert row["statuses"] == [1, -signal.SIGKILL] and row["seconds"] < 30
     (line,) = row["outputs"][0].splitlines()
     assert f"error: rank 1 (process {row['pids'][1]} on " in line
     assert "step 5: update) is dead and left no reason" in line
@@ -223,7 +234,8 @@ def test_a_run_whose_verifier_hangs_ends(overrides, run_command, tmp_path, monke
     *stacks, line = done.stderr.splitlines()
     assert done.returncode == 124, done.stderr
     assert any(frame.endswith("in verifier") for frame in stacks)
-    assert line.startswith("error: step 1: rollout has taken 3 s (process ")
+    # The thread looks each 0.75 s, and a busy machine adds to it.
+    assert re.match(r"error: step 1: rollout has taken [3-9] s \(process ", line)
 
 
 BROKEN = """
@@ -293,7 +305,7 @@ def test_what_does_not_close_after_an_error_is_left(capsys):
     started = time.monotonic()
     failures.within(0.2, "closing the records", lambda: time.sleep(30))
     failures.within(5, "writing the report", lambda: 1 / 0)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
     assert capsys.readouterr().err.splitlines() == [
         "closing the records takes more than 0 s and is left",
         "writing the report failed: division by zero",

@@ -417,10 +417,12 @@ def _model_class(path: str, config, trust_remote_code: bool):
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def check_same_vocabulary(
+def unshared_tokens(
     student, teacher, student_path: str, teacher_path: str, section: str = "teacher"
-) -> None:
-    """Refuse a teacher that reads token ids differently from the student.
+) -> dict[int, str]:
+    """The added tokens that mean something else to the teacher, or nothing, by their ids.
+
+    Models of one family differ in them, as Qwen2.5 has no `<think>`. A sample must hold none.
 
     Args:
         student, teacher: their tokenizers.
@@ -428,14 +430,20 @@ def check_same_vocabulary(
         section: of the teacher, for the message.
 
     Raises:
-        ModelError: it names the first token that differs.
+        ModelError: they differ in other tokens, or in one that ends a completion; it is named.
     """
-    students, teachers = student.get_vocab(), teacher.get_vocab()
-    if students == teachers:
-        return
-    differing = students.items() ^ teachers.items()
-    token, token_id = min(differing, key=lambda item: (item[1], item[0]))
-    raise ModelError(
-        f"{section}.path={teacher_path} has another vocabulary than model.path={student_path}: "
-        f"token {token!r} (id {token_id}) is only in one of them; distillation needs one tokenizer"
+    added = student.get_added_vocab() | teacher.get_added_vocab()
+    differing = sorted(
+        (token_id, token)
+        for token, token_id in student.get_vocab().items() ^ teacher.get_vocab().items()
     )
+    ends = {*student.stop_ids, *teacher.stop_ids}
+    for token_id, token in differing:
+        if token not in added or token_id in ends:
+            raise ModelError(
+                f"{section}.path={teacher_path} has another vocabulary than model.path="
+                f"{student_path}: token {token!r} (id {token_id}) is only in one of them; "
+                "distillation needs one tokenizer"
+            )
+    # The first of two tokens with one id.
+    return dict(reversed(differing))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import OnstreamError
+from trainers.core.last_words import LastWords
 
 # Of a process that ended because a phase was overdue; `timeout` of coreutils gives the same.
 EXIT_STATUS = 124
@@ -59,6 +60,11 @@ class Phase:
 
     def seconds(self) -> float:
         return time.monotonic() - self.entered
+
+    def spoken(self, least: float) -> str:
+        """As `step 3: rollout for 2 min 10 s`; without the time where it is less than `least`."""
+        taken = self.seconds()
+        return self.place if taken < least else f"{self.place} for {spoken_time(taken)}"
 
 
 class Watchdog:
@@ -100,6 +106,7 @@ class Watchdog:
         self.heard_at = time.monotonic()
         self.peers: Any = None
         self.closed, self.ends = threading.Event(), threading.Lock()
+        self.last_words = LastWords()
         # torchrun's workers belong to it. Any other parent may go, as a shell with nohup does.
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for watch in (self._watch, self._speak) if shown else (self._watch,):
@@ -131,10 +138,10 @@ class Watchdog:
         if phase is None:
             faulthandler.cancel_dump_traceback_later()
             return
+        end = phase.limit + self.backstop
+        self.last_words.leave(overdue(phase, end), phase.limit + self.backstop / 2)
         # It runs without the interpreter's lock, which a call of C code may never give back.
-        faulthandler.dump_traceback_later(
-            phase.limit + self.backstop, exit=True, file=sys.__stderr__
-        )
+        faulthandler.dump_traceback_later(end, exit=True, file=self.last_words.stacks)
 
     def connect(self, peers) -> None:
         """Share the phases of all ranks from now on (`trainers.core.peers.Peers`)."""
@@ -147,6 +154,7 @@ class Watchdog:
         if self.peers is not None:
             self.peers.close()
         self.closed.set()
+        self.last_words.close()
 
     def tell(self, line: str) -> None:
         """Let all ranks know why this one ends."""
@@ -218,7 +226,7 @@ class Watchdog:
                 spoken = due
                 # Above the bars of a terminal, which may be gone.
                 with contextlib.suppress(OSError):
-                    tqdm.write(f"… {now.place} for {spoken_time(now.seconds())}", file=sys.stderr)
+                    tqdm.write(f"… {now.spoken(self.quiet)}", file=sys.stderr)
 
 
 def overdue(phase: Phase, seconds: float, waits: str = "", host: str = "", pid: int = 0) -> str:

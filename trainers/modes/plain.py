@@ -42,11 +42,17 @@ class Plain:
         Raises:
             DataError: an example cannot be used, or not one prompt fits.
         """
+        return self.render(examples, tokenizer, where, self.config.data.max_prompt_tokens)
+
+    def render(
+        self, examples: Sequence[Example], tokenizer, where: str, longest: int
+    ) -> tuple[list[Prompt], int]:
+        """As `prompts`, of up to `longest` tokens each."""
         data = self.config.data
         return tokenize_prompts(
             examples,
             tokenizer,
-            max_prompt_tokens=data.max_prompt_tokens,
+            max_prompt_tokens=longest,
             template=data.template,
             system=data.system,
             suffix=data.suffix,
