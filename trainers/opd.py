@@ -20,6 +20,9 @@ the student's samples.
 with a worked solution, a demonstration, instructions. The teacher may then be the student itself
 (`teacher.path=self`: OPSD, SDFT and their kin). A completion's ids are the student's.
 
+`teachers` names several, which a data column assigns to rows, or which are averaged
+(trainers/core/teachers.py).
+
 `reward.select` lets the tokens of highest score alone learn, as DIAL-OPD does (arXiv 2610.11659).
 `reward.task_weight` adds the verifier's score: w_d r_t + w_r A, where A is the completion's
 advantage over the other samples of its prompt, as in GRPO. With w_r = 0 it is distillation alone,
