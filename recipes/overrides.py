@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -27,7 +27,7 @@ class Override:
     key: str
     value: Any
     # The value is final, and Hydra does not see it.
-    is_text: bool = False
+    is_final: bool = False
     # Why the value is none of the key's. Whether the run reads the key is the first question.
     fault: str | None = None
 
@@ -44,18 +44,26 @@ def parsed(text: str) -> Override:
         ConfigError: it is not KEY=VALUE.
     """
     name, equals, value = text.partition("=")
-    key = None if name in GROUPS else _keys().get(name)
+    general = schema.general(name, _keys())
+    key = None if name in GROUPS else _keys().get(general)
+    if general != name:
+        # Hydra knows no section that it does not find in the schema.
+        return replace(_parsed(text, name, equals, value, key), is_final=True)
+    return _parsed(text, name, equals, value, key)
+
+
+def _parsed(text: str, name: str, equals: str, value: str, key: Key | None) -> Override:
     if not equals or key is None or not _is_text(key.kind):
         return _hydra_override(text, name, value, key)
     if value.strip() != "null":
-        return Override(text, name, _text(name, value), is_text=True)
+        return Override(text, name, _text(name, value), is_final=True)
     fault = None
     if key.kind is str:
         fault = (
             f"{name}=null must be a text; leave the key out for its default, "
             f"or quote the word twice: '{name}=\"null\"'"
         )
-    return Override(text, name, None, is_text=True, fault=fault)
+    return Override(text, name, None, is_final=True, fault=fault)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.schema.common import Config, RewardConfig
-from recipes.schema.keys import key
+from recipes.schema.keys import REQUIRED, key
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,37 @@ class TeacherConfig:
         "float32",
         "Type of the teacher's weights and computation. With url, the servers' own.",
         choices=("float32", "bfloat16", "float16"),
+    )
+
+    route: str | None = key(
+        None,
+        "Column that names the teacher of each row, where `teachers` has several. null: all of "
+        "them score every row.",
+    )
+    average: str = key(
+        "rewards",
+        "Weighted mean of several teachers that all score a row. rewards: of their token rewards. "
+        "probabilities: of their probabilities of the token.",
+        choices=("rewards", "probabilities"),
+    )
+
+
+@dataclass(frozen=True)
+class NamedTeacherConfig:
+    """A teacher of several. What it leaves out (null) is as in the section `teacher`."""
+
+    path: str = key(REQUIRED, "A teacher in place of teacher.path. NAME is any name.")
+    url: str | None = key(None, "Its servers. null: those of teacher.url, if there are any.")
+    weight: float = key(
+        1.0, "Its weight in the mean over all teachers, which divides by their sum.", above=0
+    )
+    dtype: str | None = key(
+        None,
+        "Its type. null: that of teacher.dtype.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    trust_remote_code: bool | None = key(
+        None, "The same as teacher.trust_remote_code, for it alone. null: as that says."
     )
 
 
@@ -158,5 +189,7 @@ class Distillation(Config):
         choices=("policy_gradient", "reverse_kl", "forward_kl", "jsd", "topk", "power_full"),
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    # By their names.
+    teachers: dict[str, NamedTeacherConfig] = field(default_factory=dict)
     reward: DistillationRewardConfig = field(default_factory=DistillationRewardConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)

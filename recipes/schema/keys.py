@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,6 +16,9 @@ from recipes.errors import ConfigError
 from recipes.registry import Registry, nearest
 
 REQUIRED = omegaconf.MISSING
+# Stands for a name that the user gives, as in `teachers.NAME.path`.
+NAME = "NAME"
+GIVEN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,26 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
+def section_kind(kind: Any) -> Any:
+    """The class of the sections that a `dict[str, …]` holds, each under a name that the user gives;
+    None: the annotation is of something else."""
+    return get_args(kind)[1] if get_origin(kind) is dict else None
+
+
+def general(name: str, names: Collection[str]) -> str:
+    """`teachers.NAME.path` for `teachers.math.path`; any other name as it is.
+
+    Args:
+        names: of keys and sections.
+    """
+    parts = name.split(".")
+    if len(parts) > 1 and GIVEN_NAME.fullmatch(parts[1]):
+        found = ".".join([parts[0], NAME, *parts[2:]])
+        if found in names:
+            return found
+    return name
+
+
 def hints_of(schema: Any) -> dict[str, Any]:
     """The annotations of a section's fields by name."""
     hints = get_type_hints(schema)
@@ -139,6 +163,9 @@ def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
         name, kind = prefix + entry.name, hints[entry.name]
         if is_dataclass(kind):
             found |= keys_of(kind, name + ".")
+            continue
+        if section := section_kind(kind):
+            found |= keys_of(section, f"{name}.{NAME}.")
             continue
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]

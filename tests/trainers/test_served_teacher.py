@@ -23,7 +23,7 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, TeacherError
 from rollouts.trajectory import Trajectory
 from trainers.core.served_teacher import ServedTeacher
-from trainers.core.teacher import Teacher, make_teacher
+from trainers.core.teacher import Teacher, make_one
 from trainers.prepare import prepare
 
 KEYS = {"rollout__engine": "hf", "eval__every": -1, "reward__terminal_stop": "cross_eos"}
@@ -183,7 +183,7 @@ def teacher(run):
     def make(*servers: Faulty, **keys) -> ServedTeacher:
         keys["url"] = ",".join(server.url for server in servers)
         section = replace(run.config.teacher, **keys)
-        return make_teacher(replace(run, config=replace(run.config, teacher=section)))
+        return make_one(section, run)
 
     return make
 
@@ -205,9 +205,9 @@ def test_a_server_and_a_teacher_in_process_agree(prepared, vllm_server, prompt):
     keys = {} if prompt is None else {"teacher__prompt": prompt}
     run = prepared(teacher__url=vllm_server, **keys)
     served, local = completions(run), completions(run)
-    make_teacher(run).annotate(served)
+    make_one(run.config.teacher, run).annotate(served)
     run.device = torch.device("cpu")
-    Teacher(run).annotate(local)
+    Teacher(run.config.teacher, run).annotate(local)
     gaps = [
         np.abs(one.annotations[name] - two.annotations[name]).max()
         for one, two in zip(served, local)

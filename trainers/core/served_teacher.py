@@ -210,11 +210,11 @@ class ServedTeacher:
             self.proved.add(url)
 
     def _proof_ids(self, room: int) -> list[int]:
-        """Ids from the whole vocabulary, both models' ends among them."""
-        run, ends = self.run, {self.tokenizer.eos_token_id, self.run.tokenizer.eos_token_id}
-        count = min(PROOF_TOKENS, room - 1) - len(ends)
-        spread = np.linspace(0, run.vocab - 1, max(count, 2)).astype(int).tolist()
-        return [*sorted(ends), *(id for id in spread if id not in run.missing)]
+        """Ids from the whole vocabulary, and the teacher's end."""
+        run = self.run
+        spread = np.linspace(0, run.vocab - 1, max(min(PROOF_TOKENS, room - 1) - 1, 2)).astype(int)
+        ids = [id for id in spread.tolist() if id not in run.missing]
+        return [*ids, self.tokenizer.eos_token_id]
 
     def _compare(self, first: np.ndarray, second: np.ndarray | None, what: str) -> None:
         """Raises TeacherError: two scores of the same ids differ."""
