@@ -24,6 +24,7 @@ from recipes.errors import ConfigError, TeacherError
 from rollouts.trajectory import Trajectory
 from trainers.core.served_teacher import ServedTeacher
 from trainers.core.teacher import Teacher, make_one
+from trainers.core.teachers import teacher_sections
 from trainers.prepare import prepare
 
 KEYS = {"rollout__engine": "hf", "eval__every": -1, "reward__terminal_stop": "cross_eos"}
@@ -310,6 +311,19 @@ def test_servers_take_turns_and_one_that_is_down_is_left_out(teacher, faulty):
     servers[0].stop = lambda: None
     made.annotate(trajectories := completions(made.run))
     assert all("teacher_logprobs" in t.annotations for t in trajectories)
+
+
+def test_one_of_several_teachers_may_be_served(prepared, tiny_models, faulty):
+    keys = {
+        "teachers__a__path": tiny_models["teacher"],
+        "teachers__b__path": tiny_models["student"],
+    }
+    server = faulty()
+    run = prepared(**keys, teachers__a__url=server.url, reward__terminal_stop="mask")
+    assert server.asked == 2
+    one, other = teacher_sections(run.config).values()
+    assert (one.url, other.url) == (server.url, None)
+    assert type(make_one(one, run)) is ServedTeacher
 
 
 def test_requests_are_bounded(teacher, faulty):
