@@ -40,7 +40,7 @@ from trainers.core.watchdog import heard
 # Ids that are scored twice: more than two blocks of vLLM's cache, which are of up to 128.
 PROOF_TOKENS = 280
 # What two scores of the same ids may differ by, nats: the largest in float32, the mean in 16 bits.
-ALIKE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
+ALIKE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 # Between two attempts, seconds.
 LONGEST_PAUSE = 10.0
 
