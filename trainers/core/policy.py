@@ -21,6 +21,7 @@ from rollouts.pretrained import (
     needs_own_code,
 )
 from trainers.core import attention
+from trainers.core.memory import check_fits
 
 DTYPES = {
     "float32": torch.float32,
@@ -283,6 +284,7 @@ def load_policy(
             leave out an id.
     """
     attention.register()
+    check_fits(path, dtype, device, trust_remote_code)
     model = load_model(
         path, trust_remote_code, dtype=dtype, attn_implementation=attn_implementation
     )
