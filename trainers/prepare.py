@@ -26,7 +26,8 @@ from trainers.core.policy import (
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
-from trainers.core.teacher import resolved
+from trainers.core.served_requests import check_served
+from trainers.core.teacher import make_one, resolved
 from trainers.core.teachers import check_routes, check_stops, several_teachers, teacher_sections
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
@@ -48,6 +49,10 @@ def prepare(config) -> Run:
     run = Run(config=config, mode=reading_mode(config), method=method)
     run.verifier = VERIFIERS.resolve(config.reward.verifier)
     method.check(config)
+    sections = teacher_sections(config).values() if method.distills else ()
+    served = [section for section in sections if section.url is not None]
+    for section in served:
+        check_served(section, config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()
@@ -70,6 +75,8 @@ def prepare(config) -> Run:
     run.max_length = max_length(run, context_length(model))
     if method.samples or run.eval_prompts:
         check_engine(run, model)
+    for section in served:
+        make_one(section, run).check()
     return run
 
 
@@ -148,7 +155,7 @@ def check_precision(config, method: type[Trainer]) -> None:
     dtypes = {"model.dtype": config.model.dtype}
     if method.distills:
         sections = teacher_sections(config)
-        dtypes |= {f"{name}.dtype": section.dtype for name, section in sections.items()}
+        dtypes |= {f"{name}.dtype": s.dtype for name, s in sections.items() if s.url is None}
     for key, dtype in dtypes.items():
         if attention.startswith("flash") and dtype == "float32":
             raise ConfigError(
@@ -238,7 +245,9 @@ def checked_model(name: str, section, config):
     key, trusted = f"{name}.path", section.trust_remote_code
     tokenizer, model = check_model(key, section.path, trusted)
     attention = config.model.attn_implementation
-    check_architecture(key, section.path, model, attention, trusted)
+    # A served teacher runs elsewhere, by other code.
+    if getattr(section, "url", None) is None:
+        check_architecture(key, section.path, model, attention, trusted)
     return tokenizer, model
 
 

@@ -15,6 +15,24 @@ class TeacherConfig:
         "stories-teacher",
         "Teacher, named as model.path is; of the same vocabulary. self: the student.",
     )
+    url: str | None = key(
+        None,
+        "Addresses of vLLM servers that score in place of a teacher in this process, as "
+        "http://HOST:8000/v1, with commas between them. path then names the model that they serve, "
+        "of which only tokenizer and config are read. null: in this process.",
+    )
+    concurrency: int = key(
+        16, "Number of requests that a rank has open at the servers of url.", at_least=1
+    )
+    request_seconds: float = key(
+        300.0, "Seconds that a server of url may take for an answer.", above=0
+    )
+    retry_seconds: float = key(
+        600.0,
+        "Seconds for which a request that a server of url did not answer is made again. Then the "
+        "run ends.",
+        at_least=0,
+    )
     weights: str = key(
         "frozen",
         "Weights of a student that teaches itself. frozen: those it starts from. current: those of "
@@ -38,7 +56,7 @@ class TeacherConfig:
     )
     dtype: str = key(
         "float32",
-        "Type of the teacher's weights and computation.",
+        "Type of the teacher's weights and computation. With url, the servers' own.",
         choices=("float32", "bfloat16", "float16"),
     )
 
@@ -60,6 +78,7 @@ class NamedTeacherConfig:
     """A teacher of several. What it leaves out (null) is as in the section `teacher`."""
 
     path: str = key(REQUIRED, "A teacher in place of teacher.path. NAME is any name.")
+    url: str | None = key(None, "Its servers. null: those of teacher.url, if there are any.")
     weight: float = key(
         1.0, "Its weight in the mean over all teachers, which divides by their sum.", above=0
     )
