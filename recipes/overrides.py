@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from recipes import schema
 from recipes.errors import ConfigError
 from recipes.schema import Key
+from recipes.schema.keys import NAME
 
 # Groups of Hydra: each value is a file of recipes/GROUP/.
 GROUPS = ("recipe", "engine")
@@ -46,7 +47,7 @@ def parsed(text: str) -> Override:
     name, equals, value = text.partition("=")
     general = schema.general(name, _keys())
     key = None if name in GROUPS else _keys().get(general)
-    if general != name:
+    if NAME in general.split("."):
         # Hydra knows no section that it does not find in the schema.
         return replace(_parsed(text, name, equals, value, key), is_final=True)
     return _parsed(text, name, equals, value, key)

@@ -16,8 +16,8 @@ The models are:
                             shortened
     stories-streaming       thinks while it reads, in many ways; recipe=streaming_sft makes it from
                             the student, which calculates right about half of the time
-    stories-reader          goes on from the student with the solution in each prompt, so that it
-                            can teach itself
+    stories-reader          goes on from the student, with the solution in nine prompts of ten, so
+                            that it can teach itself
     translation-untrained   random weights, and the words of the invented languages of
                             data.path=translation
 
@@ -85,8 +85,8 @@ class TinyModel:
     recipe: str = "sft"
     # Whether it learns solutions with redundant steps.
     verbose: bool = False
-    # Whether the prompts that it learns from hold their solution (`READ`).
-    reads: bool = False
+    # The share of its prompts that hold their solution (`READ`).
+    reads: float = 0.0
     # Of the stories that it learns.
     difficulty: int = 3
     # Rows of the embedding; 0 for as many as the tokenizer has tokens.
@@ -131,7 +131,7 @@ MODELS = {
         start="stories-student",
         lr=2e-3,
         schedule="linear",
-        reads=True,
+        reads=0.9,
     ),
     "translation-untrained": TinyModel(
         end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()
@@ -200,14 +200,15 @@ def train(work: Path, spec: TinyModel) -> None:
 
 
 def write_read_stories(file: Path, spec: TinyModel) -> None:
-    """Write the stories of a run as JSONL; their prompts hold the solution."""
-    from rollouts.data.stories import story
+    """Write the stories of a run as JSONL; most of their prompts hold the solution."""
+    from rollouts.data.stories import hash_percent, story
 
     with file.open("w") as out:
         for index in range(spec.steps * spec.prompts):
             read = story(spec.seed, index, "train", difficulty=spec.difficulty)
             row = {"solution": read.solution, "answer": read.answer}
-            row["prompt"] = READ.format(prompt=read.prompt, **row)
+            reads = hash_percent(f"{spec.seed} {index}") < 100 * spec.reads
+            row["prompt"] = READ.format(prompt=read.prompt, **row) if reads else read.prompt
             out.write(json.dumps(row))
             out.write("\n")
 

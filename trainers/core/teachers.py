@@ -76,7 +76,7 @@ class Teachers:
                     columns.append(trajectory.annotations["teacher_logprobs"])
         if self.averaged:
             for columns, trajectory in zip(found, trajectories):
-                del trajectory.annotations["teacher_max_logprobs"]
+                trajectory.annotations.pop("teacher_max_logprobs", None)
                 each = np.stack(columns, axis=1)
                 trajectory.annotations |= {
                     "each_teacher_logprobs": each,
