@@ -12,7 +12,7 @@ from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationResolutionError,
@@ -112,7 +112,7 @@ def readers(key: str) -> tuple[str, ...]:
     found: dict[str, str] = {}
     for recipe in sorted(recipes(), key=_depth):
         trainer = recipe_values(recipe)["trainer"]
-        if key in _all_names(schema.run_schema(schema.groups_of(trainer))):
+        if _has(schema.run_schema(schema.groups_of(trainer)), key):
             found.setdefault(trainer, recipe)
     return tuple(sorted(found.values()))
 
@@ -131,7 +131,12 @@ def schema_keys(kind: type[Config] | None = None) -> set[str]:
 
 def _all_names(kind: type[Config]) -> set[str]:
     names = schema.keys_of(kind)
-    return names.keys() | schema.section_names(names)
+    named = {key.partition(".<")[0] for key in schema.named_keys(kind)}
+    return names.keys() | named | schema.section_names({*names, *named})
+
+
+def _has(kind: type[Config], key: str) -> bool:
+    return key in _all_names(kind) or schema.entry_key(kind, key) is not None
 
 
 def _check_override(key: str, value: Any, selection: Selection) -> None:
@@ -162,7 +167,7 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
     Raises:
         ConfigError: one line that names the nearest valid key, or the recipes that read this one.
     """
-    if key in schema.keys_of(kind):
+    if key in schema.keys_of(kind) or schema.entry_key(kind, key):
         return
     if key in _all_names(kind):
         raise ConfigError(
@@ -170,7 +175,7 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
         )
     if key in schema.OLD_NAMES:
         raise ConfigError(f"'{key}' is now '{schema.OLD_NAMES[key]}'")
-    if key in schema_keys():
+    if readers(key):
         *first, last = [f"recipe={name}" for name in readers(key)]
         verb = f"{', '.join(first)} and {last} read" if first else f"{last} reads"
         raise ConfigError(f"{key} is not read by {reader}; {verb} it")
@@ -187,7 +192,9 @@ def _no_such_key(key: str, kind: type[Config]) -> str:
     hint = foreign_names.hint(key, keys)
     if hint is None:
         hint = (
-            f"; did you mean '{min(same, key=_depth_then_name)}'?" if same else nearest(key, keys)
+            f"; did you mean '{min(same, key=_depth_then_name)}'?"
+            if same
+            else nearest(key, keys | schema.named_keys(kind).keys())
         )
     if len(hint) > 200:
         hint = "; `python train.py --help` prints every key"
@@ -204,13 +211,13 @@ def _composed(selection: Selection) -> DictConfig:
     if not OmegaConf.has_resolver("now"):
         OmegaConf.register_new_resolver("now", datetime.now().strftime)
     ConfigStore.instance().store(name="schema", node=_editable(selection.kind))
-    others = [override.text for override in selection.overrides if not override.is_text]
+    others = [override.text for override in selection.overrides if not override.is_final]
     try:
         with initialize_config_dir(str(TREE), version_base="1.3"):
             values = hydra_compose("config", overrides=others)
         for override in selection.overrides:
-            if override.is_text:
-                OmegaConf.update(values, override.key, override.value)
+            if override.is_final:
+                _set(values, override)
         return values
     # OverflowError: a whole number that is larger than any number.
     except (OmegaConfBaseException, OverflowError) as error:
@@ -219,6 +226,19 @@ def _composed(selection: Selection) -> DictConfig:
         cause = error.__cause__
         known = cause if isinstance(cause, OmegaConfBaseException) else error
         raise ConfigError(_with_key(known)) from error
+
+
+def _set(values: DictConfig, override: Override) -> None:
+    """Set a value that Hydra does not see. A section that the user names is made for it."""
+    section = override.key.rpartition(".")[0]
+    if OmegaConf.select(values, section or "recipe") is not None:
+        OmegaConf.update(values, override.key, override.value, force_add=True)
+        return
+    nested = override.value
+    for part in reversed(override.key.split(".")):
+        nested = {part: nested}
+    with open_dict(values):
+        values.merge_with(nested)
 
 
 def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
@@ -250,6 +270,10 @@ def _editable(kind: Any) -> Any:
         if is_dataclass(hint):
             hint = _editable(hint)
             entries.append((entry.name, hint, field(default_factory=hint)))
+        elif get_origin(hint) is dict:
+            inside = get_args(hint)[1]
+            inner = _editable(inside) if is_dataclass(inside) else inside
+            entries.append((entry.name, GenericAlias(dict, (str, inner)), field(default_factory=dict)))
         elif isinstance(default, tuple):
             copied: Any = field(default_factory=functools.partial(list, default))
             entries.append((entry.name, _listed(hint), copied))
@@ -269,10 +293,22 @@ def _frozen(kind: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
     hints = schema.hints_of(kind)
     return kind(
         **{
-            name: _frozen(hints[name], value) if is_dataclass(hints[name]) else _tupled(value)
+            name: _frozen(hints[name], value)
+            if is_dataclass(hints[name])
+            else _named(hints[name], value)
             for name, value in values.items()
         }
     )
+
+
+def _named(hint: Any, value: Any) -> Any:
+    """A value of the annotation `hint`, with the sections that the user named frozen."""
+    if get_origin(hint) is not dict:
+        return _tupled(value)
+    inside = get_args(hint)[1]
+    if not is_dataclass(inside):
+        return value
+    return {name: _frozen(inside, entry) for name, entry in value.items()}
 
 
 def _tupled(value: Any) -> Any:
@@ -299,6 +335,10 @@ def validate(config: Config, world_size: int) -> None:
     values = flatten(config)
     for name, key in schema.keys_of(type(config)).items():
         key.check(values[name])
+    for name in values:
+        named = schema.entry_key(type(config), name)
+        if named is not None:
+            named.check(values[name])
     schema.check(config)
     schema.common.check_ranks(config, world_size)
 

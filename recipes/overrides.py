@@ -27,7 +27,7 @@ class Override:
     key: str
     value: Any
     # The value is final, and Hydra does not see it.
-    is_text: bool = False
+    is_final: bool = False
     # Why the value is none of the key's. Whether the run reads the key is the first question.
     fault: str | None = None
 
@@ -44,24 +44,28 @@ def parsed(text: str) -> Override:
         ConfigError: it is not KEY=VALUE.
     """
     name, equals, value = text.partition("=")
-    key = None if name in GROUPS else _keys().get(name)
+    key = None if name in GROUPS else _keys().get(name) or _named(name)
     if not equals or key is None or not _is_text(key.kind):
         return _hydra_override(text, name, value, key)
     if value.strip() != "null":
-        return Override(text, name, _text(name, value), is_text=True)
+        return Override(text, name, _text(name, value), is_final=True)
     fault = None
     if key.kind is str:
         fault = (
             f"{name}=null must be a text; leave the key out for its default, "
             f"or quote the word twice: '{name}=\"null\"'"
         )
-    return Override(text, name, None, is_text=True, fault=fault)
+    return Override(text, name, None, is_final=True, fault=fault)
 
 
 @functools.cache
 def _keys() -> Mapping[str, Key]:
     """The keys of all methods by name."""
     return schema.keys_of(schema.run_schema(tuple(schema.GROUPS)))
+
+
+def _named(name: str) -> Key | None:
+    return schema.entry_key(schema.run_schema(tuple(schema.GROUPS)), name)
 
 
 def _is_text(kind: Any) -> bool:
@@ -98,7 +102,9 @@ def _hydra_override(text: str, name: str, value: str, key: Key | None) -> Overri
         fault = f"{text} has several values; a run takes one"
         if name in GROUPS:
             raise ConfigError(fault)
-    return Override(text, override.key_or_group, override.value(), fault=fault)
+    # Hydra sets no key that is not there yet.
+    is_final = key is not None and _keys().get(name) is None
+    return Override(text, override.key_or_group, override.value(), is_final, fault)
 
 
 def _hydra(text: str) -> Any:

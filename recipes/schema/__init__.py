@@ -15,12 +15,21 @@ from typing import Any
 from recipes.components import TRAINERS
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import common, reading, simultaneous
+from recipes.schema import common, reading, rewards, simultaneous
 from recipes.schema.common import Config, DataConfig
 from recipes.schema.distillation import Distillation
 from recipes.schema.grpo import Grpo
 from recipes.schema.hrpo import Hrpo
-from recipes.schema.keys import REQUIRED, Key, hints_of, key, keys_of, section_names
+from recipes.schema.keys import (
+    REQUIRED,
+    Key,
+    entry_key,
+    hints_of,
+    key,
+    keys_of,
+    named_keys,
+    section_names,
+)
 from recipes.schema.onpolicy_sft import OnPolicySft
 from recipes.schema.reading import MASKED_LAYOUTS
 from recipes.schema.simultaneous import Simultaneous
@@ -43,9 +52,11 @@ __all__ = [
     "Simultaneous",
     "Streaming",
     "check",
+    "entry_key",
     "groups_of",
     "hints_of",
     "keys_of",
+    "named_keys",
     "run_schema",
     "section_names",
 ]
@@ -151,4 +162,5 @@ def check(config: Any) -> None:
     """
     common.check(config)
     reading.check(config)
+    rewards.check(config)
     simultaneous.check(config)

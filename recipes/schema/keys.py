@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Collection
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -125,6 +127,17 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
+def named(placeholder: str, meaning: str) -> Any:
+    """A field whose entries the user names, `dict[str, …]` of a section or of any values.
+
+    Args:
+        placeholder: what an entry's name stands for, in the pages.
+        meaning: a sentence about an entry.
+    """
+    metadata = {"placeholder": placeholder, "meaning": meaning, "bounds": Bounds()}
+    return field(default_factory=dict, metadata=metadata)
+
+
 def hints_of(schema: Any) -> dict[str, Any]:
     """The annotations of a section's fields by name."""
     hints = get_type_hints(schema)
@@ -140,10 +153,44 @@ def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
         if is_dataclass(kind):
             found |= keys_of(kind, name + ".")
             continue
+        if get_origin(kind) is dict:
+            # `named_keys` has these.
+            continue
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]
         found[name] = Key(name, kind, default, bounds, entry.metadata["meaning"])
     return found
+
+
+def named_keys(schema: Any, prefix: str = "") -> dict[str, Key]:
+    """Every key under a name that the user gives, as `reward.functions.<name>.path`."""
+    found: dict[str, Key] = {}
+    hints = hints_of(schema)
+    for entry in fields(schema):
+        name, kind = prefix + entry.name, hints[entry.name]
+        if is_dataclass(kind):
+            found |= named_keys(kind, name + ".")
+        if get_origin(kind) is not dict:
+            continue
+        place, inside = f"{name}.<{entry.metadata['placeholder']}>", get_args(kind)[1]
+        if is_dataclass(inside):
+            found |= keys_of(inside, place + ".") | named_keys(inside, place + ".")
+        else:
+            found[place] = Key(place, inside, REQUIRED, Bounds(), entry.metadata["meaning"])
+    return found
+
+
+def entry_key(schema: Any, name: str) -> Key | None:
+    """The key that is called `name` once the user has named its section; None: there is none."""
+    for pattern, found in named_keys(schema).items():
+        if _pattern(pattern).fullmatch(name):
+            return replace(found, name=name)
+    return None
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"<\w+>", r"[A-Za-z_]\\w*", re.escape(name)), re.ASCII)
 
 
 def section_names(names: Collection[str]) -> set[str]:
@@ -151,7 +198,13 @@ def section_names(names: Collection[str]) -> set[str]:
     return {name[:index] for name in names for index, letter in enumerate(name) if letter == "."}
 
 
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+NAMES = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Any: "any value",
+}
 
 
 def type_name(kind: Any, plural: bool = False) -> str:
