@@ -273,7 +273,9 @@ def _editable(kind: Any) -> Any:
         elif get_origin(hint) is dict:
             inside = get_args(hint)[1]
             inner = _editable(inside) if is_dataclass(inside) else inside
-            entries.append((entry.name, GenericAlias(dict, (str, inner)), field(default_factory=dict)))
+            entries.append(
+                (entry.name, GenericAlias(dict, (str, inner)), field(default_factory=dict))
+            )
         elif isinstance(default, tuple):
             copied: Any = field(default_factory=functools.partial(list, default))
             entries.append((entry.name, _listed(hint), copied))

@@ -60,7 +60,9 @@ class Code:
         passed, reason = self._run("import json, math, re, collections", "assert True", START)
         if passed:
             return
-        hint = "; reward.code.isolated=false runs them without isolation" if options.isolated else ""
+        hint = (
+            "; reward.code.isolated=false runs them without isolation" if options.isolated else ""
+        )
         raise ConfigError(
             f"reward.code cannot run programs here: {reason or 'Python does not start there'}{hint}"
         )

@@ -37,9 +37,7 @@ class Worker:
         if self.tasks is None:
             self.tasks = queue.SimpleQueue()
             # A daemon: the process ends without it.
-            threading.Thread(
-                target=_serve, args=(self.tasks,), name=self.name, daemon=True
-            ).start()
+            threading.Thread(target=_serve, args=(self.tasks,), name=self.name, daemon=True).start()
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         ended = threading.Event()
         self.tasks.put((function, answers, ended))

@@ -94,7 +94,9 @@ def check(config: Any) -> None:
     weights = {"verifier_weight": getattr(config.reward, "verifier_weight", 1.0)}
     for name, options in getattr(config.reward, "functions", {}).items():
         where = f"reward.functions.{name}"
-        weights |= {f"functions.{name}.{key}": getattr(options, key) for key in ("weight", "default")}
+        weights |= {
+            f"functions.{name}.{key}": getattr(options, key) for key in ("weight", "default")
+        }
         if (options.path is None) == (options.url is None):
             both = "a path and a url" if options.path else "neither a path nor a url"
             raise ConfigError(
