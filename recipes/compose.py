@@ -310,7 +310,8 @@ def _named(hint: Any, value: Any) -> Any:
     inside = get_args(hint)[1]
     if not is_dataclass(inside):
         return value
-    return {name: _frozen(inside, entry) for name, entry in value.items()}
+    kind: Any = inside
+    return {name: _frozen(kind, entry) for name, entry in value.items()}
 
 
 def _tupled(value: Any) -> Any:

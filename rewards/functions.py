@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class RewardFunction:
             if limit <= 0:
                 found.append(Failure(f"reward.seconds_per_batch={self.batch_seconds:g} were over"))
                 continue
-            answer = self._ask(lambda pair=pair, limit=limit: self.call.one(pair, limit), limit)
+            answer = self._ask(partial(self.call.one, pair, limit), limit)
             found.append(_score(answer.value) if answer.error is None else _failed(answer.error))
         return found
 

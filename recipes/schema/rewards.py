@@ -1,4 +1,4 @@
-"""The keys of the rewards of whole completions: the verifier, functions beside it, code that runs."""
+"""The keys of the rewards of whole completions: verifier, functions beside it, code that runs."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from rollouts.engines.base import Engine
 from rollouts.pretrained import vocabulary
 from rollouts.trajectory import Request, Sampling, Trajectory
 
-
 # Fields of an example that a reward function can read.
 ROW = ("index", "messages", "answer", "references", "solution", "question", "context", "sentences")
 
