@@ -70,7 +70,9 @@ class FunctionConfig:
     batch: int | None = key(
         None, "Number of completions in a request to a service. null: a rank's.", at_least=1
     )
-    kwargs: dict[str, Any] = named("argument", "Keyword argument of the function, or the service.")
+    kwargs: dict[str, Any] = named(  # noqa: RUF009
+        "argument", "Keyword argument of the function, or the service."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class SequenceRewardConfig(RewardConfig):
         "Weight of the verifier's score in the reward. 0: it is logged alone, and rows need no "
         "answer.",
     )
-    functions: dict[str, FunctionConfig] = named("name", "Rewards beside the verifier, by name.")
+    functions: dict[str, FunctionConfig] = named(  # noqa: RUF009
+        "name", "Rewards beside the verifier, by name."
+    )
 
 
 def check(config: Any) -> None:

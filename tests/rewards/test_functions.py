@@ -1,4 +1,4 @@
-"""Reward functions and services beside the verifier: weights, failures, and the run that goes on."""
+"""Reward functions and services beside the verifier: weights, failures, the run that goes on."""
 
 import json
 import sys
