@@ -93,6 +93,12 @@ RUNS: dict[str, dict] = {
     "poweropd_paper": TAUGHT,
     "poweropd_lora": TAUGHT,
     "poweropd_task": SAMPLED | {"recipe": "poweropd", "reward.task_weight": 0.5},
+    "poweropd_teachers": {
+        "recipe": "poweropd",
+        "teachers.first.path": "stories-teacher",
+        "teachers.second.path": "self",
+        "teachers.second.weight": 0.5,
+    },
     "opd": {},
     "opd_clip": {},
     "opd_tanh": {},

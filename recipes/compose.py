@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import GenericAlias
@@ -112,7 +112,7 @@ def readers(key: str) -> tuple[str, ...]:
     found: dict[str, str] = {}
     for recipe in sorted(recipes(), key=_depth):
         trainer = recipe_values(recipe)["trainer"]
-        if _has(schema.run_schema(schema.groups_of(trainer)), key):
+        if key in _all_names(schema.run_schema(schema.groups_of(trainer))):
             found.setdefault(trainer, recipe)
     return tuple(sorted(found.values()))
 
@@ -131,12 +131,7 @@ def schema_keys(kind: type[Config] | None = None) -> set[str]:
 
 def _all_names(kind: type[Config]) -> set[str]:
     names = schema.keys_of(kind)
-    named = {key.partition(".<")[0] for key in schema.named_keys(kind)}
-    return names.keys() | named | schema.section_names({*names, *named})
-
-
-def _has(kind: type[Config], key: str) -> bool:
-    return key in _all_names(kind) or schema.entry_key(kind, key) is not None
+    return names.keys() | schema.section_names(names)
 
 
 def _check_override(key: str, value: Any, selection: Selection) -> None:
@@ -167,16 +162,19 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
     Raises:
         ConfigError: one line that names the nearest valid key, or the recipes that read this one.
     """
-    if key in schema.keys_of(kind) or schema.entry_key(kind, key):
+    names = _all_names(kind)
+    known = schema.general(key, names)
+    if known in schema.keys_of(kind):
         return
-    if key in _all_names(kind):
+    if known in names:
         raise ConfigError(
             f"'{key}' is a section, not a value; set one of its keys, as in '{key}.…=…'"
         )
     if key in schema.OLD_NAMES:
         raise ConfigError(f"'{key}' is now '{schema.OLD_NAMES[key]}'")
-    if readers(key):
-        *first, last = [f"recipe={name}" for name in readers(key)]
+    elsewhere = schema.general(key, schema_keys())
+    if elsewhere in schema_keys():
+        *first, last = [f"recipe={name}" for name in readers(elsewhere)]
         verb = f"{', '.join(first)} and {last} read" if first else f"{last} reads"
         raise ConfigError(f"{key} is not read by {reader}; {verb} it")
     raise ConfigError(_no_such_key(key, kind))
@@ -192,9 +190,7 @@ def _no_such_key(key: str, kind: type[Config]) -> str:
     hint = foreign_names.hint(key, keys)
     if hint is None:
         hint = (
-            f"; did you mean '{min(same, key=_depth_then_name)}'?"
-            if same
-            else nearest(key, keys | schema.named_keys(kind).keys())
+            f"; did you mean '{min(same, key=_depth_then_name)}'?" if same else nearest(key, keys)
         )
     if len(hint) > 200:
         hint = "; `python train.py --help` prints every key"
@@ -217,7 +213,7 @@ def _composed(selection: Selection) -> DictConfig:
             values = hydra_compose("config", overrides=others)
         for override in selection.overrides:
             if override.is_final:
-                _set(values, override)
+                _set(values, override.key, override.value)
         return values
     # OverflowError: a whole number that is larger than any number.
     except (OmegaConfBaseException, OverflowError) as error:
@@ -228,17 +224,15 @@ def _composed(selection: Selection) -> DictConfig:
         raise ConfigError(_with_key(known)) from error
 
 
-def _set(values: DictConfig, override: Override) -> None:
-    """Set a value that Hydra does not see. A section that the user names is made for it."""
-    section = override.key.rpartition(".")[0]
-    if OmegaConf.select(values, section or "recipe") is not None:
-        OmegaConf.update(values, override.key, override.value, force_add=True)
+def _set(values: DictConfig, key: str, value: Any) -> None:
+    """Set a value, in a section that may be new."""
+    names = key.split(".")
+    if OmegaConf.select(values, ".".join(names[:-1])) is not None:
+        OmegaConf.update(values, key, value, force_add=True)
         return
-    nested = override.value
-    for part in reversed(override.key.split(".")):
-        nested = {part: nested}
+    inside = functools.reduce(lambda node, name: {name: node}, reversed(names), value)
     with open_dict(values):
-        values.merge_with(nested)
+        values.merge_with(inside)
 
 
 def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
@@ -270,12 +264,11 @@ def _editable(kind: Any) -> Any:
         if is_dataclass(hint):
             hint = _editable(hint)
             entries.append((entry.name, hint, field(default_factory=hint)))
+        elif section := schema.section_kind(hint):
+            sections = GenericAlias(dict, (str, _editable(section)))
+            entries.append((entry.name, sections, field(default_factory=dict)))
         elif get_origin(hint) is dict:
-            inside = get_args(hint)[1]
-            inner = _editable(inside) if is_dataclass(inside) else inside
-            entries.append(
-                (entry.name, GenericAlias(dict, (str, inner)), field(default_factory=dict))
-            )
+            entries.append((entry.name, hint, field(default_factory=dict)))
         elif isinstance(default, tuple):
             copied: Any = field(default_factory=functools.partial(list, default))
             entries.append((entry.name, _listed(hint), copied))
@@ -293,25 +286,16 @@ def _listed(hint: Any) -> Any:
 
 def _frozen(kind: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
     hints = schema.hints_of(kind)
-    return kind(
-        **{
-            name: _frozen(hints[name], value)
-            if is_dataclass(hints[name])
-            else _named(hints[name], value)
-            for name, value in values.items()
-        }
-    )
+    return kind(**{name: _frozen_value(hints[name], value) for name, value in values.items()})
 
 
-def _named(hint: Any, value: Any) -> Any:
-    """A value of the annotation `hint`, with the sections that the user named frozen."""
-    if get_origin(hint) is not dict:
-        return _tupled(value)
-    inside = get_args(hint)[1]
-    if not is_dataclass(inside):
-        return value
-    kind: Any = inside
-    return {name: _frozen(kind, entry) for name, entry in value.items()}
+def _frozen_value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        section: Any = hint
+        return _frozen(section, value)
+    if section := schema.section_kind(hint):
+        return {name: _frozen(section, inside) for name, inside in value.items()}
+    return _tupled(value)
 
 
 def _tupled(value: Any) -> Any:
@@ -335,13 +319,9 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: one line that names the key.
     """
-    values = flatten(config)
-    for name, key in schema.keys_of(type(config)).items():
-        key.check(values[name])
-    for name in values:
-        named = schema.entry_key(type(config), name)
-        if named is not None:
-            named.check(values[name])
+    keys = schema.keys_of(type(config))
+    for name, value in flatten(config).items():
+        replace(keys[schema.general(name, keys)], name=name).check(value)
     schema.check(config)
     schema.common.check_ranks(config, world_size)
 

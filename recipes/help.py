@@ -36,11 +36,11 @@ def help_text(overrides: Iterable[str]) -> str:
         "Recipes\n\n" + _table({name: first_comment(name) for name in recipes()}),
         f"Keys of {selection.reader}\n\n" + _table({"engine": f"ZeRO stage: {', '.join(engines)}"}),
     ]
-    keys = schema.keys_of(selection.kind) | schema.named_keys(selection.kind)
-    for name, inside in by_section(keys).items():
+    for name, keys in by_section(schema.keys_of(selection.kind)).items():
         heading = f"{name}.*\n\n" if name else ""
-        shown = [entry(key, values.get(key.name, key.default)) for key in inside]
-        parts.append(heading + "".join(shown))
+        parts.append(
+            heading + "".join(entry(key, values.get(key.name, key.default)) for key in keys)
+        )
     return "\n".join(parts).rstrip("\n")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from recipes import schema
 from recipes.errors import ConfigError
 from recipes.schema import Key
+from recipes.schema.keys import NAME
 
 # Groups of Hydra: each value is a file of recipes/GROUP/.
 GROUPS = ("recipe", "engine")
@@ -44,7 +45,15 @@ def parsed(text: str) -> Override:
         ConfigError: it is not KEY=VALUE.
     """
     name, equals, value = text.partition("=")
-    key = None if name in GROUPS else _keys().get(name) or _named(name)
+    general = schema.general(name, _keys())
+    key = None if name in GROUPS else _keys().get(general)
+    if NAME in general.split("."):
+        # Hydra knows no section that it does not find in the schema.
+        return replace(_parsed(text, name, equals, value, key), is_final=True)
+    return _parsed(text, name, equals, value, key)
+
+
+def _parsed(text: str, name: str, equals: str, value: str, key: Key | None) -> Override:
     if not equals or key is None or not _is_text(key.kind):
         return _hydra_override(text, name, value, key)
     if value.strip() != "null":
@@ -62,10 +71,6 @@ def parsed(text: str) -> Override:
 def _keys() -> Mapping[str, Key]:
     """The keys of all methods by name."""
     return schema.keys_of(schema.run_schema(tuple(schema.GROUPS)))
-
-
-def _named(name: str) -> Key | None:
-    return schema.entry_key(schema.run_schema(tuple(schema.GROUPS)), name)
 
 
 def _is_text(kind: Any) -> bool:
@@ -94,6 +99,8 @@ def _hydra_override(text: str, name: str, value: str, key: Key | None) -> Overri
     if override.is_add() or override.is_force_add() or override.is_delete():
         raise ConfigError(f"'{text}': a key is neither added nor deleted; set it, as in KEY=VALUE")
     fault = None
+    if key is not None and key.kind is Any and isinstance(override.value(), dict):
+        fault = f"{text} must be a number, a text, true, false, null or a list of them"
     several = override.is_sweep_override()
     if key is not None and get_origin(key.kind) is tuple:
         if several or not isinstance(override.value(), list):
@@ -102,9 +109,7 @@ def _hydra_override(text: str, name: str, value: str, key: Key | None) -> Overri
         fault = f"{text} has several values; a run takes one"
         if name in GROUPS:
             raise ConfigError(fault)
-    # Hydra sets no key that is not there yet.
-    is_final = key is not None and _keys().get(name) is None
-    return Override(text, override.key_or_group, override.value(), is_final, fault)
+    return Override(text, override.key_or_group, override.value(), fault=fault)
 
 
 def _hydra(text: str) -> Any:

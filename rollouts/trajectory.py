@@ -43,6 +43,12 @@ ANNOTATIONS = {
     "teacher_max_logprobs": Annotation(
         "float32", "The teacher's log-prob of its most likely token.", "the teacher", "stats"
     ),
+    "each_teacher_logprobs": Annotation(
+        "float32",
+        "[T, K]: the log-prob of each of the teachers whose rewards are averaged.",
+        "the teachers",
+        "loss, opd",
+    ),
     "teacher_hidden": Annotation(
         "float32", "[T, H_teacher]: the teacher's last hidden state.", "the teacher", "loss"
     ),

@@ -74,7 +74,7 @@ def by_readers() -> list[tuple[tuple[str, ...], dict[str, Key]]]:
     readers: list[tuple[Key, list[str]]] = []
     for recipe in recipes():
         kind = schema.run_schema(schema.groups_of(recipe_values(recipe)["trainer"]))
-        for key in (schema.keys_of(kind) | schema.named_keys(kind)).values():
+        for key in schema.keys_of(kind).values():
             known = next((names for other, names in readers if other == key), None)
             if known is None:
                 readers.append((key, [recipe]))

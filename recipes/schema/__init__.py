@@ -23,11 +23,11 @@ from recipes.schema.hrpo import Hrpo
 from recipes.schema.keys import (
     REQUIRED,
     Key,
-    entry_key,
+    general,
     hints_of,
     key,
     keys_of,
-    named_keys,
+    section_kind,
     section_names,
 )
 from recipes.schema.onpolicy_sft import OnPolicySft
@@ -52,12 +52,12 @@ __all__ = [
     "Simultaneous",
     "Streaming",
     "check",
-    "entry_key",
+    "general",
     "groups_of",
     "hints_of",
     "keys_of",
-    "named_keys",
     "run_schema",
+    "section_kind",
     "section_names",
 ]
 
@@ -139,7 +139,7 @@ def _joined(kinds: Sequence[Any]) -> Any:
         if is_dataclass(inside[0]):
             together = _joined(inside)
             joined.append((name, together, field(default_factory=together)))
-        elif choices := _choices(owners, name):
+        elif not section_kind(inside[0]) and (choices := _choices(owners, name)):
             first = owners[0].__dataclass_fields__[name]
             both = key(first.default, first.metadata["meaning"], choices=choices)
             joined.append((name, inside[0], both))

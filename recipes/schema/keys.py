@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Collection
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +16,9 @@ from recipes.errors import ConfigError
 from recipes.registry import Registry, nearest
 
 REQUIRED = omegaconf.MISSING
+# Stands for a name that the user gives, as in `teachers.NAME.path`.
+NAME = "NAME"
+GIVEN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,35 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
-def named(placeholder: str, meaning: str) -> Any:
-    """A field whose entries the user names, `dict[str, …]` of a section or of any values.
+def free(meaning: str) -> Any:
+    """A field whose keys the user names, `dict[str, Any]`; `meaning` is a sentence about one."""
+    return field(default_factory=dict, metadata={"meaning": meaning, "bounds": Bounds()})
+
+
+def section_kind(kind: Any) -> Any:
+    """The class of the sections that a `dict[str, …]` holds, each under a name that the user gives;
+    None: the annotation is of something else."""
+    inside = get_args(kind)[1] if get_origin(kind) is dict else None
+    return inside if is_dataclass(inside) else None
+
+
+def general(name: str, names: Collection[str]) -> str:
+    """`teachers.NAME.path` for `teachers.math.path`; any other name as it is.
 
     Args:
-        placeholder: what an entry's name stands for, in the pages.
-        meaning: a sentence about an entry.
+        names: of keys and sections.
     """
-    metadata = {"placeholder": placeholder, "meaning": meaning, "bounds": Bounds()}
-    return field(default_factory=dict, metadata=metadata)
+    if name in names:
+        return name
+    return next((known for known in names if NAME in known and _stands_for(known, name)), name)
+
+
+def _stands_for(known: str, name: str) -> bool:
+    expected, parts = known.split("."), name.split(".")
+    return len(expected) == len(parts) and all(
+        part == word or (word == NAME and GIVEN_NAME.fullmatch(part))
+        for word, part in zip(expected, parts, strict=True)
+    )
 
 
 def hints_of(schema: Any) -> dict[str, Any]:
@@ -153,44 +175,15 @@ def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
         if is_dataclass(kind):
             found |= keys_of(kind, name + ".")
             continue
-        if get_origin(kind) is dict:
-            # `named_keys` has these.
+        if section := section_kind(kind):
+            found |= keys_of(section, f"{name}.{NAME}.")
             continue
+        if get_origin(kind) is dict:
+            name, kind = f"{name}.{NAME}", get_args(kind)[1]
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]
         found[name] = Key(name, kind, default, bounds, entry.metadata["meaning"])
     return found
-
-
-def named_keys(schema: Any, prefix: str = "") -> dict[str, Key]:
-    """Every key under a name that the user gives, as `reward.functions.<name>.path`."""
-    found: dict[str, Key] = {}
-    hints = hints_of(schema)
-    for entry in fields(schema):
-        name, kind = prefix + entry.name, hints[entry.name]
-        if is_dataclass(kind):
-            found |= named_keys(kind, name + ".")
-        if get_origin(kind) is not dict:
-            continue
-        place, inside = f"{name}.<{entry.metadata['placeholder']}>", get_args(kind)[1]
-        if is_dataclass(inside):
-            found |= keys_of(inside, place + ".") | named_keys(inside, place + ".")
-        else:
-            found[place] = Key(place, inside, REQUIRED, Bounds(), entry.metadata["meaning"])
-    return found
-
-
-def entry_key(schema: Any, name: str) -> Key | None:
-    """The key that is called `name` once the user has named its section; None: there is none."""
-    for pattern, found in named_keys(schema).items():
-        if _pattern(pattern).fullmatch(name):
-            return replace(found, name=name)
-    return None
-
-
-@functools.cache
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"<\w+>", r"[A-Za-z_]\\w*", re.escape(name)), re.ASCII)
 
 
 def section_names(names: Collection[str]) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.components import VERIFIERS
 from recipes.errors import ConfigError
-from recipes.schema.keys import key, named
+from recipes.schema.keys import free, key
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class FunctionConfig:
     batch: int | None = key(
         None, "Number of completions in a request to a service. null: a rank's.", at_least=1
     )
-    kwargs: dict[str, Any] = named(  # noqa: RUF009
-        "argument", "Keyword argument of the function, or the service."
-    )
+    kwargs: dict[str, Any] = free("Keyword argument of the function, or the service.")  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,8 @@ class SequenceRewardConfig(RewardConfig):
         "Weight of the verifier's score in the reward. 0: it is logged alone, and rows need no "
         "answer.",
     )
-    functions: dict[str, FunctionConfig] = named(  # noqa: RUF009
-        "name", "Rewards beside the verifier, by name."
-    )
+    # Rewards beside the verifier, by name.
+    functions: dict[str, FunctionConfig] = field(default_factory=dict)
 
 
 def check(config: Any) -> None:
