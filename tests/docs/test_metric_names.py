@@ -50,7 +50,7 @@ WRITERS = {
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
     names.SLOW_STEPS: lambda c: False,
     names.SLOW_EVALUATIONS: lambda c: False,
-    names.FUNCTIONS: lambda c: bool(c.reward.functions),
+    names.FUNCTIONS: lambda c: bool(getattr(c.reward, "functions", {})),
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",
