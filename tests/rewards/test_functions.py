@@ -14,6 +14,8 @@ from recipes.errors import ConfigError, TrainingError
 from rewards.calls import Question
 from rewards.functions import Functions
 from rewards.verification import verdicts
+from trainers.loop import Loop
+from trainers.prepare import prepare
 
 QUESTIONS = [Question(text, ("7",), "p", {"index": i}) for i, text in enumerate(("7", "a", "bcd"))]
 
@@ -149,3 +151,54 @@ def test_a_service(server, kind, scores, reason):
         "answers": ["7"] * 3,
         "kwargs": {"depth": 2},
     }
+
+
+def rows(overrides, tmp_path, name: str, *keys: str) -> list[dict]:
+    """The rows of a GRPO run of two steps."""
+    folder = tmp_path / name
+    short = {"rollout__samples_per_prompt": 4, "train__prompts_per_step": 2, "eval__every": -1}
+    given = overrides(recipe="grpo", run__dir=folder, rollout__engine="hf", **short)
+    loop = Loop(prepare(compose([*given, "train.minibatches=1", "grpo.gamma=0", *keys])))
+    loop.fit()
+    loop.finish()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_grpo_run_learns_from_the_weighted_sum_and_goes_on_where_one_fails(
+    mine, overrides, tmp_path, capsys
+):
+    seen = []
+
+    def letters(completion, answer):
+        return sum(map(str.isalpha, completion)) / 10
+
+    def shaky(completions):
+        seen.extend(completions)
+        return [float("nan") if index % 2 else 1.0 for index in range(len(completions))]
+
+    mine.letters, mine.shaky = letters, shaky
+    alone = ["reward.verifier_weight=0", "reward.functions.a.path=mine.letters"]
+    both = rows(
+        overrides,
+        tmp_path,
+        "both",
+        *alone,
+        "reward.functions.a.weight=0.5",
+        "reward.functions.b.path=mine.shaky",
+        "reward.functions.b.weight=2",
+        "reward.functions.b.default=-1",
+    )
+    steps = [row for row in both if "reward/a/mean" in row]
+    assert len(steps) == 2 and len(seen) == 16
+    for row in steps:
+        assert row["reward/b/mean"] == 0 and row["reward/b/failed"] == 4
+        expected = 0.5 * row["reward/a/mean"] + 2 * row["reward/b/mean"]
+        assert row["reward/mean"] == pytest.approx(expected, abs=1e-9) and expected > 0
+        assert row["train/grad_norm"] > 0
+    assert capsys.readouterr().out.count("(mine.shaky) failed for 4 of 8 completions") == 1
+
+    function = rows(overrides, tmp_path, "function", *alone)
+    verifier = rows(overrides, tmp_path, "verifier", "reward.verifier=mine.letters")
+    for name in ("train/loss", "train/grad_norm", "reward/mean"):
+        values = [[row[name] for row in found if name in row] for found in (function, verifier)]
+        assert values[0] == values[1] and len(values[0]) == 2
