@@ -2,9 +2,9 @@
 
 A verifier is a function of (completion, answer) that returns a score (rewards/calls.py). One that
 has a parameter `seconds` takes part in the bound: it raises TimeoutError where it needs longer.
-All completions are tried with a short limit first. Those that need longer share the batch's seconds, in rounds of
-ever longer limits. So a slow completion takes no time from an ordinary one, in whatever order they
-come.
+All completions are tried with a short limit first. Those that need longer share the batch's
+seconds, in rounds of ever longer limits. So a slow completion takes no time from an ordinary one,
+in whatever order they come.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ import os, sys, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        os.execv({os.path.realpath(sys.executable)!r}, ["p", "-c", "import time; time.sleep(60)", "{mark}"])
+        sleep = "import time; time.sleep(60)"
+        os.execv({os.path.realpath(sys.executable)!r}, ["p", "-c", sleep, "{mark}"])
     os._exit(0)
 time.sleep(0.3)
 """
@@ -138,5 +139,7 @@ def test_files_outside_are_neither_written_nor_seen(code, tmp_path):
     inside = os.path.dirname(os.__file__)
     assert score(code, f"open({inside + '/onstream_x'!r}, 'w')") == 0
     assert score(code, "open('/usr/onstream_x', 'w')") == 0
-    assert score(code, "import os; assert os.getpid() < 10 and not os.path.exists('/proc/self')") == 1
+    assert (
+        score(code, "import os; assert os.getpid() < 10 and not os.path.exists('/proc/self')") == 1
+    )
     assert secret.read_text() == "mine"
