@@ -22,6 +22,8 @@ NOT_RECORDED = {
     "perf/tokens_per_second",
     "perf/peak_memory_gib",
     "reward/timeouts",
+    "reward/<function>/mean",
+    "reward/<function>/failed",
     "eval/<data>/timeouts",
 }
 GROUPED = ("grpo", "hrpo")
@@ -48,6 +50,7 @@ WRITERS = {
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
     names.SLOW_STEPS: lambda c: False,
     names.SLOW_EVALUATIONS: lambda c: False,
+    names.FUNCTIONS: lambda c: bool(getattr(c.reward, "functions", {})),
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",
