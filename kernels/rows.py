@@ -39,8 +39,8 @@ def row_part(x: Tensor | None, at: slice) -> Tensor | None:
 def exp_(x: Tensor) -> Tensor:
     """e^x, in place; 0 where it is below the smallest normal number.
 
-    MKL's exp, which torch calls on a CPU, takes 30 to 100 times as long where it underflows, as many
-    of a large model's tokens do.
+    MKL's exp, which torch calls on a CPU, takes 30 to 100 times as long where it underflows. Many
+    tokens of a trained model are that unlikely.
     """
     lowest = math.log(torch.finfo(x.dtype).tiny) + 0.01
     x.clamp_min_(lowest).exp_()
@@ -191,7 +191,7 @@ class LogprobGrad(NamedTuple):
         return LogprobGrad(*(row_part(x, at) for x in self))
 
     def by_logits_(self, z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
-        """The gradient by the logits z [n, N] of rows `at`, columns v0..v0+N, in `dtype`.
+        """The gradient by the logits z [n, N] of rows `at` and columns v0..v0+N, in `dtype`.
 
         z may be overwritten. With p = softmax(z): d logprob_k = onehot_k - p, d lse = p, and
         d entropy = -p (log p + entropy).

@@ -6,6 +6,7 @@ vocabulary is cut by H alone. So a row's result does not depend on how many othe
 `active` [n] int64 holds the positions of the unmasked tokens among the T tokens of a call.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,15 +140,13 @@ class TiledHead:
         whole_blocks = fitting // self.block_rows * self.block_rows
         return min(max(whole_blocks, self.block_rows), 2 * self.block_rows)
 
-    def workspace(self, rows: int, limit: int | None = None) -> list[Tensor]:
+    def workspace(self, rows: int, limit: float = math.inf) -> list[Tensor]:
         """Room for the logits of up to that many rows, one [rows padded, N] tensor per tile.
 
         limit: in bytes; the last tiles get no room where it is less than all take.
         """
         padded = -(-rows // self.block_rows) * self.block_rows
-        width = self.vocab
-        if limit is not None:
-            width = limit // (self.dtype.itemsize * max(padded, 1))
+        width = limit / (self.dtype.itemsize * max(padded, 1))
         return [
             self.weight.new_empty(padded, v1 - v0, dtype=self.dtype)
             for v0, v1 in self.tiles()

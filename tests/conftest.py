@@ -14,6 +14,8 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.command_server import Server, forks
+
 # `--hypothesis-profile thorough` looks for more than the fixed examples of every other run.
 SAME = {
     "deadline": None,
@@ -76,17 +78,40 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def run_command(environment):
-    """Run a command in the repository, `python -m …` or torchrun; returns the finished process."""
+def command_server(environment):
+    """Starts the process whose forks are commands, at the first command."""
+    servers: list[Server] = []
+
+    def get() -> Server:
+        if not servers:
+            servers.append(Server(environment()))
+        return servers[0]
+
+    yield get
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def run_command(environment, command_server):
+    """Run a command in the repository, `python -m …` or torchrun; returns the finished process.
+
+    It is a fork of one process where that makes no difference (`command_server.py`), unless
+    `new_process` is true."""
 
     def run(
-        *command: str, ranks: int = 0, timeout: float = 300, **kwargs
+        *command: str, ranks: int = 0, timeout: float = 300, new_process: bool = False, **kwargs
     ) -> subprocess.CompletedProcess:
+        words = [str(word) for word in command]
+        if not (ranks or new_process or kwargs) and forks(words):
+            server = command_server()
+            if server.takes(words, environment()):
+                return server.run(words, environment(), timeout)
         start = [sys.executable]
         if ranks:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return subprocess.run(
-            [*start, *map(str, command)],
+            [*start, *words],
             cwd=ROOT,
             env=environment(ranks),
             capture_output=True,

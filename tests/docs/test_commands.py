@@ -82,6 +82,8 @@ MODEL = "stories-student"
 PLACEHOLDERS = {
     "MODEL_DIR": MODEL,
     "TEACHER_DIR": "stories-teacher",
+    "MATH_DIR": "stories-teacher",
+    "CODE_DIR": "stories-student",
     "DATA": "{work}/stories.jsonl",
     # It would be fetched; tests/recipes/test_packaged_models.py fetches it.
     "smollm2-135m": MODEL,
