@@ -9,6 +9,7 @@ from kernels import (
     selective_logprobs,
     tiled_head,
 )
+from kernels.rows import exp_
 
 ALL = {"return_entropy": True, "return_lse": True, "return_max_logprob": True}
 
@@ -276,6 +277,17 @@ def test_extreme_logits():
     )
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert hidden.grad.isfinite().all()
+
+
+def test_exp_of_what_underflows_is_zero():
+    x = torch.linspace(-200, 0, 4096)
+    x[0] = -torch.inf
+    got, plain = exp_(x.clone()), x.exp()
+    normal = plain > 1.3e-38
+    assert torch.equal(got[normal], plain[normal])
+    assert (got[~normal] == 0).all()
+    assert torch.equal(exp_(x[3000:].clone()), x[3000:].exp())
+    assert exp_(torch.tensor([0.0, torch.nan])).isnan().tolist() == [False, True]
 
 
 def test_true_class_gradient_keeps_its_digits():
