@@ -29,8 +29,14 @@ from trainers.core.policy import (
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.served_requests import check_served
-from trainers.core.teacher import make_one, resolved
-from trainers.core.teachers import check_routes, check_stops, several_teachers, teacher_sections
+from trainers.core.teacher import resolved
+from trainers.core.teachers import (
+    check_routes,
+    check_stops,
+    make_one,
+    several_teachers,
+    teacher_sections,
+)
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
