@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationResolutionError,
@@ -162,16 +162,19 @@ def check_key(key: str, kind: type[Config], reader: str) -> None:
     Raises:
         ConfigError: one line that names the nearest valid key, or the recipes that read this one.
     """
-    if key in schema.keys_of(kind):
+    names = _all_names(kind)
+    known = schema.general(key, names)
+    if known in schema.keys_of(kind):
         return
-    if key in _all_names(kind):
+    if known in names:
         raise ConfigError(
             f"'{key}' is a section, not a value; set one of its keys, as in '{key}.…=…'"
         )
     if key in schema.OLD_NAMES:
         raise ConfigError(f"'{key}' is now '{schema.OLD_NAMES[key]}'")
-    if key in schema_keys():
-        *first, last = [f"recipe={name}" for name in readers(key)]
+    elsewhere = schema.general(key, schema_keys())
+    if elsewhere in schema_keys():
+        *first, last = [f"recipe={name}" for name in readers(elsewhere)]
         verb = f"{', '.join(first)} and {last} read" if first else f"{last} reads"
         raise ConfigError(f"{key} is not read by {reader}; {verb} it")
     raise ConfigError(_no_such_key(key, kind))
@@ -204,13 +207,13 @@ def _composed(selection: Selection) -> DictConfig:
     if not OmegaConf.has_resolver("now"):
         OmegaConf.register_new_resolver("now", datetime.now().strftime)
     ConfigStore.instance().store(name="schema", node=_editable(selection.kind))
-    others = [override.text for override in selection.overrides if not override.is_text]
+    others = [override.text for override in selection.overrides if not override.is_final]
     try:
         with initialize_config_dir(str(TREE), version_base="1.3"):
             values = hydra_compose("config", overrides=others)
         for override in selection.overrides:
-            if override.is_text:
-                OmegaConf.update(values, override.key, override.value)
+            if override.is_final:
+                _set(values, override.key, override.value)
         return values
     # OverflowError: a whole number that is larger than any number.
     except (OmegaConfBaseException, OverflowError) as error:
@@ -219,6 +222,17 @@ def _composed(selection: Selection) -> DictConfig:
         cause = error.__cause__
         known = cause if isinstance(cause, OmegaConfBaseException) else error
         raise ConfigError(_with_key(known)) from error
+
+
+def _set(values: DictConfig, key: str, value: Any) -> None:
+    """Set a value, in a section that may be new."""
+    names = key.split(".")
+    if OmegaConf.select(values, ".".join(names[:-1])) is not None:
+        OmegaConf.update(values, key, value, force_add=True)
+        return
+    inside = functools.reduce(lambda node, name: {name: node}, reversed(names), value)
+    with open_dict(values):
+        values.merge_with(inside)
 
 
 def _built(kind: type[AnyConfig], values: DictConfig) -> AnyConfig:
@@ -250,6 +264,11 @@ def _editable(kind: Any) -> Any:
         if is_dataclass(hint):
             hint = _editable(hint)
             entries.append((entry.name, hint, field(default_factory=hint)))
+        elif section := schema.section_kind(hint):
+            sections = GenericAlias(dict, (str, _editable(section)))
+            entries.append((entry.name, sections, field(default_factory=dict)))
+        elif get_origin(hint) is dict:
+            entries.append((entry.name, hint, field(default_factory=dict)))
         elif isinstance(default, tuple):
             copied: Any = field(default_factory=functools.partial(list, default))
             entries.append((entry.name, _listed(hint), copied))
@@ -267,12 +286,16 @@ def _listed(hint: Any) -> Any:
 
 def _frozen(kind: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
     hints = schema.hints_of(kind)
-    return kind(
-        **{
-            name: _frozen(hints[name], value) if is_dataclass(hints[name]) else _tupled(value)
-            for name, value in values.items()
-        }
-    )
+    return kind(**{name: _frozen_value(hints[name], value) for name, value in values.items()})
+
+
+def _frozen_value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        section: Any = hint
+        return _frozen(section, value)
+    if section := schema.section_kind(hint):
+        return {name: _frozen(section, inside) for name, inside in value.items()}
+    return _tupled(value)
 
 
 def _tupled(value: Any) -> Any:
@@ -296,9 +319,9 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: one line that names the key.
     """
-    values = flatten(config)
-    for name, key in schema.keys_of(type(config)).items():
-        key.check(values[name])
+    keys = schema.keys_of(type(config))
+    for name, value in flatten(config).items():
+        replace(keys[schema.general(name, keys)], name=name).check(value)
     schema.check(config)
     schema.common.check_ranks(config, world_size)
 

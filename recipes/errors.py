@@ -42,6 +42,11 @@ class ModelError(OnstreamError):
     names it."""
 
 
+class TeacherError(OnstreamError):
+    """A served teacher does not answer, or answers what cannot be its log-probs; the message names
+    its URL."""
+
+
 class SyncError(OnstreamError):
     """The rollout engine's weights differ from the trainer's; the message names the tensor."""
 

@@ -38,7 +38,9 @@ def help_text(overrides: Iterable[str]) -> str:
     ]
     for name, keys in by_section(schema.keys_of(selection.kind)).items():
         heading = f"{name}.*\n\n" if name else ""
-        parts.append(heading + "".join(entry(key, values[key.name]) for key in keys))
+        parts.append(
+            heading + "".join(entry(key, values.get(key.name, key.default)) for key in keys)
+        )
     return "\n".join(parts).rstrip("\n")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from recipes import schema
 from recipes.errors import ConfigError
 from recipes.schema import Key
+from recipes.schema.keys import NAME
 
 # Groups of Hydra: each value is a file of recipes/GROUP/.
 GROUPS = ("recipe", "engine")
@@ -27,7 +28,7 @@ class Override:
     key: str
     value: Any
     # The value is final, and Hydra does not see it.
-    is_text: bool = False
+    is_final: bool = False
     # Why the value is none of the key's. Whether the run reads the key is the first question.
     fault: str | None = None
 
@@ -44,18 +45,26 @@ def parsed(text: str) -> Override:
         ConfigError: it is not KEY=VALUE.
     """
     name, equals, value = text.partition("=")
-    key = None if name in GROUPS else _keys().get(name)
+    general = schema.general(name, _keys())
+    key = None if name in GROUPS else _keys().get(general)
+    if NAME in general.split("."):
+        # Hydra knows no section that it does not find in the schema.
+        return replace(_parsed(text, name, equals, value, key), is_final=True)
+    return _parsed(text, name, equals, value, key)
+
+
+def _parsed(text: str, name: str, equals: str, value: str, key: Key | None) -> Override:
     if not equals or key is None or not _is_text(key.kind):
         return _hydra_override(text, name, value, key)
     if value.strip() != "null":
-        return Override(text, name, _text(name, value), is_text=True)
+        return Override(text, name, _text(name, value), is_final=True)
     fault = None
     if key.kind is str:
         fault = (
             f"{name}=null must be a text; leave the key out for its default, "
             f"or quote the word twice: '{name}=\"null\"'"
         )
-    return Override(text, name, None, is_text=True, fault=fault)
+    return Override(text, name, None, is_final=True, fault=fault)
 
 
 @functools.cache
@@ -90,6 +99,8 @@ def _hydra_override(text: str, name: str, value: str, key: Key | None) -> Overri
     if override.is_add() or override.is_force_add() or override.is_delete():
         raise ConfigError(f"'{text}': a key is neither added nor deleted; set it, as in KEY=VALUE")
     fault = None
+    if key is not None and key.kind is Any and isinstance(override.value(), dict):
+        fault = f"{text} must be a number, a text, true, false, null or a list of them"
     several = override.is_sweep_override()
     if key is not None and get_origin(key.kind) is tuple:
         if several or not isinstance(override.value(), list):

@@ -13,6 +13,8 @@ once before the update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import kernels
@@ -107,6 +109,32 @@ class Sign(LogRatio):
         above, below = teacher_logprobs > student_logprobs, teacher_logprobs < student_logprobs
         # The difference of two log-probs of -inf would be NaN.
         return self.scale * (above.to(student_logprobs.dtype) - below.to(student_logprobs.dtype))
+
+
+class Averaged:
+    """The mean of a token reward over several teachers.
+
+    Args:
+        reward: a token reward.
+        weights: [K], of the teachers, whose sum is 1.
+    """
+
+    fused = None
+    # The annotation with the teachers' log-probs.
+    reads = "each_teacher_logprobs"
+
+    def __init__(self, reward, weights: Sequence[float]):
+        self.reward, self.weights = reward, weights
+        self.window = reward.window
+
+    def __call__(
+        self, teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        """The rewards [T] for the teachers' log-probs [T, K]."""
+        rewards = torch.zeros_like(student_logprobs)
+        for weight, logprobs in zip(self.weights, teacher_logprobs.unbind(1), strict=True):
+            rewards = rewards + weight * self.reward(logprobs.contiguous(), student_logprobs)
+        return rewards
 
 
 class Weighted:

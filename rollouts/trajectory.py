@@ -43,6 +43,12 @@ ANNOTATIONS = {
     "teacher_max_logprobs": Annotation(
         "float32", "The teacher's log-prob of its most likely token.", "the teacher", "stats"
     ),
+    "each_teacher_logprobs": Annotation(
+        "float32",
+        "[T, K]: the log-prob of each of the teachers whose rewards are averaged.",
+        "the teachers",
+        "loss, opd",
+    ),
     "teacher_hidden": Annotation(
         "float32", "[T, H_teacher]: the teacher's last hidden state.", "the teacher", "loss"
     ),
@@ -142,6 +148,9 @@ class Trajectory:
     answer: str | None = None
     score: float | None = None  # the verifier's, 0 to 1
     timed_out: bool = False  # the verifier did not end in time, so the score may be too low
+    # of reward.functions by name; and why one is its default
+    functions: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     reward: float | None = None  # what the method makes of the whole completion
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Streaming (rollouts/layout.py).

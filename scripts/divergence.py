@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from recipes.errors import ConfigError
 from scripts.cli import compose_values, key_values, launch, run_command
 
 SHORT_KEYS = {
@@ -63,18 +64,23 @@ def measure(config) -> dict:
         `kl` (nats per token), `agreement` (0 to 1), and what they were measured on.
 
     Raises:
-        OnstreamError: a model or the data cannot be used.
+        OnstreamError: a model or the data cannot be used, or there are several teachers.
     """
-    from trainers.core.policy import check_model, check_same_vocabulary
+    from trainers.core.policy import check_model, unshared_tokens
     from trainers.evaluation import draw_completions
     from trainers.prepare import prepare_evaluation
 
+    if config.teachers:
+        raise ConfigError(
+            "teachers has several, and a model is compared with one; give teacher=DIR"
+        )
     (tokenizer, _), (teacher_tokenizer, teacher) = (
         check_model(name, section.path, section.trust_remote_code)
         for name, section in (("model", config.model), ("teacher", config.teacher))
     )
-    check_same_vocabulary(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
+    unshared = unshared_tokens(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
     run = prepare_evaluation(config, teacher, answered=False)
+    run.missing = tuple(sorted({*run.missing, *(id for id in unshared if id < run.vocab)}))
     for message in run.messages:
         print(message, file=sys.stderr)
     trajectories = draw_completions(run, run.mode.evaluation_sampling(run), "divergence")

@@ -16,6 +16,8 @@ The models are:
                             shortened
     stories-streaming       thinks while it reads, in many ways; recipe=streaming_sft makes it from
                             the student, which calculates right about half of the time
+    stories-reader          goes on from the student, with the solution in 98 prompts of 100, so
+                            that it can teach itself
     translation-untrained   random weights, and the words of the invented languages of
                             data.path=translation
 
@@ -54,6 +56,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# What a teacher reads that knows the solution, as in recipe=opsd.
+READ = "{prompt}\n\n{solution}"
 HEAD_SIZE = 32
 TEXTS = 2000  # generated ones, which a tokenizer is learned from
 EVALUATION_PROMPTS = 400
@@ -81,6 +85,8 @@ class TinyModel:
     recipe: str = "sft"
     # Whether it learns solutions with redundant steps.
     verbose: bool = False
+    # The share of its prompts that hold their solution (`READ`).
+    reads: float = 0.0
     # Of the stories that it learns.
     difficulty: int = 3
     # Rows of the embedding; 0 for as many as the tokenizer has tokens.
@@ -117,6 +123,15 @@ MODELS = {
             "data.distractors=2",
             "max_new_tokens=60",
         ),
+    ),
+    "stories-reader": TinyModel(
+        end="<|endoftext|>",
+        steps=800,
+        seed=6,
+        start="stories-student",
+        lr=2e-3,
+        schedule="linear",
+        reads=0.98,
     ),
     "translation-untrained": TinyModel(
         end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()
@@ -175,10 +190,27 @@ def train(work: Path, spec: TinyModel) -> None:
         "log.completions": 0,
         "eval.every": -1,
     }
+    if spec.reads:
+        arguments["data.path"] = work / "read.jsonl"
+        write_read_stories(arguments["data.path"], spec)
     command(
         ["train.py", *(f"{key}={value}" for key, value in arguments.items())],
         "could not be trained",
     )
+
+
+def write_read_stories(file: Path, spec: TinyModel) -> None:
+    """Write the stories of a run as JSONL; most of their prompts hold the solution."""
+    from rollouts.data.stories import hash_percent, story
+
+    with file.open("w") as out:
+        for index in range(spec.steps * spec.prompts):
+            read = story(spec.seed, index, "train", difficulty=spec.difficulty)
+            row = {"solution": read.solution, "answer": read.answer}
+            reads = hash_percent(f"{spec.seed} {index}") < 100 * spec.reads
+            row["prompt"] = READ.format(prompt=read.prompt, **row) if reads else read.prompt
+            out.write(json.dumps(row))
+            out.write("\n")
 
 
 def command(arguments: list[str], failure: str) -> str:

@@ -72,10 +72,9 @@ class Loop:
         run.score_policy, run.write_scores = self.score_policy, self.write_scores
         run.policy_head = policy.head
         if run.method.distills:
-            from trainers.core.teacher import make_teacher
+            from trainers.core.teachers import make_teachers
 
-            say(f"loading {config.teacher.path}")
-            run.teacher = make_teacher(run)
+            run.teacher = make_teachers(run, say)
         self.trainer = run.method(run)
         self.loss = self.trainer.loss()
         # Last: vLLM seeds torch's generator as it starts. Each rank draws its own dropout.
@@ -96,6 +95,7 @@ class Loop:
         config, run = self.config, self.run
         request = StopRequest()
         self.tracker = tracker = Tracker(run.config, run.directory, run.start, run.mode.summary)
+        run.say = tracker.say
         tracker.say(
             f"run {run.directory}  ranks {distributed.world_size()}  device {run.device.type}  "
             f"kernels {kernels.active_backend(run.device)}"

@@ -17,6 +17,7 @@ padded vocabulary rows are the kernels' business.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,7 +172,7 @@ class Loss:
         logprobs = scored.logprobs.detach()
         rewards = self._advantages(annotations)
         if self.reward is not None:
-            token_rewards = self.reward(annotations["teacher_logprobs"], logprobs).detach()
+            token_rewards = self.reward(judged(self.reward, annotations), logprobs).detach()
             rewards = token_rewards if rewards is None else token_rewards + rewards
         output |= {"logprobs": logprobs, "entropy": scored.entropy.detach(), "rewards": rewards}
         loss = kernels.policy_gradient_loss(
@@ -294,6 +295,11 @@ class Loss:
         divergence = hidden.new_zeros(len(hidden), dtype=result.divergence.dtype)
         output["divergence"] = divergence.index_copy(0, rows, result.divergence)
         return result.loss
+
+
+def judged(reward, annotations: Mapping[str, Any]) -> Any:
+    """The teacher's log-probs that a token reward reads: [T], or [T, K] of each teacher."""
+    return annotations[getattr(reward, "reads", "teacher_logprobs")]
 
 
 def _token_weights(batch, denominator: float) -> dict[str, Any]:

@@ -20,6 +20,9 @@ the student's samples.
 with a worked solution, a demonstration, instructions. The teacher may then be the student itself
 (`teacher.path=self`: OPSD, SDFT and their kin). A completion's ids are the student's.
 
+`teachers` names several, which a data column assigns to rows, or which are averaged
+(trainers/core/teachers.py).
+
 `reward.select` lets the tokens of highest score alone learn, as DIAL-OPD does (arXiv 2610.11659).
 `reward.task_weight` adds the verifier's score: w_d r_t + w_r A, where A is the completion's
 advantage over the other samples of its prompt, as in GRPO. With w_r = 0 it is distillation alone,
@@ -42,13 +45,14 @@ from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
 from recipes.errors import ConfigError
 from rewards.groups import equal_groups_share, group_advantages
 from rewards.selection import select_tokens
-from rewards.token import Weighted
+from rewards.token import Averaged, Weighted
 from rollouts.trajectory import Trajectory
 from trainers.base import Trainer
 from trainers.core.distributed import world_size
 from trainers.core.metrics import compared_logprobs, compared_tokens
 from trainers.core.teacher import SELF
-from trainers.losses import Loss
+from trainers.core.teachers import averages_rewards, check_teachers, weights
+from trainers.losses import Loss, judged
 
 # Added to the standard deviation of a step's rewards.
 EPSILON = 1e-6
@@ -66,9 +70,10 @@ class OnPolicyDistillation(Trainer):
         super().__init__(run)
         options = self.config.reward
         self.full = self.config.objective != "policy_gradient"
-        self.reward = self.score = None
+        self.reward = self.plain_reward = self.score = None
         if not self.full:
-            self.reward = token_reward(options)
+            self.plain_reward = TOKEN_REWARDS.resolve(options.token)(options)
+            self.reward = token_reward(self.config)
         if options.select.score is not None:
             self.score = TOKEN_SCORES.resolve(options.select.score)(options.select)
 
@@ -82,6 +87,7 @@ class OnPolicyDistillation(Trainer):
                 "right; use train.minibatches=1 with fewer train.prompts_per_step"
             )
         check_reward(config)
+        check_teachers(config)
         check_self_teaching(config)
         check_importance(config)
         stop = config.reward.terminal_stop
@@ -93,7 +99,7 @@ class OnPolicyDistillation(Trainer):
 
     @classmethod
     def needs_answers(cls, config) -> bool:
-        return config.reward.task_weight > 0
+        return config.reward.task_weight > 0 and config.reward.verifier_weight != 0
 
     def draw(self, step: int) -> list[Trajectory]:
         trajectories = super().draw(step)
@@ -110,8 +116,9 @@ class OnPolicyDistillation(Trainer):
         return options.task_weight * advantages.ravel()
 
     def _scores(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        """The verifier's, [P, n], a row per prompt."""
-        scores = np.array([trajectory.score for trajectory in trajectories], dtype=np.float64)
+        """The task reward, [P, n], a row per prompt."""
+        rewards = [self.whole_reward(trajectory, trajectory.score) for trajectory in trajectories]
+        scores = np.array(rewards, dtype=np.float64)
         return scores.reshape(-1, self.config.rollout.samples_per_prompt)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
@@ -144,6 +151,8 @@ class OnPolicyDistillation(Trainer):
         mask, compared = annotations["mask"], compared_tokens(trajectory)
         teacher, student = annotations["teacher_logprobs"], compared_logprobs(trajectory, output)
         metrics = {"teacher/tv": (total_variation(teacher, student), compared)}
+        if self.config.teachers:
+            metrics |= self.run.teacher.token_metrics(trajectory, student, self.plain_reward)
         if self.score is not None:
             metrics["reward/selected_frac"] = (mask.astype(np.float32), compared)
         if self.full:
@@ -174,14 +183,16 @@ class OnPolicyDistillation(Trainer):
         )
 
 
-def token_reward(options) -> Any:
-    """The token reward with its weight; None where that is 0."""
+def token_reward(config) -> Any:
+    """The token reward with its weight, averaged over several teachers; None for a weight of 0."""
+    options = config.reward
     reward = TOKEN_REWARDS.resolve(options.token)(options)
     # A weight of 1 keeps a reward that the head's kernel computes. A standardised one gets its
     # weight when it is standardised.
-    if options.teacher_weight == 1 or reward.window:
-        return reward
-    return Weighted(reward, options.teacher_weight) if options.teacher_weight else None
+    if options.teacher_weight != 1 and not reward.window:
+        reward = Weighted(reward, options.teacher_weight) if options.teacher_weight else None
+    averaged = reward is not None and averages_rewards(config)
+    return Averaged(reward, weights(config)) if averaged else reward
 
 
 def check_reward(config) -> None:
@@ -203,6 +214,8 @@ def check_reward(config) -> None:
             f"rollout.samples_per_prompt={samples}: reward.task_weight={options.task_weight:g} "
             "compares samples of one prompt; give 2 or more"
         )
+    if options.functions and not options.task_weight:
+        raise ConfigError("reward.functions are a task reward, and reward.task_weight=0; raise it")
     if not options.teacher_weight and not options.task_weight:
         raise ConfigError(
             "reward.teacher_weight=0 and reward.task_weight=0 leave no reward; raise one of them"
@@ -337,7 +350,8 @@ def standardise(trajectories: Sequence[Trajectory], reward, weight: float = 1.0)
     for trajectory in trajectories:
         annotations = trajectory.annotations
         teacher, student = (
-            torch.from_numpy(annotations[name]) for name in ("teacher_logprobs", "student_logprobs")
+            torch.from_numpy(values)
+            for values in (judged(reward, annotations), annotations["student_logprobs"])
         )
         values = reward(teacher, student).double().numpy()
         rewards.append(values)

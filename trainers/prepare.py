@@ -12,6 +12,8 @@ import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
 from recipes.schema.keys import as_text
+from rewards.calls import made
+from rewards.functions import Functions
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
@@ -22,11 +24,13 @@ from trainers.core.policy import (
     DTYPES,
     check_architecture,
     check_model,
-    check_same_vocabulary,
+    unshared_tokens,
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
-from trainers.core.teacher import teacher_section
+from trainers.core.served_requests import check_served
+from trainers.core.teacher import make_one, resolved
+from trainers.core.teachers import check_routes, check_stops, several_teachers, teacher_sections
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
@@ -45,8 +49,14 @@ def prepare(config) -> Run:
     check_precision(config, method)
     check_layout(config, method)
     run = Run(config=config, mode=reading_mode(config), method=method)
-    run.verifier = VERIFIERS.resolve(config.reward.verifier)
+    run.verifier = made(VERIFIERS.resolve(config.reward.verifier), config.reward)
+    if getattr(config.reward, "functions", None):
+        run.functions = Functions(config.reward)
     method.check(config)
+    sections = teacher_sections(config).values() if method.distills else ()
+    served = [section for section in sections if section.url is not None]
+    for section in served:
+        check_served(section, config)
     check_kernels(config.kernels.backend)
     if config.engine.offload_optimizer:
         check_compiler()
@@ -69,12 +79,14 @@ def prepare(config) -> Run:
     run.max_length = max_length(run, context_length(model))
     if method.samples or run.eval_prompts:
         check_engine(run, model)
+    for section in served:
+        make_one(section, run).check()
     return run
 
 
 def resume_facts(config) -> dict[str, Any]:
-    """What must agree at a resume, by name: which parameters there are."""
-    return {"lora": adapter_form(config.model.lora)}
+    """What must agree at a resume, by name: which parameters there are, and several teachers."""
+    return {"lora": adapter_form(config.model.lora), "teachers": several_teachers(config)}
 
 
 def adapter_form(options) -> str | None:
@@ -98,7 +110,7 @@ def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False
     """
     ENGINES.resolve(config.rollout.engine)
     run = Run(config=config, mode=reading_mode(config))
-    run.verifier = VERIFIERS.resolve(config.reward.verifier)
+    run.verifier = made(VERIFIERS.resolve(config.reward.verifier), config.reward)
     trusted = config.model.trust_remote_code
     run.tokenizer, model = check_model("model", config.model.path, trusted)
     run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)
@@ -146,7 +158,8 @@ def check_precision(config, method: type[Trainer]) -> None:
     attention = config.model.attn_implementation
     dtypes = {"model.dtype": config.model.dtype}
     if method.distills:
-        dtypes["teacher.dtype"] = config.teacher.dtype
+        sections = teacher_sections(config)
+        dtypes |= {f"{name}.dtype": s.dtype for name, s in sections.items() if s.url is None}
     for key, dtype in dtypes.items():
         if attention.startswith("flash") and dtype == "float32":
             raise ConfigError(
@@ -177,21 +190,49 @@ def prepare_models(run: Run):
     stop_ids = list(tokenizer.stop_ids)
     run.new_tokens = add_tokens(tokenizer) if method.adds_tokens else []
     # A model that gets new tokens gets rows for them.
-    heads = [] if run.new_tokens else [model]
+    heads, unshared = [] if run.new_tokens else [model], {}
     if run.new_tokens:
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
     if method.distills:
-        section = teacher_section(config)
-        teacher, teacher_model = checked_model("teacher", section, config)
-        check_same_vocabulary(tokenizer, teacher, config.model.path, section.path)
-        run.teacher_context = context_length(teacher_model)
-        stop_ids += teacher.stop_ids
-        run.teacher_stop = teacher.eos_token_id
-        heads.append(teacher_model)
-    run.vocab, run.missing = vocabulary(tokenizer, *heads)
+        teachers, unshared = checked_teachers(run)
+        heads += [teacher_model for _, teacher_model in teachers]
+        stop_ids += [stop for teacher, _ in teachers for stop in teacher.stop_ids]
+    run.vocab, missing = vocabulary(tokenizer, *heads)
+    run.missing = tuple(sorted({*missing, *(id for id in unshared if id < run.vocab)}))
+    if unshared:
+        run.messages.append(
+            f"teacher  {' '.join(dict.fromkeys(unshared.values()))}: not the same tokens for "
+            "student and teacher; they are not drawn"
+        )
     run.stop_ids = tuple(dict.fromkeys([*stop_ids, *config.rollout.stop_ids]))
     return model
+
+
+def checked_teachers(run: Run) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
+    """The tokenizer and config of each teacher, and the added tokens that one does not share.
+
+    Fill in what the run knows of them.
+
+    Raises:
+        ModelError: a teacher cannot be used; the message names it.
+        ConfigError: they end on different tokens, and the end token is scored.
+    """
+    config, checked, stops = run.config, [], {}
+    unshared: dict[int, str] = {}
+    for name, section in teacher_sections(config).items():
+        section = resolved(section, config.model)
+        teacher, model = checked_model(name, section, config)
+        unshared |= unshared_tokens(run.tokenizer, teacher, config.model.path, section.path, name)
+        stops[name] = teacher.eos_token_id
+        checked.append((teacher, model))
+    check_stops(stops, config)
+    run.teacher_stop = next(iter(stops.values()))
+    lengths = filter(None, (context_length(model) for _, model in checked))
+    run.teacher_context = min(lengths, default=None)
+    if described := several_teachers(config):
+        run.messages.append(f"teacher  {described}; teacher.path is not read")
+    return checked, unshared
 
 
 def checked_model(name: str, section, config):
@@ -208,7 +249,9 @@ def checked_model(name: str, section, config):
     key, trusted = f"{name}.path", section.trust_remote_code
     tokenizer, model = check_model(key, section.path, trusted)
     attention = config.model.attn_implementation
-    check_architecture(key, section.path, model, attention, trusted)
+    # A served teacher runs elsewhere, by other code.
+    if getattr(section, "url", None) is None:
+        check_architecture(key, section.path, model, attention, trusted)
     return tokenizer, model
 
 
@@ -221,11 +264,17 @@ def prepare_data(run: Run, context: int | None) -> None:
     config, data = run.config, run.config.data
     another = run.method.distills and reads_another_prompt(config)
     changes = {"teacher_column": config.teacher.prompt_column} if another else {}
+    routed = run.method.distills and config.teacher.route is not None
+    if routed:
+        changes["route_column"] = config.teacher.route
     examples = configured_examples(data, config.seed, **changes)
     if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
+    check_tokens(run)
     check_targets(run.prompts, run.method, config)
+    if routed:
+        check_routes(run.prompts, config)
     if run.method.learns and context:
         run.prompts = drop_overlong_targets(run, context)
     if dropped:
@@ -242,6 +291,21 @@ def prepare_data(run: Run, context: int | None) -> None:
         run.messages.append("eval  off: name held-out data with eval.path")
         return
     read_eval_prompts(run)
+
+
+def check_tokens(run: Run) -> None:
+    """Raises DataError: a prompt has a token that the teacher reads as another one."""
+    sections = teacher_sections(run.config) if run.method.distills else {}
+    teachers = " or ".join(f"{name}.path={section.path}" for name, section in sections.items())
+    for prompt in run.prompts if run.missing else ():
+        unread = set(run.missing).intersection(prompt.token_ids)
+        if unread:
+            token = run.tokenizer.convert_ids_to_tokens(min(unread))
+            raise DataError(
+                f"data.path={run.config.data.path}: the prompt of row {prompt.index} has "
+                f"{token!r}, which {teachers} lacks or has as another token; change data.template "
+                "or the rows, or take a teacher with the student's tokenizer"
+            )
 
 
 def answered(examples: Sequence[Example], run: Run) -> list[Example]:

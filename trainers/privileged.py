@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
 from recipes.errors import ConfigError, DataError
 from recipes.registry import nearest
-from rollouts.data.chat import tokenize_prompts
-from rollouts.data.examples import Example, Message, Prompt
+from rollouts.data.examples import Example, Message
 from trainers.modes.plain import Plain
 
 FIELD = re.compile(r"\{(\w+)\}")
@@ -40,7 +38,12 @@ def add_teacher_prompts(run) -> None:
     config = run.config
     check_template(config, run.mode)
     where = f"data.path={config.data.path}"
-    made = render(run.prompts, run.tokenizer, config, where)
+    template = config.teacher.prompt
+    examples = [
+        replace(prompt.example, messages=messages_for(prompt.example, template, where))
+        for prompt in run.prompts
+    ]
+    made, _ = run.mode.render(examples, run.tokenizer, where, sys.maxsize)
     room = sys.maxsize
     if run.teacher_context:
         room = run.teacher_context - config.rollout.max_new_tokens
@@ -80,26 +83,6 @@ def check_template(config, mode) -> None:
             raise ConfigError(
                 f"teacher.prompt has {{{name}}}, which is no field{nearest(name, FIELDS)}"
             )
-
-
-def render(prompts: Sequence[Prompt], tokenizer, config, where: str) -> list[Prompt]:
-    """The teacher's prompts, one for each of the student's."""
-    data = config.data
-    examples = [
-        replace(prompt.example, messages=messages_for(prompt.example, config.teacher.prompt, where))
-        for prompt in prompts
-    ]
-    made, _ = tokenize_prompts(
-        examples,
-        tokenizer,
-        max_prompt_tokens=sys.maxsize,
-        template=data.template,
-        system=data.system,
-        suffix=data.suffix,
-        enable_thinking=data.enable_thinking,
-        where=where,
-    )
-    return made
 
 
 def messages_for(example: Example, template: str | None, where: str) -> list[Message]:

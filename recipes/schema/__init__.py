@@ -15,12 +15,21 @@ from typing import Any
 from recipes.components import TRAINERS
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import common, reading, simultaneous
+from recipes.schema import common, reading, rewards, simultaneous
 from recipes.schema.common import Config, DataConfig
 from recipes.schema.distillation import Distillation
 from recipes.schema.grpo import Grpo
 from recipes.schema.hrpo import Hrpo
-from recipes.schema.keys import REQUIRED, Key, hints_of, key, keys_of, section_names
+from recipes.schema.keys import (
+    REQUIRED,
+    Key,
+    general,
+    hints_of,
+    key,
+    keys_of,
+    section_kind,
+    section_names,
+)
 from recipes.schema.onpolicy_sft import OnPolicySft
 from recipes.schema.reading import MASKED_LAYOUTS
 from recipes.schema.simultaneous import Simultaneous
@@ -43,10 +52,12 @@ __all__ = [
     "Simultaneous",
     "Streaming",
     "check",
+    "general",
     "groups_of",
     "hints_of",
     "keys_of",
     "run_schema",
+    "section_kind",
     "section_names",
 ]
 
@@ -128,7 +139,7 @@ def _joined(kinds: Sequence[Any]) -> Any:
         if is_dataclass(inside[0]):
             together = _joined(inside)
             joined.append((name, together, field(default_factory=together)))
-        elif choices := _choices(owners, name):
+        elif not section_kind(inside[0]) and (choices := _choices(owners, name)):
             first = owners[0].__dataclass_fields__[name]
             both = key(first.default, first.metadata["meaning"], choices=choices)
             joined.append((name, inside[0], both))
@@ -151,4 +162,5 @@ def check(config: Any) -> None:
     """
     common.check(config)
     reading.check(config)
+    rewards.check(config)
     simultaneous.check(config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
-from recipes.schema.common import Config, RewardConfig
-from recipes.schema.keys import key
+from recipes.schema.common import Config
+from recipes.schema.keys import REQUIRED, key
+from recipes.schema.rewards import SequenceRewardConfig
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,24 @@ class TeacherConfig:
     path: str = key(
         "stories-teacher",
         "Teacher, named as model.path is; of the same vocabulary. self: the student.",
+    )
+    url: str | None = key(
+        None,
+        "Addresses of vLLM servers that score in place of a teacher in this process, as "
+        "http://HOST:8000/v1, with commas between them. path then names the model that they serve, "
+        "of which only tokenizer and config are read. null: in this process.",
+    )
+    concurrency: int = key(
+        16, "Number of requests that a rank has open at the servers of url.", at_least=1
+    )
+    request_seconds: float = key(
+        300.0, "Seconds that a server of url may take for an answer.", above=0
+    )
+    retry_seconds: float = key(
+        600.0,
+        "Seconds for which a request that a server of url did not answer is made again. Then the "
+        "run ends.",
+        at_least=0,
     )
     weights: str = key(
         "frozen",
@@ -38,8 +57,39 @@ class TeacherConfig:
     )
     dtype: str = key(
         "float32",
-        "Type of the teacher's weights and computation.",
+        "Type of the teacher's weights and computation. With url, the servers' own.",
         choices=("float32", "bfloat16", "float16"),
+    )
+
+    route: str | None = key(
+        None,
+        "Column that names the teacher of each row, where `teachers` has several. null: all of "
+        "them score every row.",
+    )
+    average: str = key(
+        "rewards",
+        "Weighted mean of several teachers that all score a row. rewards: of their token rewards. "
+        "probabilities: of their probabilities of the token.",
+        choices=("rewards", "probabilities"),
+    )
+
+
+@dataclass(frozen=True)
+class NamedTeacherConfig:
+    """A teacher of several. What it leaves out (null) is as in the section `teacher`."""
+
+    path: str = key(REQUIRED, "A teacher in place of teacher.path. NAME is any name.")
+    url: str | None = key(None, "Its servers. null: those of teacher.url, if there are any.")
+    weight: float = key(
+        1.0, "Its weight in the mean over all teachers, which divides by their sum.", above=0
+    )
+    dtype: str | None = key(
+        None,
+        "Its type. null: that of teacher.dtype.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    trust_remote_code: bool | None = key(
+        None, "The same as teacher.trust_remote_code, for it alone. null: as that says."
     )
 
 
@@ -63,7 +113,7 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
-class DistillationRewardConfig(RewardConfig):
+class DistillationRewardConfig(SequenceRewardConfig):
     token: str = key(
         "power",
         "Reward of a sampled token, of the teacher's probability p and the student's q. power: "
@@ -140,5 +190,7 @@ class Distillation(Config):
         choices=("policy_gradient", "reverse_kl", "forward_kl", "jsd", "topk", "power_full"),
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    # By their names.
+    teachers: dict[str, NamedTeacherConfig] = field(default_factory=dict)
     reward: DistillationRewardConfig = field(default_factory=DistillationRewardConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)

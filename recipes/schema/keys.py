@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,6 +16,9 @@ from recipes.errors import ConfigError
 from recipes.registry import Registry, nearest
 
 REQUIRED = omegaconf.MISSING
+# Stands for a name that the user gives, as in `teachers.NAME.path`.
+NAME = "NAME"
+GIVEN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,37 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
+def free(meaning: str) -> Any:
+    """A field whose keys the user names, `dict[str, Any]`; `meaning` is a sentence about one."""
+    return field(default_factory=dict, metadata={"meaning": meaning, "bounds": Bounds()})
+
+
+def section_kind(kind: Any) -> Any:
+    """The class of the sections that a `dict[str, …]` holds, each under a name that the user gives;
+    None: the annotation is of something else."""
+    inside = get_args(kind)[1] if get_origin(kind) is dict else None
+    return inside if is_dataclass(inside) else None
+
+
+def general(name: str, names: Collection[str]) -> str:
+    """`teachers.NAME.path` for `teachers.math.path`; any other name as it is.
+
+    Args:
+        names: of keys and sections.
+    """
+    if name in names:
+        return name
+    return next((known for known in names if NAME in known and _stands_for(known, name)), name)
+
+
+def _stands_for(known: str, name: str) -> bool:
+    expected, parts = known.split("."), name.split(".")
+    return len(expected) == len(parts) and all(
+        part == word or (word == NAME and GIVEN_NAME.fullmatch(part))
+        for word, part in zip(expected, parts, strict=True)
+    )
+
+
 def hints_of(schema: Any) -> dict[str, Any]:
     """The annotations of a section's fields by name."""
     hints = get_type_hints(schema)
@@ -140,6 +175,11 @@ def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
         if is_dataclass(kind):
             found |= keys_of(kind, name + ".")
             continue
+        if section := section_kind(kind):
+            found |= keys_of(section, f"{name}.{NAME}.")
+            continue
+        if get_origin(kind) is dict:
+            name, kind = f"{name}.{NAME}", get_args(kind)[1]
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]
         found[name] = Key(name, kind, default, bounds, entry.metadata["meaning"])
@@ -151,7 +191,13 @@ def section_names(names: Collection[str]) -> set[str]:
     return {name[:index] for name in names for index, letter in enumerate(name) if letter == "."}
 
 
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+NAMES = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Any: "any value",
+}
 
 
 def type_name(kind: Any, plural: bool = False) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,8 @@ class NamedColumns:
     answer: str | None = None
     target: str | None = None
     teacher: str | None = None
+    # It says nothing of the form of a row.
+    route: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def row_examples(
         place, row = waiting.popleft()
         where = f"{source} {place}"
         fields = read(row, where)
+        if named.route is not None and (name := cell(row, named.route)) is not None:
+            fields["teacher"] = str(name)
         _check_characters(fields, where)
         yield Example(index, **fields)
         index += 1
@@ -141,11 +145,12 @@ def _fields_reader(
     source: str, rows: list[Row], named: NamedColumns
 ) -> Callable[[Row, str], dict[str, Any]]:
     """What turns a row and its place into the fields of an `Example`, all but the index."""
-    if named.teacher is not None and all(cell(row, named.teacher) is None for row in rows):
-        raise DataError(
-            f"{source}: no column '{named.teacher}' (teacher.prompt_column); its columns: "
-            f"{listed(dict.fromkeys(name for row in rows for name in row))}"
-        )
+    for key, column in (("prompt_column", named.teacher), ("route", named.route)):
+        if column is not None and all(cell(row, column) is None for row in rows):
+            raise DataError(
+                f"{source}: no column '{column}' (teacher.{key}); its columns: "
+                f"{listed(dict.fromkeys(name for row in rows for name in row))}"
+            )
     if not any((named.prompt, named.target, named.teacher)) and any(map(is_segmented, rows)):
         return segmented
     if named == NamedColumns() and any(map(is_squad, rows)):

@@ -43,6 +43,8 @@ class Example:
     frames: np.ndarray | None = None
     # Chat turns that a teacher reads in place of `messages`.
     teacher_messages: list[Message] | None = None
+    # The teacher that scores it, of several.
+    teacher: str | None = None
     # All right answers, where the data set has several.
     references: tuple[str, ...] | None = None
 

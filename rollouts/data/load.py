@@ -22,6 +22,7 @@ def load_examples(
     answer_column: str | None = None,
     target_column: str | None = None,
     teacher_column: str | None = None,
+    route_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     size: int | None = None,
@@ -50,6 +51,7 @@ def load_examples(
         target_column: the column of the text to write. It is answer and solution, whatever else
             the row has.
         teacher_column: the column of the prompt that a teacher reads.
+        route_column: the column that names the teacher of a row.
         limit: the number of rows to take, from the first on. None: all.
         seed: of generated data.
         size: the number of generated examples. None: the default of `data.stories`.
@@ -65,6 +67,11 @@ def load_examples(
                 f"data.path={path} is generated and has no columns (teacher.prompt_column="
                 f"{teacher_column}); use teacher.prompt"
             )
+        if route_column is not None:
+            raise DataError(
+                f"data.path={path} is generated and has no columns (teacher.route="
+                f"{route_column}); write it to a file with one, or let all teachers score all rows"
+            )
         count = DataConfig.stories if size is None else size
         count = count if limit is None else min(count, limit)
         if path == "translation":
@@ -73,7 +80,7 @@ def load_examples(
         return _stories(
             count, seed, split, difficulty, verbose=verbose, distractors=distractors, varied=varied
         )
-    named = NamedColumns(prompt_column, answer_column, target_column, teacher_column)
+    named = NamedColumns(prompt_column, answer_column, target_column, teacher_column, route_column)
     return _read_examples(path, split, named, limit)
 
 

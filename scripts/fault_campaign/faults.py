@@ -65,6 +65,21 @@ def stalled(place: str, meaning: str = "", **options) -> Fault:
     return Fault(meaning=meaning, place=place, **(defaults | options))
 
 
+def spoilt(action: inject.Action, meaning: str, **options) -> Fault:
+    """A step whose gradients are not finite. The run skips it and goes on."""
+    defaults = {"place": "update", "before": True, "status": 0, "kind": "skipped"}
+    # A step of GRPO has more updates than the default allows.
+    defaults["keys"] = {"train.max_nonfinite": 99}
+    return Fault(meaning=meaning, action=action, **(defaults | options))
+
+
+# What ends a run at its first gradient that is not finite.
+LAST = {
+    "status": 1,
+    "kind": "resumed",
+    "says": r"step \d+: .* not finite",
+    "keys": {"train.max_nonfinite": 1},
+}
 # SIGKILL in every phase, in the order of a step.
 KILLS = {
     "kill_rollout": killed("rollout", "when the samples are drawn"),
@@ -92,44 +107,12 @@ FAULTS = KILLS | {
         status=STOPPED,
         repeats=0,
     ),
-    "nan": Fault(
-        meaning="a NaN gradient, and no more of them are allowed",
-        place="update",
-        action=inject.no_number,
-        before=True,
-        status=1,
-        says=r"step \d+: .* not finite",
-        keys={"train.max_nonfinite": 1},
+    "nan": spoilt(inject.no_number, "a NaN gradient, and no more of them are allowed", **LAST),
+    "infinite": spoilt(
+        inject.infinite, "an infinite gradient, and no more of them are allowed", **LAST
     ),
-    "infinite": Fault(
-        meaning="an infinite gradient, and no more of them are allowed",
-        place="update",
-        action=inject.infinite,
-        before=True,
-        status=1,
-        says=r"step \d+: .* not finite",
-        keys={"train.max_nonfinite": 1},
-    ),
-    "nan_skipped": Fault(
-        meaning="NaN gradients in one step; the run goes on",
-        place="update",
-        action=inject.no_number,
-        before=True,
-        status=0,
-        kind="skipped",
-        # A step of GRPO has more updates than the default allows.
-        keys={"train.max_nonfinite": 99},
-    ),
-    "infinite_skipped": Fault(
-        meaning="infinite gradients in one step; the run goes on",
-        place="update",
-        action=inject.infinite,
-        before=True,
-        status=0,
-        kind="skipped",
-        # A step of GRPO has more updates than the default allows.
-        keys={"train.max_nonfinite": 99},
-    ),
+    "nan_skipped": spoilt(inject.no_number, "NaN gradients in one step; the run goes on"),
+    "infinite_skipped": spoilt(inject.infinite, "infinite gradients in one step; the run goes on"),
     "memory": Fault(
         meaning="no memory for a tensor of the update",
         place="pack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from scripts.report.cards import make_cards, make_minis
@@ -22,6 +23,8 @@ SETTINGS = {
     "lr": "train.lr",
     "seed": "seed",
 }
+# In place of the teacher there.
+NAMED_TEACHER = re.compile(r"teachers\.[^.]+\.path")
 # Settings that differ between any two runs.
 OWN_KEYS = ("recipe", "run.dir")
 
@@ -71,6 +74,9 @@ def _settings(run: Run) -> dict:
         value = run.config.get(key)
         if value is not None:
             settings[name] = value
+    several = [str(value) for key, value in run.config.items() if NAMED_TEACHER.fullmatch(key)]
+    if several:
+        settings["teacher"] = ", ".join(several)
     return settings
 
 

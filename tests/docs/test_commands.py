@@ -82,6 +82,8 @@ MODEL = "stories-student"
 PLACEHOLDERS = {
     "MODEL_DIR": MODEL,
     "TEACHER_DIR": "stories-teacher",
+    "MATH_DIR": "stories-teacher",
+    "CODE_DIR": "stories-student",
     "DATA": "{work}/stories.jsonl",
     # It would be fetched; tests/recipes/test_packaged_models.py fetches it.
     "smollm2-135m": MODEL,
@@ -127,6 +129,7 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
     "train.py recipe=poweropd": SAMPLED,
     "train.py recipe=opd": SAMPLED,
     "train.py recipe=opd_jsd": SAMPLED,
+    "train.py recipe=opsd": SAMPLED,
     "train.py recipe=onpolicy_sft": SAMPLED | GROUPS,
     "train.py recipe=grpo": SAMPLED | GROUPS,
     "train.py recipe=sft": TRAIN,

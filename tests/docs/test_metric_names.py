@@ -22,6 +22,8 @@ NOT_RECORDED = {
     "perf/tokens_per_second",
     "perf/peak_memory_gib",
     "reward/timeouts",
+    "reward/<function>/mean",
+    "reward/<function>/failed",
     "eval/<data>/timeouts",
 }
 GROUPED = ("grpo", "hrpo")
@@ -33,6 +35,9 @@ WRITERS = {
     names.SAMPLING: lambda c: c.trainer in SAMPLED,
     names.DISTILLING: lambda c: c.trainer in ("opd", "proactivellm"),
     names.TAUGHT: lambda c: c.trainer == "opd",
+    names.ONE_TEACHER: lambda c: c.trainer == "opd" and not c.teachers,
+    names.NAMED_TEACHERS: lambda c: c.trainer == "opd" and bool(c.teachers),
+    names.NAMED_REWARDS: lambda c: c.trainer == "opd" and bool(c.teachers),
     names.TOKEN_REWARDS: lambda c: c.trainer in ("opd", *GROUPED),
     names.ALL_REWARDS: lambda c: c.trainer in SAMPLED,
     names.TEACHER_REWARDS: lambda c: (
@@ -45,6 +50,7 @@ WRITERS = {
     names.REFERENCE: lambda c: c.trainer in GROUPED and c.grpo.kl_beta > 0,
     names.SLOW_STEPS: lambda c: False,
     names.SLOW_EVALUATIONS: lambda c: False,
+    names.FUNCTIONS: lambda c: bool(getattr(c.reward, "functions", {})),
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",
@@ -83,4 +89,5 @@ def test_a_metric_has_a_unit_and_one_sentence():
 def test_the_name_of_an_evaluation_is_found_whatever_the_data_is_called():
     assert entry("eval/stories/avg@4") == "eval/<data>/avg@k"
     assert entry("eval/a@b/latency_s") == "eval/<data>/latency_s"
+    assert entry("teacher/math/kl") == "teacher/<name>/kl" and entry("teacher/kl") == "teacher/kl"
     assert entry("train/loss") == "train/loss"

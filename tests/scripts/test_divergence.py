@@ -82,6 +82,6 @@ def test_rows_need_no_answer_and_both_models_must_have_a_token(
 
 
 def test_another_vocabulary_is_refused(tiny_models, capsys):
-    keys = [f"model={tiny_models['student']}", "teacher=stories-streaming", "data=stories"]
+    keys = [f"model={tiny_models['student']}", "teacher=translation-untrained", "data=stories"]
     assert divergence.main(keys) == 1
     assert "has another vocabulary than model.path=" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -91,15 +90,6 @@ def test_the_tracker_of_a_run_that_goes_back_says_so(tmp_path, overrides, capsys
     Tracker(compose(overrides()), tmp_path, 2, lambda scores: "").finish()
     assert "step_4 is of an earlier attempt; it is step_4.replaced_1" in capsys.readouterr().out
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_2"]
-
-
-@pytest.fixture
-def small_files():
-    """No file can grow past 100 kB: writes fail as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class WritesTensors(Writes):

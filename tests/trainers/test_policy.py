@@ -3,11 +3,16 @@ to save."""
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
+from recipes.errors import ModelError
+from trainers.core import memory
 from trainers.core.policy import check_model, load_policy
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def test_end_tokens_of_both_configs_count(model):
 )
 def test_a_model_with_sampling_settings_can_be_saved(model, tmp_path, settings):
     change(model / "generation_config.json", **settings)
-    policy = load_policy(str(model), torch.float32, torch.device("cpu"))
+    policy = load_policy(str(model), torch.float32, CPU)
     policy.model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert saved.get("temperature") == (0.6 if settings.get("do_sample") else None)
@@ -87,7 +92,7 @@ FAMILIES = {
 
 def gradients(folder, dropout, checkpointing) -> list[torch.Tensor]:
     """Of one loss on two packed sequences, as the engine has a policy make them."""
-    policy = load_policy(str(folder), torch.float32, torch.device("cpu"))
+    policy = load_policy(str(folder), torch.float32, CPU)
     policy.start_training(dropout, checkpointing)
     ids = torch.arange(3, 23)[None]
     positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
@@ -126,7 +131,7 @@ def test_checkpointing_still_computes_again_where_dropout_is_off(tiny_models):
     """It saves fewer activations for the backward pass."""
 
     def saved(checkpointing) -> int:
-        policy = load_policy(str(tiny_models["student"]), torch.float32, torch.device("cpu"))
+        policy = load_policy(str(tiny_models["student"]), torch.float32, CPU)
         policy.start_training(False, checkpointing)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -134,3 +139,21 @@ def test_checkpointing_still_computes_again_where_dropout_is_off(tiny_models):
         return len(kept)
 
     assert saved(True) < saved(False) / 3
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_loads(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["student"], tmp_path / "large")
+    change(folder / "config.json", hidden_size=2**17, intermediate_size=2**19)
+    started = time.perf_counter()
+    with pytest.raises(ModelError, match=r"has \d+\.\d billion parameters: \d+ GiB in float32"):
+        load_policy(str(folder), torch.float32, CPU)
+    assert time.perf_counter() - started < 20
+    assert memory.parameter_count(str(tiny_models["student"]), False) == sum(
+        p.numel() for p in load_policy(str(tiny_models["student"]), torch.float32, CPU).parameters()
+    )
+
+
+def test_ranks_of_a_machine_share_a_cpus_memory(monkeypatch):
+    alone = memory.memory_of(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert memory.memory_of(CPU) == alone // 8

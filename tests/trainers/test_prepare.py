@@ -51,6 +51,21 @@ def test_a_teacher_of_another_vocabulary(overrides, tiny_models, tmp_path):
     assert "has another vocabulary than model.path=" in message and "(id 30" in message
 
 
+def test_a_teacher_that_differs_in_an_added_token(overrides, tiny_models, tmp_path):
+    """It was refused, though no sample may hold the token."""
+    other = shutil.copytree(tiny_models["teacher"], tmp_path / "other")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        text = (other / name).read_text()
+        (other / name).write_text(text.replace("<|im_start|>", "<|turn|>"))
+    keys = {"teacher__path": other, "rollout__engine": "hf"}
+    message = refused(DataError, overrides(**keys))
+    assert "the prompt of row 0 has '<|im_start|>', which teacher.path=" in message
+    run = prepare(compose(overrides(**keys, data__template="plain")))
+    (token,) = run.missing
+    assert run.tokenizer.convert_ids_to_tokens(token) == "<|im_start|>"
+    assert any("teacher  <|im_start|>: not the same tokens" in line for line in run.messages)
+
+
 def test_missing_data(overrides):
     assert "/no/such/file.jsonl" in refused(DataError, overrides(data__path="/no/such/file.jsonl"))
 

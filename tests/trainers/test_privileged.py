@@ -13,7 +13,7 @@ from recipes.errors import ConfigError, DataError
 from rollouts.trajectory import Trajectory
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.policy import load_policy
-from trainers.core.teacher import DetachedHead, SelfTeacher, Teacher, make_teacher
+from trainers.core.teacher import DetachedHead, SelfTeacher, Teacher, make_one
 from trainers.loop import Loop
 from trainers.prepare import prepare
 
@@ -137,7 +137,7 @@ def test_the_teacher_scores_the_completion_after_its_own_prompt(prepared, weight
         teacher__path="self", teacher__weights=weights, teacher__prompt="'Hint {answer}. {prompt}'"
     )
     policy_loop(run)
-    teacher = make_teacher(run)
+    teacher = make_one(run.config.teacher, run)
     assert type(teacher) is (Teacher if weights == "frozen" else SelfTeacher)
     rng, made = np.random.default_rng(0), []
     for prompt, length in zip(run.prompts, (7, 1, 12)):

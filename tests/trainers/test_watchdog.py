@@ -142,6 +142,13 @@ def test_the_lines_come_at_growing_intervals():
     ]
 
 
+def test_a_line_gives_a_phases_time_where_it_is_long():
+    phase = Phase("update", 3, 60.0, time.monotonic() - 90)
+    assert phase.spoken(60) == "step 3: update for 1 min 30 s"
+    # Steps whose rows are not printed.
+    assert phase.spoken(100) == "step 3: update"
+
+
 def test_a_phase_inside_another_has_its_own_deadline():
     dog = Watchdog({"report": 60.0, "save": 30.0}, print, shown=False)
     try:

@@ -13,6 +13,9 @@ EVERY_STEP = "every step"
 SAMPLING = "steps of recipes that sample completions"
 DISTILLING = "steps of recipes with a teacher or self-distillation"
 TAUGHT = "steps of recipes with a teacher"
+ONE_TEACHER = f"{TAUGHT}, but for several that are averaged"
+NAMED_TEACHERS = "steps of recipes with teachers"
+NAMED_REWARDS = f"{NAMED_TEACHERS} and objective=policy_gradient"
 TOKEN_REWARDS = "steps of recipes with a reward or an advantage per token"
 ALL_REWARDS = f"{TOKEN_REWARDS}, and of on-policy SFT"
 TEACHER_REWARDS = "steps of recipes with a teacher, objective=policy_gradient and no task reward"
@@ -23,6 +26,7 @@ MINIBATCHES = "steps of GRPO and AdaSR with train.minibatches above 1"
 REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
 FILTERING = "steps of on-policy SFT"
 SLOW_STEPS = "steps in which there were some"
+FUNCTIONS = "steps of recipes with reward.functions"
 ADASR = "steps of AdaSR"
 PROACTIVE = "steps of ProactiveLLM"
 EVERY_EVALUATION = "every evaluation"
@@ -116,6 +120,16 @@ METRICS: dict[str, Metric] = {
         "Completions that count as wrong, or as less right, as their check did not end in time.",
         SLOW_STEPS,
     ),
+    "reward/<function>/mean": Metric(
+        "the function's",
+        "Mean score of a function of reward.functions over the completions, before its weight.",
+        FUNCTIONS,
+    ),
+    "reward/<function>/failed": Metric(
+        "completions",
+        "Completions that have the function's default, as it failed or was late.",
+        FUNCTIONS,
+    ),
     "reward/equal_groups_frac": Metric(
         "share",
         "Prompts whose completions all have the same reward, and so no advantage.",
@@ -199,7 +213,19 @@ METRICS: dict[str, Metric] = {
         TAUGHT,
     ),
     "teacher/agreement": Metric(
-        "share", "Sampled tokens that are the teacher's most likely one.", TAUGHT
+        "share", "Sampled tokens that are the teacher's most likely one.", ONE_TEACHER
+    ),
+    # Each of several. <name> is its name in the config
+    "teacher/<name>/share": Metric(
+        "share", "Unmasked tokens of the step that the teacher scores.", NAMED_TEACHERS
+    ),
+    "teacher/<name>/kl": Metric(
+        "nats", "Mean of log q - log p over the tokens that the teacher scores.", NAMED_TEACHERS
+    ),
+    "teacher/<name>/reward_mean": Metric(
+        "the reward's",
+        "Mean token reward for the teacher's own p, without weights and standardisation.",
+        NAMED_REWARDS,
     ),
     "reference/kl": Metric(
         "nats", "Estimate k3 of the KL from the reference, mean over unmasked tokens.", REFERENCE
@@ -323,8 +349,13 @@ METRICS: dict[str, Metric] = {
 
 
 def entry(name: str) -> str:
-    """The table's name for one in a row, as `eval/<data>/avg@k` for `eval/stories/avg@4`."""
+    """The table's name for one in a row, as `eval/<data>/avg@k` for `eval/stories/avg@4`, and
+    `teacher/<name>/kl` for `teacher/math/kl`."""
     group, _, rest = name.partition("/")
+    if group == "reward" and "/" in rest:
+        return f"reward/<function>/{rest.rpartition('/')[2]}"
+    if group == "teacher" and "/" in rest:
+        return f"teacher/<name>/{rest.rpartition('/')[2]}"
     if group != "eval":
         return name
     score = rest.rpartition("/")[2]

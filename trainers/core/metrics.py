@@ -98,9 +98,12 @@ class TokenStats:
             kl = output["divergence"]
         else:
             kl = compared_logprobs(trajectory, output) - teacher
-        likely = annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
-        agrees = teacher >= likely
-        self._add("teacher", counted.sum(), kl[counted].sum(), agrees[counted].sum())
+        self._add("teacher", counted.sum(), kl[counted].sum())
+        # The most likely token of a mixture of teachers is not known.
+        if "teacher_max_logprobs" in annotations:
+            likely = annotations["teacher_max_logprobs"] - AGREEMENT_MARGIN
+            agrees = teacher >= likely
+            self._add("agreement", counted.sum(), agrees[counted].sum())
 
     def _add_rewards(self, rewards: np.ndarray, mask: np.ndarray) -> None:
         unmasked = rewards[mask]
@@ -137,8 +140,10 @@ class TokenStats:
         if _counted(sums, "mismatch"):
             row |= _mismatch_metrics(*sums["mismatch"])
         if _counted(sums, "teacher"):
-            count, kl, agreements = sums["teacher"]
+            count, kl = sums["teacher"]
             row["teacher/kl"] = kl / count
+        if _counted(sums, "agreement"):
+            count, agreements = sums["agreement"]
             row["teacher/agreement"] = agreements / count
         return {name: _plain(value) for name, value in row.items()}
 
@@ -237,6 +242,10 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         accuracy = float(np.mean(scores))
         row["reward/accuracy"] = accuracy
         row["rollout/efficiency"] = 100 * accuracy / length
+    for name in trajectories[0].functions:
+        row[f"reward/{name}/mean"] = float(np.mean([t.functions[name] for t in trajectories]))
+        if failed := sum(name in t.failures for t in trajectories):
+            row[f"reward/{name}/failed"] = failed
     if timeouts := sum(t.timed_out for t in trajectories):
         row["reward/timeouts"] = timeouts
     rewards = [t.reward for t in trajectories if t.reward is not None]

@@ -21,6 +21,7 @@ from rollouts.pretrained import (
     needs_own_code,
 )
 from trainers.core import attention
+from trainers.core.memory import check_fits
 
 DTYPES = {
     "float32": torch.float32,
@@ -283,6 +284,7 @@ def load_policy(
             leave out an id.
     """
     attention.register()
+    check_fits(path, dtype, device, trust_remote_code)
     model = load_model(
         path, trust_remote_code, dtype=dtype, attn_implementation=attn_implementation
     )
@@ -417,22 +419,33 @@ def _model_class(path: str, config, trust_remote_code: bool):
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def check_same_vocabulary(student, teacher, student_path: str, teacher_path: str) -> None:
-    """Refuse a teacher that reads token ids differently from the student.
+def unshared_tokens(
+    student, teacher, student_path: str, teacher_path: str, section: str = "teacher"
+) -> dict[int, str]:
+    """The added tokens that mean something else to the teacher, or nothing, by their ids.
+
+    Models of one family differ in them, as Qwen2.5 has no `<think>`. A sample must hold none.
 
     Args:
         student, teacher: their tokenizers.
         student_path, teacher_path: their names, for the message.
+        section: of the teacher, for the message.
 
     Raises:
-        ModelError: it names the first token that differs.
+        ModelError: they differ in other tokens, or in one that ends a completion; it is named.
     """
-    students, teachers = student.get_vocab(), teacher.get_vocab()
-    if students == teachers:
-        return
-    differing = students.items() ^ teachers.items()
-    token, token_id = min(differing, key=lambda item: (item[1], item[0]))
-    raise ModelError(
-        f"teacher.path={teacher_path} has another vocabulary than model.path={student_path}: token "
-        f"{token!r} (id {token_id}) is only in one of them; distillation needs one tokenizer"
+    added = student.get_added_vocab() | teacher.get_added_vocab()
+    differing = sorted(
+        (token_id, token)
+        for token, token_id in student.get_vocab().items() ^ teacher.get_vocab().items()
     )
+    ends = {*student.stop_ids, *teacher.stop_ids}
+    for token_id, token in differing:
+        if token not in added or token_id in ends:
+            raise ModelError(
+                f"{section}.path={teacher_path} has another vocabulary than model.path="
+                f"{student_path}: token {token!r} (id {token_id}) is only in one of them; "
+                "distillation needs one tokenizer"
+            )
+    # The first of two tokens with one id.
+    return dict(reversed(differing))

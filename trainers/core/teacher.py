@@ -74,10 +74,15 @@ class FrozenModel:
 
 
 class Teacher(FrozenModel):
-    """`teacher.path`; for `self`, the weights that the run started from."""
+    """A section's `path`; for `self`, the weights that the run started from.
 
-    def __init__(self, run):
-        super().__init__(teacher_section(run.config), run)
+    Args:
+        section: `teacher`, or one like it.
+        run: a `Run` with its device.
+    """
+
+    def __init__(self, section, run):
+        super().__init__(resolved(section, run.config.model), run)
         self.run = run
 
     @property
@@ -137,19 +142,31 @@ class DetachedHead:
         return None if self.of.bias is None else self.of.bias.detach()
 
 
-def make_teacher(run) -> Teacher | SelfTeacher:
-    """The teacher of a run whose policy is loaded."""
-    teacher = run.config.teacher
-    own = teacher.path == SELF and teacher.weights != "frozen"
-    return SelfTeacher(run) if own else Teacher(run)
+def make_one(section, run):
+    """The teacher that a section names.
+
+    Args:
+        section: `teacher`, or one like it (`trainers.core.teachers.teacher_sections`).
+        run: a `Run` whose policy is loaded.
+    """
+    if section.url is not None:
+        # Its packages are for those who use it.
+        from trainers.core.served_teacher import ServedTeacher
+
+        return ServedTeacher(section, run)
+    own = section.path == SELF and section.weights != "frozen"
+    return SelfTeacher(run) if own else Teacher(section, run)
 
 
-def teacher_section(config):
-    """The section `teacher`, which names the student's model where that teaches itself."""
-    teacher, model = config.teacher, config.model
-    if teacher.path != SELF:
-        return teacher
-    return replace(teacher, path=model.path, trust_remote_code=model.trust_remote_code)
+def resolved(section, model):
+    """A teacher's section, which names the student's model where that teaches itself.
+
+    Args:
+        model: the section `model`.
+    """
+    if section.path != SELF:
+        return section
+    return replace(section, path=model.path, trust_remote_code=model.trust_remote_code)
 
 
 def as_teacher_reads(run, trajectories: Sequence[Trajectory]) -> list[Trajectory]:

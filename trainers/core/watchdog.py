@@ -61,6 +61,11 @@ class Phase:
     def seconds(self) -> float:
         return time.monotonic() - self.entered
 
+    def spoken(self, least: float) -> str:
+        """As `step 3: rollout for 2 min 10 s`; without the time where it is less than `least`."""
+        taken = self.seconds()
+        return self.place if taken < least else f"{self.place} for {spoken_time(taken)}"
+
 
 class Watchdog:
     """Watches this process.
@@ -221,7 +226,7 @@ class Watchdog:
                 spoken = due
                 # Above the bars of a terminal, which may be gone.
                 with contextlib.suppress(OSError):
-                    tqdm.write(f"… {now.place} for {spoken_time(now.seconds())}", file=sys.stderr)
+                    tqdm.write(f"… {now.spoken(self.quiet)}", file=sys.stderr)
 
 
 def overdue(phase: Phase, seconds: float, waits: str = "", host: str = "", pid: int = 0) -> str:

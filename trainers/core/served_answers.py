@@ -1,0 +1,167 @@
+"""What vLLM's server answers, checked in everything that a wrong log-prob could hide in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Collection, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from recipes.errors import TeacherError, one_line
+
+# HTTP statuses of a server that may answer later, beside those from 500 on.
+PASSING = (408, 425, 429)
+# What vLLM sends for a log-prob of -inf, which JSON has no number for.
+CLAMPED = -9999.0
+# What rounding adds to a log-prob, nats.
+ROUNDING = 1e-3
+
+
+def open_session() -> aiohttp.ClientSession:
+    """A session without limits of its own. `VLLM_API_KEY` is the servers' --api-key."""
+    key = os.environ.get("VLLM_API_KEY")
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
+
+
+async def call(session: aiohttp.ClientSession, url: str, path: str, body: Any = None) -> Any:
+    """The JSON that a server answers.
+
+    Args:
+        url: of the server; `path` follows it.
+        body: is posted; None: a GET.
+
+    Raises:
+        aiohttp.ClientError: it does not answer now.
+        TeacherError: it refuses, or its answer is no JSON.
+    """
+    method = "GET" if body is None else "POST"
+    async with session.request(method, url + path, json=body) as response:
+        content = await response.read()
+    said = one_line(ValueError(content[:200].decode(errors="replace")))
+    if response.status >= 500 or response.status in PASSING:
+        raise aiohttp.ClientError(f"status {response.status}, {said}")
+    if response.status in (401, 403):
+        raise TeacherError(f"teacher.url={url} asks for a key; set VLLM_API_KEY to its --api-key")
+    if response.status != 200:
+        raise TeacherError(
+            f"teacher.url={url} refuses {path} with status {response.status}: {said}; it must be "
+            "the address of vLLM's API, as http://HOST:PORT/v1"
+        )
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise TeacherError(f"teacher.url={url} answers what is no JSON: {said}") from None
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Await all. The first error ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+
+
+def checked_card(answer: Any, url: str, names: Collection[str]) -> dict[str, Any]:
+    """The entry of a server's list of models that names the teacher.
+
+    Args:
+        answer: of GET /models.
+        names: of the teacher; the shortest is for the error.
+
+    Raises:
+        TeacherError: there is none.
+    """
+    try:
+        cards = [(card["id"], card.get("root") or card["id"], card) for card in answer["data"]]
+    except (KeyError, TypeError, AttributeError):
+        raise unreadable(url, "a list of models") from None
+    for name, root, card in cards:
+        folder = str(Path(root).resolve()) if Path(root).is_dir() else root.rstrip("/")
+        if {name, folder} & set(names):
+            return card
+    shown = min(names, key=len)
+    raise TeacherError(
+        f"teacher.url={url} serves {', '.join(name for name, _, _ in cards) or 'nothing'}, not "
+        f"teacher.path={shown}; start it with that model, or where it has another path there, with "
+        f"--served-model-name {shown}"
+    )
+
+
+def checked_logprobs(answer: Any, ids: list[int], rows: int, url: str) -> np.ndarray:
+    """Log-probs of `ids[1:]` and of the most likely token in the place of each.
+
+    Args:
+        answer: of POST /completions.
+        ids: that were asked for, N.
+        rows: of the teacher's head.
+
+    Returns:
+        [2, N - 1] float32, in nats.
+
+    Raises:
+        TeacherError: another form, other ids, or what are no log-probs.
+    """
+    try:
+        [choice] = answer["choices"]
+        scored, entries = choice["prompt_token_ids"], choice["prompt_logprobs"]
+        if scored != ids or len(entries) != len(ids):
+            raise TeacherError(
+                f"teacher.url={url} scored other tokens than it was asked for, {len(scored)} with "
+                f"{len(entries)} log-probs for {len(ids)}"
+            )
+        pairs = [
+            (entry[str(id)]["logprob"], likeliest(entry)) for id, entry in zip(ids[1:], entries[1:])
+        ]
+        values = np.array(pairs, np.float32).reshape(-1, 2).T
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise unreadable(url, "the log-probs of what it was asked for") from None
+    values[values <= CLAMPED] = -np.inf
+    chosen, likely = values
+    # The most likely of so many tokens has at least an equal share.
+    least = -math.log(rows) - ROUNDING
+    sound = (chosen <= likely + ROUNDING) & (likely <= ROUNDING) & (likely >= least)
+    if not sound.all():
+        place = int(np.argmin(sound))
+        raise TeacherError(
+            f"teacher.url={url} gives {chosen[place]:g} for token {ids[place + 1]} and "
+            f"{likely[place]:g} for the most likely one, which are no log-probs; start it with "
+            "--logprobs-mode raw_logprobs"
+        )
+    return values
+
+
+def likeliest(entry: dict[str, dict[str, Any]]) -> float:
+    """The log-prob of the most likely token of a place. Raises ValueError: it is not there."""
+    return max(token["logprob"] for token in entry.values() if token["rank"] == 1)
+
+
+def differing_token(answer: Any, ids: list[int], tokenizer: Any) -> str:
+    """The first of `ids[1:]` that a server has another text for, in words; empty: none.
+
+    Args:
+        answer: of POST /completions, sound in form.
+        tokenizer: the teacher's, as its files have it.
+    """
+    for id, entry in zip(ids[1:], answer["choices"][0]["prompt_logprobs"][1:]):
+        ours, theirs = tokenizer.decode([id]), entry[str(id)].get("decoded_token")
+        # A part of a letter's bytes is no text by itself.
+        if "\ufffd" not in ours and (theirs is None or ours.strip() != theirs.strip()):
+            return f"token {id} is {theirs!r} there, and {ours!r} in teacher.path"
+    return ""
+
+
+def unreadable(url: str, what: str) -> TeacherError:
+    """The error of an answer in another form."""
+    return TeacherError(f"teacher.url={url} answers something else than {what}; it must be vLLM's")

@@ -1,0 +1,78 @@
+"""What is asked of the servers of a teacher, and what they are not asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.embedded import model_folder
+from recipes.errors import ConfigError, TeacherError
+from rollouts.trajectory import Trajectory
+from trainers.core.teacher import SELF
+
+
+def urls_of(section) -> list[str]:
+    """The addresses of `teacher.url`, without a final slash."""
+    return [url.strip().rstrip("/") for url in section.url.split(",") if url.strip()]
+
+
+def check_served(section, config) -> None:
+    """Refuse a run that needs more of its teacher than servers give.
+
+    Args:
+        section: `teacher`, with a `url`.
+        config: the run's.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    url, temperature = f"teacher.url={section.url}", config.rollout.temperature
+    urls = urls_of(section)
+    if not urls or not all(one.startswith(("http://", "https://")) for one in urls):
+        raise ConfigError(
+            f"{url} must be addresses as http://HOST:PORT/v1, with commas between them"
+        )
+    if section.path == SELF:
+        raise ConfigError(f"{url} goes with the name of the served model, not teacher.path={SELF}")
+    if config.objective != "policy_gradient":
+        raise ConfigError(
+            f"objective={config.objective} compares whole distributions, and {url} serves those of "
+            "sampled tokens; use objective=policy_gradient, or leave teacher.url out"
+        )
+    if temperature != 1:
+        raise ConfigError(
+            f"{url} serves log-probs at temperature 1; use rollout.temperature=1 in place of "
+            f"{temperature:g}, or leave teacher.url out"
+        )
+
+
+def names_of(section) -> set[str]:
+    """What a server may call the model of `teacher.path`."""
+    folder = model_folder(section.path)
+    return {section.path, folder, str(Path(folder).resolve())}
+
+
+def scored_ids(trajectory: Trajectory) -> list[int]:
+    """Prompt and completion, with the last id that the teacher scores in place of the last drawn.
+
+    No other id is scored after it.
+
+    Raises:
+        TeacherError: another target is not the id that was drawn. The ids after it would be scored
+            after the wrong text.
+    """
+    drawn = trajectory.completion_ids
+    targets = trajectory.annotations["teacher_targets"].tolist()
+    if targets[:-1] != drawn[:-1]:
+        raise TeacherError(
+            f"prompt {trajectory.prompt_index}: a served teacher scores the ids that were drawn, "
+            "and the method asks for others before the last; leave teacher.url out"
+        )
+    return [*trajectory.prompt_ids, *targets]
+
+
+def longest_sequence(run) -> int:
+    """The most tokens of a training prompt, as the teacher reads it, with its completion."""
+    prompts = run.teacher_prompts.values() or [prompt.token_ids for prompt in run.prompts]
+    rollout = run.config.rollout
+    new = max(rollout.max_new_tokens, *(limit for _, limit in rollout.max_new_tokens_schedule), 0)
+    return max(map(len, prompts), default=1) + new
