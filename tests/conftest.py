@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -126,21 +124,6 @@ def run_command(environment, command_server):
         )
 
     return run
-
-
-@pytest.fixture(scope="session")
-def takes_less():
-    """Whether one of three calls takes less than a time: the machine may stall during one."""
-
-    def measure(limit: float, function: Callable[[], object]) -> bool:
-        for _ in range(3):
-            started = time.perf_counter()
-            function()
-            if time.perf_counter() - started < limit:
-                return True
-        return False
-
-    return measure
 
 
 @pytest.fixture

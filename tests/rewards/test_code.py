@@ -58,7 +58,7 @@ def test_right_scores_one_and_wrong_zero(code):
 def test_a_program_without_an_end_ends(code, program):
     started = time.monotonic()
     assert score(code, program) == 0
-    assert time.monotonic() - started < 30  # the program sleeps a minute
+    assert time.monotonic() - started < 6
 
 
 def test_a_program_that_leaves_a_process_behind_leaves_none(code):
@@ -74,7 +74,7 @@ if os.fork() == 0:
 time.sleep(0.3)
 """
     assert score(code, program) == 1
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 5
     while alive(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(mark)

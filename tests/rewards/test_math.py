@@ -195,15 +195,15 @@ def test_the_graded_pairs_have_few_false_negatives():
     assert len(wrong) <= FALSE_NEGATIVES, wrong
 
 
-def test_hostile_pairs_end_in_time_without_a_false_positive(impatient, takes_less):
+def test_hostile_pairs_end_in_time_without_a_false_positive(impatient):
     grade(r"\boxed{1/3}", "2/6")  # the process is up
+    slowest = 0.0
     for pair in HOSTILE:
-
-        def check(pair=pair):
-            rewards_math._question.cache_clear()
-            assert grade(pair["completion"], pair["gold"]) <= pair["equal"]
-
-        assert takes_less(2, check), pair["completion"][:100]  # the limit is one second
+        started = time.perf_counter()
+        graded = grade(pair["completion"], pair["gold"])
+        slowest = max(slowest, time.perf_counter() - started)
+        assert graded <= pair["equal"], pair["completion"][:100]
+    assert slowest < 2  # the limit is one second
 
 
 @pytest.mark.parametrize(
@@ -243,14 +243,11 @@ def test_garbage_is_wrong_and_nothing_is_raised(impatient, garbage):
     assert grade(r"\boxed{46}", garbage) == 0.0
 
 
-def test_an_endless_comparison_ends_and_leaves_the_next_one_unharmed(impatient, takes_less):
+def test_an_endless_comparison_ends_and_leaves_the_next_one_unharmed(impatient):
     grade(r"\boxed{1/3}", "2/6")  # the process is up, so the time below is the comparison's
-
-    def check():
-        rewards_math._question.cache_clear()
-        assert grade(r"\boxed{9^{9^{9^{9}}}}", "46") == 0.0
-
-    assert takes_less(2, check)
+    started = time.perf_counter()
+    assert grade(r"\boxed{9^{9^{9^{9}}}}", "46") == 0.0
+    assert time.perf_counter() - started < 2
     assert grade(r"\boxed{2/8}", "0.25") == 1.0
 
 
@@ -342,10 +339,10 @@ def test_repeated_and_integer_answers_need_no_parsing(monkeypatch):
     assert grade(r"again \boxed{0.2}", "1/5") == 1.0
     assert [grade(rf"\boxed{{{i}}}", "7") for i in range(6, 9)] == [0.0, 1.0, 0.0]
     assert grade(r"\boxed{p - q}", "p - q") == 1.0
-    started = time.process_time()
+    started = time.perf_counter()
     for i in range(5000):
         grade(rf"34 + 12 = 46. The answer is \boxed{{{i % 100}}}.", "46")
-    assert time.process_time() - started < 2.5  # 2,000 a second
+    assert time.perf_counter() - started < 2.5  # 2,000 a second; far more on an idle machine
 
 
 def test_missing_library_is_one_line(monkeypatch):

@@ -40,7 +40,7 @@ def test_the_lock_of_a_killed_process_is_removed(folder):
     assert (folder / "lock").exists()
     said, started = [], time.monotonic()
     assert operators.compile_once("some_op", lambda: "loaded", said.append) == "loaded"
-    assert time.monotonic() - started < 40  # it was waited for without an end
+    assert time.monotonic() - started < 10
     assert not (folder / "lock").exists()
     assert any("left" in line and str(folder / "lock") in line for line in said)
     assert any(line.startswith("compiling DeepSpeed's some_op, once") for line in said)

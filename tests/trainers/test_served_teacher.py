@@ -277,7 +277,7 @@ def test_a_server_that_is_down(teacher, faulty, capsys):
     server = faulty()
     server.stop()
     server.stop = lambda: None
-    assert "does not answer: Cannot connect" in ends(teacher(server, **SHORT), capsys)
+    assert "does not answer: All connection attempts" in ends(teacher(server, **SHORT), capsys)
 
 
 def test_errors_that_pass_are_survived_and_said_once(teacher, faulty, capsys):
