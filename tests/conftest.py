@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items):
     """A test that starts one of the project's commands is slow."""
     for item in items:
-        if {"run_command", "environment"} & set(item.fixturenames):
+        if {"run_command", "command_server", "environment"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 
