@@ -33,8 +33,8 @@ class Tiling(NamedTuple):
     rows: int
     columns: int
     workspace: int
-    kept: int
-    blocks: int
+    kept: int = 0
+    blocks: int = 1
 
 
 TILINGS = {

@@ -124,14 +124,14 @@ def _depth(recipe: str) -> int:
     return max((1 + _depth(base) for base in bases), default=0)
 
 
-def schema_keys(kind: type[Config] | None = None) -> set[str]:
+def schema_keys(kind: type[Config] | None = None) -> frozenset[str]:
     """Every key of a config as a dotted path, sections included; by default of all methods."""
     return _all_names(kind or schema.run_schema(tuple(schema.GROUPS)))
 
 
-def _all_names(kind: type[Config]) -> set[str]:
+def _all_names(kind: type[Config]) -> frozenset[str]:
     names = schema.keys_of(kind)
-    return names.keys() | schema.section_names(names)
+    return frozenset(names.keys() | schema.section_names(names))
 
 
 def _check_override(key: str, value: Any, selection: Selection) -> None:

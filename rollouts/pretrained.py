@@ -64,15 +64,17 @@ def token_count(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def vocabulary(tokenizer, *models) -> tuple[int, tuple[int, ...]]:
+def vocabulary(tokenizer, *models, unshared=()) -> tuple[int, tuple[int, ...]]:
     """The ids that are tokens: `vocab` and `missing`, as in `Sampling`.
 
     Args:
         models: configs of models, whose heads may have fewer rows.
+        unshared: ids that are left out because another model has other tokens there.
     """
     taken = set(tokenizer.get_vocab().values())
     vocab = min([max(taken) + 1, *(model.get_text_config().vocab_size for model in models)])
-    return vocab, tuple(id for id in range(vocab) if id not in taken)
+    known = taken.difference(unshared)
+    return vocab, tuple(id for id in range(vocab) if id not in known)
 
 
 def context_length(config) -> int | None:

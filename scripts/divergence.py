@@ -79,8 +79,7 @@ def measure(config) -> dict:
         for name, section in (("model", config.model), ("teacher", config.teacher))
     )
     unshared = unshared_tokens(tokenizer, teacher_tokenizer, config.model.path, config.teacher.path)
-    run = prepare_evaluation(config, teacher, answered=False)
-    run.missing = tuple(sorted({*run.missing, *(id for id in unshared if id < run.vocab)}))
+    run = prepare_evaluation(config, teacher, unshared=unshared, answered=False)
     for message in run.messages:
         print(message, file=sys.stderr)
     trajectories = draw_completions(run, run.mode.evaluation_sampling(run), "divergence")

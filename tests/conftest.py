@@ -14,8 +14,6 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.command_server import Server, forks
-
 # `--hypothesis-profile thorough` looks for more than the fixed examples of every other run.
 SAME = {
     "deadline": None,
@@ -32,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items):
     """A test that starts one of the project's commands is slow."""
     for item in items:
-        if {"run_command", "environment"} & set(item.fixturenames):
+        if {"run_command", "command_server", "environment"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 
@@ -80,9 +78,12 @@ def environment():
 @pytest.fixture(scope="session")
 def command_server(environment):
     """Starts the process whose forks are commands, at the first command."""
-    servers: list[Server] = []
+    # Runs from another root, as that of a copy of the kernels, have no package `tests`.
+    from tests.command_server import Server
 
-    def get() -> Server:
+    servers = []
+
+    def get():
         if not servers:
             servers.append(Server(environment()))
         return servers[0]
@@ -102,6 +103,8 @@ def run_command(environment, command_server):
     def run(
         *command: str, ranks: int = 0, timeout: float = 300, new_process: bool = False, **kwargs
     ) -> subprocess.CompletedProcess:
+        from tests.command_server import forks
+
         words = [str(word) for word in command]
         if not (ranks or new_process or kwargs) and forks(words):
             server = command_server()

@@ -29,8 +29,14 @@ from trainers.core.policy import (
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
 from trainers.core.served_requests import check_served
-from trainers.core.teacher import make_one, resolved
-from trainers.core.teachers import check_routes, check_stops, several_teachers, teacher_sections
+from trainers.core.teacher import resolved
+from trainers.core.teachers import (
+    check_routes,
+    check_stops,
+    make_one,
+    several_teachers,
+    teacher_sections,
+)
 from trainers.core.wandb_run import check_wandb
 from trainers.evaluation import eval_path, read_eval_prompts
 from trainers.modes import reading_mode
@@ -97,11 +103,14 @@ def adapter_form(options) -> str | None:
     return f"{kind} of rank {options.rank}, alpha {options.alpha}, on {','.join(options.targets)}"
 
 
-def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False) -> Run:
+def prepare_evaluation(
+    config, *others, unshared=(), answered: bool = True, fit: bool = False
+) -> Run:
     """A run that only evaluates: the model in a rollout engine, and the evaluation data.
 
     Args:
         others: configs of models whose heads may lack tokens; these are not sampled then.
+        unshared: ids that are not sampled, as others have other tokens there.
         answered: leave out the rows of the data that have no answer.
         fit: lower the limit on new tokens to what the model's context leaves.
 
@@ -113,7 +122,7 @@ def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False
     run.verifier = made(VERIFIERS.resolve(config.reward.verifier), config.reward)
     trusted = config.model.trust_remote_code
     run.tokenizer, model = check_model("model", config.model.path, trusted)
-    run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)
+    run.vocab, run.missing = vocabulary(run.tokenizer, model, *others, unshared=unshared)
     run.stop_ids = tuple(dict.fromkeys([*run.tokenizer.stop_ids, *config.rollout.stop_ids]))
     read_eval_prompts(run, answered)
     if fit:
@@ -198,8 +207,7 @@ def prepare_models(run: Run):
         teachers, unshared = checked_teachers(run)
         heads += [teacher_model for _, teacher_model in teachers]
         stop_ids += [stop for teacher, _ in teachers for stop in teacher.stop_ids]
-    run.vocab, missing = vocabulary(tokenizer, *heads)
-    run.missing = tuple(sorted({*missing, *(id for id in unshared if id < run.vocab)}))
+    run.vocab, run.missing = vocabulary(tokenizer, *heads, unshared=unshared)
     if unshared:
         run.messages.append(
             f"teacher  {' '.join(dict.fromkeys(unshared.values()))}: not the same tokens for "
@@ -271,7 +279,6 @@ def prepare_data(run: Run, context: int | None) -> None:
     if run.method.needs_answers(config):
         examples = answered(examples, run)
     run.prompts, dropped = run.mode.prompts(examples, run.tokenizer, f"data.path={data.path}")
-    check_tokens(run)
     check_targets(run.prompts, run.method, config)
     if routed:
         check_routes(run.prompts, config)
@@ -284,6 +291,7 @@ def prepare_data(run: Run, context: int | None) -> None:
         )
     if another:
         add_teacher_prompts(run)
+    check_tokens(run)
     run.sampler = PromptSampler(len(run.prompts), config.train.prompts_per_step, config.seed)
     if config.eval.every < 0:
         return
@@ -297,8 +305,10 @@ def check_tokens(run: Run) -> None:
     """Raises DataError: a prompt has a token that the teacher reads as another one."""
     sections = teacher_sections(run.config) if run.method.distills else {}
     teachers = " or ".join(f"{name}.path={section.path}" for name, section in sections.items())
-    for prompt in run.prompts if run.missing else ():
-        unread = set(run.missing).intersection(prompt.token_ids)
+    missing = set(run.missing)
+    for prompt in run.prompts if missing else ():
+        read = (prompt.token_ids, run.teacher_prompts.get(prompt.index, ()))
+        unread = missing & {id for ids in read for id in ids}
         if unread:
             token = run.tokenizer.convert_ids_to_tokens(min(unread))
             raise DataError(

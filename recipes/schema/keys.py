@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import omegaconf
@@ -166,24 +167,30 @@ def hints_of(schema: Any) -> dict[str, Any]:
     return {entry.name: hints[entry.name] for entry in fields(schema)}
 
 
-def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
+def keys_of(schema: Any) -> Mapping[str, Key]:
     """Every key of a schema by its dotted name, in order."""
+    return _keys_of(schema, "")
+
+
+@functools.cache
+def _keys_of(schema: Any, prefix: str) -> Mapping[str, Key]:
     found: dict[str, Key] = {}
     hints = hints_of(schema)
     for entry in fields(schema):
         name, kind = prefix + entry.name, hints[entry.name]
         if is_dataclass(kind):
-            found |= keys_of(kind, name + ".")
+            inside: Any = kind
+            found |= _keys_of(inside, name + ".")
             continue
         if section := section_kind(kind):
-            found |= keys_of(section, f"{name}.{NAME}.")
+            found |= _keys_of(section, f"{name}.{NAME}.")
             continue
         if get_origin(kind) is dict:
             name, kind = f"{name}.{NAME}", get_args(kind)[1]
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]
         found[name] = Key(name, kind, default, bounds, entry.metadata["meaning"])
-    return found
+    return MappingProxyType(found)
 
 
 def section_names(names: Collection[str]) -> set[str]:

@@ -9,8 +9,6 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -343,26 +341,14 @@ def test_a_script_exists(command):
 
 
 @pytest.fixture(scope="module")
-def run(environment, work):
+def run(command_server, environment):
     """Runs words as `python WORDS …` in a fork of one process; returns (status, output)."""
-    worker = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "docs" / "command_worker.py"],
-        cwd=ROOT,
-        env=environment(1),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
     def run(words: list[str]) -> tuple[int, str]:
-        output = work / "output.txt"
-        worker.stdin.write(json.dumps([words, str(output)]) + "\n")
-        worker.stdin.flush()
-        return int(worker.stdout.readline()), output.read_text()
+        done = command_server().run(words, environment(1), timeout=300)
+        return done.returncode, done.stdout + done.stderr
 
-    yield run
-    worker.stdin.close()
-    worker.wait(30)
+    return run
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from recipes.errors import ConfigError, DataError
 from rollouts.trajectory import Trajectory
 from trainers.core.deepspeed import PolicyEngine
 from trainers.core.policy import load_policy
-from trainers.core.teacher import DetachedHead, SelfTeacher, Teacher, make_one
+from trainers.core.teacher import DetachedHead, SelfTeacher, Teacher
+from trainers.core.teachers import make_one
 from trainers.loop import Loop
 from trainers.prepare import prepare
 

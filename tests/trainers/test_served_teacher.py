@@ -23,8 +23,8 @@ from recipes.compose import compose
 from recipes.errors import ConfigError, TeacherError
 from rollouts.trajectory import Trajectory
 from trainers.core.served_teacher import ServedTeacher
-from trainers.core.teacher import Teacher, make_one
-from trainers.core.teachers import teacher_sections
+from trainers.core.teacher import Teacher
+from trainers.core.teachers import make_one, teacher_sections
 from trainers.prepare import prepare
 
 KEYS = {"rollout__engine": "hf", "eval__every": -1, "reward__terminal_stop": "cross_eos"}
@@ -277,7 +277,7 @@ def test_a_server_that_is_down(teacher, faulty, capsys):
     server = faulty()
     server.stop()
     server.stop = lambda: None
-    assert "does not answer: Cannot connect" in ends(teacher(server, **SHORT), capsys)
+    assert "does not answer: All connection attempts" in ends(teacher(server, **SHORT), capsys)
 
 
 def test_errors_that_pass_are_survived_and_said_once(teacher, faulty, capsys):

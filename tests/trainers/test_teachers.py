@@ -14,8 +14,7 @@ from rollouts.trajectory import Trajectory
 from trainers.conformance.stand_ins import TinyTeacher
 from trainers.conformance.subjects import Setup
 from trainers.conformance.world import PROMPTS, TinyPolicy, tree
-from trainers.core.teacher import make_one
-from trainers.core.teachers import Resting, Teachers, make_teachers, teacher_sections
+from trainers.core.teachers import Resting, Teachers, make_one, make_teachers, teacher_sections
 from trainers.loop import Loop
 from trainers.prepare import prepare
 

@@ -55,11 +55,11 @@ def is_alive(pid: int) -> bool:
 def test_an_overdue_phase_ends_the_process_with_a_line_a_stack_and_its_children():
     started = time.monotonic()
     done = run_python(STALLED.replace("HANG", "time.sleep(600)"))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 10
     assert done.returncode == watchdog.EXIT_STATUS == 124
     *stacks, line = done.stderr.splitlines()
     assert any(frame.endswith("in stuck") for frame in stacks)
-    assert re.match(r"error: step 7: rollout has taken [1-5] s \(process ", line)
+    assert re.match(r"error: step 7: rollout has taken [12] s \(process ", line)
     assert "more than deadline.rollout=0.0166667 minutes; raise the key where" in line
     assert not is_alive(int(done.stdout))
 
@@ -128,8 +128,8 @@ def test_lines_where_nothing_else_is_printed(capsys):
     finally:
         dog.close()
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 4
-    assert all(re.fullmatch("… step 3: update for [1-5] s", line) for line in lines)
+    assert len(lines) == 2
+    assert all(re.fullmatch("… step 3: update for [12] s", line) for line in lines)
 
 
 def test_the_lines_come_at_growing_intervals():
@@ -180,17 +180,17 @@ def scenarios() -> dict[str, dict]:
 def test_the_stalled_rank_is_named_and_prints_its_stack(scenarios):
     row = scenarios["stalled_in_an_earlier_phase"]
     waits, stalls = row["outputs"]
-    assert row["statuses"] == [124, 124] and row["seconds"] < 30
+    assert row["statuses"] == [124, 124] and row["seconds"] < 12
     assert "in stalled_in_an_earlier_phase" in stalls
-    assert re.match(r"error: step 3: rollout has taken [2-9] s", stalls.splitlines()[-1])
+    assert re.match(r"error: step 3: rollout has taken [2-4] s", stalls.splitlines()[-1])
     (line,) = waits.splitlines()
-    assert re.match(r"error: rank 1 has ended: step 3: rollout has taken [2-9] s", line)
+    assert re.match(r"error: rank 1 has ended: step 3: rollout has taken [2-4] s", line)
     assert line.endswith("this rank ends too, in step 3: update")
 
 
 def test_the_stalled_rank_of_a_phase_is_the_one_outside_its_collective(scenarios):
     row = scenarios["stalled_in_the_same_phase"]
-    assert row["statuses"] == [124, 124] and row["seconds"] < 30
+    assert row["statuses"] == [124, 124] and row["seconds"] < 12
     stalls, waits = row["outputs"]
     assert "in stalled_in_the_same_phase" in stalls and "waits for" not in stalls
     (line,) = waits.splitlines()
@@ -200,13 +200,13 @@ def test_the_stalled_rank_of_a_phase_is_the_one_outside_its_collective(scenarios
 
 def test_the_ranks_beside_one_that_fails_or_is_killed_end_in_a_line(scenarios):
     row = scenarios["failed"]
-    assert row["statuses"] == [1, 1] and row["seconds"] < 30
+    assert row["statuses"] == [1, 1] and row["seconds"] < 12
     assert row["outputs"] == [
         "error: step 4: not finite\n",
         "error: rank 0 has ended: step 4: not finite; this rank ends too, in step 4: update\n",
     ]
     row = scenarios["killed"]
-    assert row["statuses"] == [1, -signal.SIGKILL] and row["seconds"] < 30
+    assert row["statuses"] == [1, -signal.SIGKILL] and row["seconds"] < 12
     (line,) = row["outputs"][0].splitlines()
     assert f"error: rank 1 (process {row['pids'][1]} on " in line
     assert "step 5: update) is dead and left no reason" in line
@@ -235,7 +235,7 @@ def test_a_run_whose_verifier_hangs_ends(overrides, run_command, tmp_path, monke
     assert done.returncode == 124, done.stderr
     assert any(frame.endswith("in verifier") for frame in stacks)
     # The thread looks each 0.75 s, and a busy machine adds to it.
-    assert re.match(r"error: step 1: rollout has taken [3-9] s \(process ", line)
+    assert re.match(r"error: step 1: rollout has taken [3-5] s \(process ", line)
 
 
 BROKEN = """
@@ -305,7 +305,7 @@ def test_what_does_not_close_after_an_error_is_left(capsys):
     started = time.monotonic()
     failures.within(0.2, "closing the records", lambda: time.sleep(30))
     failures.within(5, "writing the report", lambda: 1 / 0)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 3
     assert capsys.readouterr().err.splitlines() == [
         "closing the records takes more than 0 s and is left",
         "writing the report failed: division by zero",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -37,10 +38,18 @@ def setup(timeout: float = 240.0) -> torch.device:
     # DeepSpeed takes a group that is there; its own would have another timeout.
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout))
+        forget_groups()
         dog = watchdog.active()
         if dog is not None and world_size() > 1:
             peers.connect(dog, rank(), world_size())
     return device
+
+
+def forget_groups() -> None:
+    """Drop DeepSpeed's groups of a process group that is gone, as where vLLM ended in this one."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups._release_process_group_references()
 
 
 def setup_if_several() -> None:

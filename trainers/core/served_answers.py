@@ -10,7 +10,7 @@ from collections.abc import Collection, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
 import numpy as np
 
 from recipes.errors import TeacherError, one_line
@@ -23,17 +23,19 @@ CLAMPED = -9999.0
 ROUNDING = 1e-3
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_session() -> httpx.AsyncClient:
     """A session without limits of its own. `VLLM_API_KEY` is the servers' --api-key."""
     key = os.environ.get("VLLM_API_KEY")
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None),
+    return httpx.AsyncClient(
+        timeout=None,
+        limits=httpx.Limits(max_connections=None),
         headers={"Authorization": f"Bearer {key}"} if key else {},
+        # A proxy of the environment is for other hosts.
+        trust_env=False,
     )
 
 
-async def call(session: aiohttp.ClientSession, url: str, path: str, body: Any = None) -> Any:
+async def call(session: httpx.AsyncClient, url: str, path: str, body: Any = None) -> Any:
     """The JSON that a server answers.
 
     Args:
@@ -41,24 +43,23 @@ async def call(session: aiohttp.ClientSession, url: str, path: str, body: Any = 
         body: is posted; None: a GET.
 
     Raises:
-        aiohttp.ClientError: it does not answer now.
+        httpx.TransportError: it does not answer now.
         TeacherError: it refuses, or its answer is no JSON.
     """
     method = "GET" if body is None else "POST"
-    async with session.request(method, url + path, json=body) as response:
-        content = await response.read()
-    said = one_line(ValueError(content[:200].decode(errors="replace")))
-    if response.status >= 500 or response.status in PASSING:
-        raise aiohttp.ClientError(f"status {response.status}, {said}")
-    if response.status in (401, 403):
+    response = await session.request(method, url + path, json=body)
+    said = one_line(ValueError(response.content[:200].decode(errors="replace")))
+    if response.status_code >= 500 or response.status_code in PASSING:
+        raise httpx.TransportError(f"status {response.status_code}, {said}")
+    if response.status_code in (401, 403):
         raise TeacherError(f"teacher.url={url} asks for a key; set VLLM_API_KEY to its --api-key")
-    if response.status != 200:
+    if response.status_code != 200:
         raise TeacherError(
-            f"teacher.url={url} refuses {path} with status {response.status}: {said}; it must be "
+            f"teacher.url={url} refuses {path}, status {response.status_code}: {said}; it must be "
             "the address of vLLM's API, as http://HOST:PORT/v1"
         )
     try:
-        return json.loads(content)
+        return json.loads(response.content)
     except ValueError:
         raise TeacherError(f"teacher.url={url} answers what is no JSON: {said}") from None
 

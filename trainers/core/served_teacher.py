@@ -17,7 +17,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import aiohttp
+import httpx
 import numpy as np
 import tenacity
 from tqdm import tqdm
@@ -129,7 +129,7 @@ class ServedTeacher:
             await together(map(score, trajectories))
 
     async def _patiently(
-        self, session: aiohttp.ClientSession, ids: list[int], url: str | None = None
+        self, session: httpx.AsyncClient, ids: list[int], url: str | None = None
     ) -> np.ndarray:
         """Ask until there is an answer, or `teacher.retry_seconds` are over.
 
@@ -154,7 +154,7 @@ class ServedTeacher:
                         await self._prove(session, chosen)
                         if ids:
                             answer = await self._logprobs(session, chosen, ids)
-                except (TimeoutError, aiohttp.ClientError) as error:
+                except (TimeoutError, httpx.TransportError) as error:
                     raise self._failure(chosen, error) from error
                 self.failed.discard(chosen)
         return answer
@@ -181,7 +181,7 @@ class ServedTeacher:
         self.failed.add(url)
         return Unavailable(f"{line}; start the server, or raise teacher.retry_seconds")
 
-    async def _prove(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def _prove(self, session: httpx.AsyncClient, url: str) -> None:
         """Raises TeacherError: the server is not the teacher, or its log-probs cannot be trusted.
 
         vLLM 0.32 reads no cached prefix where prompt log-probs are asked for; the second score
@@ -231,12 +231,10 @@ class ServedTeacher:
                 "servers' own"
             )
 
-    async def _logprobs(
-        self, session: aiohttp.ClientSession, url: str, ids: list[int]
-    ) -> np.ndarray:
+    async def _logprobs(self, session: httpx.AsyncClient, url: str, ids: list[int]) -> np.ndarray:
         return checked_logprobs(await self._ask(session, url, ids), ids, self.rows, url)
 
-    async def _ask(self, session: aiohttp.ClientSession, url: str, ids: list[int]) -> Any:
+    async def _ask(self, session: httpx.AsyncClient, url: str, ids: list[int]) -> Any:
         body = {
             "model": self.served[url],
             "prompt": ids,

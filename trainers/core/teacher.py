@@ -142,22 +142,6 @@ class DetachedHead:
         return None if self.of.bias is None else self.of.bias.detach()
 
 
-def make_one(section, run):
-    """The teacher that a section names.
-
-    Args:
-        section: `teacher`, or one like it (`trainers.core.teachers.teacher_sections`).
-        run: a `Run` whose policy is loaded.
-    """
-    if section.url is not None:
-        # Its packages are for those who use it.
-        from trainers.core.served_teacher import ServedTeacher
-
-        return ServedTeacher(section, run)
-    own = section.path == SELF and section.weights != "frozen"
-    return SelfTeacher(run) if own else Teacher(section, run)
-
-
 def resolved(section, model):
     """A teacher's section, which names the student's model where that teaches itself.
 

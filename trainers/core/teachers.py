@@ -22,10 +22,9 @@ import numpy as np
 import torch
 
 from recipes.errors import ConfigError, DataError
-from rollouts.data.examples import Prompt
 from rollouts.trajectory import Trajectory
 from trainers.core.metrics import compared_tokens
-from trainers.core.teacher import FrozenModel, make_one
+from trainers.core.teacher import SELF, FrozenModel, SelfTeacher, Teacher
 
 # Name of a metric -> (values [T], which tokens count [T] bool).
 TokenMetrics = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -151,6 +150,22 @@ class Resting:
             tensor.data = data
 
 
+def make_one(section, run):
+    """The teacher that a section names.
+
+    Args:
+        section: `teacher`, or one like it (`teacher_sections`).
+        run: a `Run` whose policy is loaded.
+    """
+    if section.url is not None:
+        # Its packages are for those who use it.
+        from trainers.core.served_teacher import ServedTeacher
+
+        return ServedTeacher(section, run)
+    own = section.path == SELF and section.weights != "frozen"
+    return SelfTeacher(run) if own else Teacher(section, run)
+
+
 def make_teachers(run, say: Callable[[str], None] = print):
     """The teacher of a run whose policy is loaded, or its several.
 
@@ -253,7 +268,7 @@ def check_teachers(config) -> None:
             )
 
 
-def check_routes(prompts: Iterable[Prompt], config) -> None:
+def check_routes(prompts: Iterable[Any], config) -> None:
     """Raises DataError: a row names no teacher."""
     known: Mapping[str, Any] = config.teachers
     for example in (prompt.example for prompt in prompts):
