@@ -8,7 +8,7 @@ token y_t of a solution, with the teacher's p and the student's q at temperature
 S_t are the K tokens that the cache has there, and R is the bucket of all others: p_R = 1 - sum of
 the p_v. With S_t the whole vocabulary it is KL(p || q). With fewer tokens it is a lower bound of
 that, which is 0 where both agree on S_t. A cache without top-k (`top_k=0`) has S_t = {y_t}, the
-token of the data.
+token of the data. The end token does not count there, if the teacher ends on another one.
 
 There is no mix with cross-entropy, no temperature beside 1, and no other divergence: the reverse KL
 to a bucket says nothing of what the student does inside it. The cache is read and checked by
@@ -58,6 +58,9 @@ class OfflineDistillation(SolutionReader):
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         super().annotate(trajectories)
         self.run.teacher.annotate(trajectories)
+        for trajectory in trajectories:
+            if not self.run.teacher.scores_end(trajectory.completion_ids[-1]):
+                trajectory.annotations["mask"][-1] = False
 
     def loss(self) -> Loss:
         return Loss(

@@ -22,7 +22,7 @@ from recipes.errors import ConfigError, DataError, one_line
 from rollouts.trajectory import Trajectory
 from trainers.core.files import WRITE_ERROR, checksums, flush, text_checksum
 from trainers.core.scoring import head_options
-from trainers.core.teacher import as_teacher_reads
+from trainers.core.teacher import as_teacher_reads, resolved
 from trainers.core.teacher_cache import (
     FORM,
     MANIFEST,
@@ -58,11 +58,22 @@ class CacheWriter:
         self.folder, self.facts, self.rows = folder, dict(facts), rows
         self.where = f"out={folder}"
         self._write(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._check_ours()
         self.lock = self._lock()
         self.files = self._found()
         if ROWS not in self.files:
+            # First, so that a folder with any file of a cache is known as one.
+            self._save_manifest()
             tensors = {"index": rows.index, "length": rows.length, "digest": rows.digest}
             self._save_tensors(ROWS, tensors)
+
+    def _check_ours(self) -> None:
+        others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+        if others and MANIFEST not in others:
+            raise ConfigError(
+                f"{self.where} has {min(others)}, and no {MANIFEST}, so it is no cache; name "
+                "another folder"
+            )
 
     def _lock(self):
         from filelock import FileLock, Timeout
@@ -84,11 +95,6 @@ class CacheWriter:
         for path in self.folder.glob(".*.partial"):
             path.unlink()
         if not (self.folder / MANIFEST).exists():
-            if others := [path for path in self.folder.iterdir() if path.name != ".lock"]:
-                raise ConfigError(
-                    f"{self.where} has {others[0].name}, and no {MANIFEST}, so it is no cache; "
-                    "name another folder"
-                )
             return {}
         manifest = read_manifest(self.where, self.folder)
         listed = manifest.pop("files")
@@ -145,6 +151,9 @@ class CacheWriter:
 
         self._save(name, lambda path: save_file(tensors, path))
         self.files[name] = checksums([self.folder / name])[0]
+        self._save_manifest()
+
+    def _save_manifest(self) -> None:
         text = manifest_text({**self.facts, "files": dict(sorted(self.files.items()))})
         self._save(MANIFEST, lambda path: path.write_text(text, "utf-8"))
 
@@ -183,13 +192,13 @@ def facts_of(run, rows: Rows, top_k: int, shard_rows: int) -> dict[str, Any]:
         top_k: 0: the data's tokens alone.
         shard_rows: the number of rows of a shard.
     """
-    teacher, prompts = run.config.teacher, run.teacher_prompts
+    teacher, prompts = resolved(run.config.teacher, run.config.model), run.teacher_prompts
     read = [(index, ids, ()) for index, ids in prompts.items()]
     return {
         "form": FORM,
         "teacher": {
             "path": teacher.path,
-            "weights": weights_checksum(teacher.path),
+            "weights": weights_checksum(teacher.path, teacher.trust_remote_code),
             "dtype": teacher.dtype,
             "prompts": rows_of(read).checksum() if prompts else None,
         },
@@ -197,6 +206,8 @@ def facts_of(run, rows: Rows, top_k: int, shard_rows: int) -> dict[str, Any]:
             "checksum": vocabulary_checksum(run.tokenizer),
             "size": run.vocab,
             "missing": list(run.missing),
+            "stop_ids": list(run.stop_ids),
+            "teacher_end": run.teacher_stop,
         },
         "temperature": 1.0,
         "top_k": top_k,
@@ -210,13 +221,13 @@ def facts_of(run, rows: Rows, top_k: int, shard_rows: int) -> dict[str, Any]:
     }
 
 
-def weights_checksum(path: str) -> str:
+def weights_checksum(path: str, trust_remote_code: bool) -> str:
     """Of a model folder's weights and config; of a hub model, its commit."""
     folder = Path(model_folder(path))
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(path)._commit_hash
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)._commit_hash
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
     entries = dict(zip((file.name for file in files), checksums(files)))
     return text_checksum(json.dumps(entries, sort_keys=True))

@@ -155,6 +155,13 @@ class TeacherCache:
         vocabulary = self.manifest["vocabulary"]
         return self.top_k == vocabulary["size"] - len(vocabulary["missing"])
 
+    def scores_end(self, end: int) -> bool:
+        """Whether what the cache has at a final `end` says how likely it is to end there.
+
+        Without top-k that is the log-prob of `end`, and a teacher may end on another token.
+        """
+        return self.top_k > 0 or end == self.manifest["vocabulary"]["teacher_end"]
+
     @property
     def described(self) -> str:
         """The teacher, in words."""
@@ -187,6 +194,8 @@ class TeacherCache:
     def check_vocabulary(self, run) -> None:
         """Compare the vocabularies, and leave out of the student's what the teacher lacks.
 
+        A completion ends on the teacher's stop tokens too, as the student learns to write these.
+
         Args:
             run: a `Run` (trainers/run.py) with its tokenizer.
 
@@ -207,6 +216,7 @@ class TeacherCache:
         run.vocab = known["size"]
         ids = {*run.missing, *known["missing"]}
         run.missing = tuple(sorted(id for id in ids if id < run.vocab))
+        run.stop_ids = tuple(dict.fromkeys([*run.stop_ids, *known["stop_ids"]]))
 
     def check_rows(self, rows: Rows, data: str) -> None:
         """Compare the cache with the run's data.
