@@ -105,6 +105,7 @@ RUNS: dict[str, dict] = {
     "opd_zscore": {},
     "opd_tv": {},
     "dial_opd": {},
+    "opsd": {},
     "opd_forward_kl": {},
     "opd_jsd": {},
     "opd_reverse_kl": {},

@@ -75,7 +75,7 @@ class _View:
         the rows."""
         of_p = (-self.sums / self.final.total)[:, None]
 
-        def gradient(z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
+        def gradient(z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
             g = self.by_logprobs[v0 // self.head.columns]
             unnormalised = z.sub_(self.final.shift[:, None]).exp_()
             return unnormalised.mul_(of_p).add_(g).mul_(factors[:, None]).to(dtype)
@@ -115,7 +115,7 @@ def _triton_chunk(
         )
 
     def gradient_of(view: _View) -> ByLogits:
-        def by_logits(z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
+        def by_logits(z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
             i = v0 // student.head.columns
             out = torch.empty(z.shape, dtype=dtype, device=z.device)
             triton_divergence.grad(

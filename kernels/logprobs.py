@@ -14,6 +14,7 @@ from kernels.tiled_head import (
     HeadInputs,
     TiledHead,
     active_rows,
+    needs_grad,
     spread,
     stream_logits,
 )
@@ -161,12 +162,13 @@ def selective_logprobs(
 
 class _FusedLinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: TiledHead, ids, active, entropy):
+    def forward(ctx, hidden, weight, bias, head: TiledHead, ids, active, entropy, needs):
         columns = _as_columns(ids, active)
         stats = RowStats(len(active), head.dtype, hidden.device, columns, entropy)
-        stream_logits(head, hidden, active, stats)
+        kept = head.workspace(len(active), head.tiling.kept) if any(needs) else ()
+        stream_logits(head, hidden, active, stats, kept)
         final = stats.final()
-        ctx.head = head
+        ctx.head, ctx.kept = head, kept
         statistics = final.shift, final.total, final.entropy
         # weight and bias are saved so that a change in place before the backward is an error.
         ctx.save_for_backward(hidden, weight, bias, active, columns, *statistics)
@@ -179,12 +181,17 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         head = ctx.head
         upstream = _upstream(active, saved, g_logprobs, g_lse, g_entropy)
         grads = HeadGrads(head, hidden, ctx.needs_input_grad[:3])
-        for at in slices(len(active), head.block_rows):
-            grads.add_rows(head, hidden, active[at], upstream.part(at).by_logits_)
+        # They are overwritten: a second backward makes its logits again.
+        workspace, ctx.kept = ctx.kept, ()
+        pass_rows = head.tiling.blocks * head.block_rows
+        for at in slices(len(active), pass_rows):
+            kept = [z[at] for z in workspace]
+            by_logits = upstream.part(at).by_logits_
+            grads.add_rows(head, hidden, active[at], by_logits, kept, head.block_rows)
         dx, dw, db = grads.as_tuple()
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if db is None else db.to(bias.dtype)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, *[None] * 5
 
 
 def fused_linear_logprobs(
@@ -205,9 +212,11 @@ def fused_linear_logprobs(
     temperature).
 
     No [T, V] tensor exists: logits are streamed in float32 vocabulary tiles whatever the inputs'
-    dtype. The backward takes any upstream gradient of logprobs, lse and entropy. It makes the tiles
-    again, accumulates in float32, and skips inputs that need no gradient: a frozen head costs no
-    dW.
+    dtype. The backward takes any upstream gradient of logprobs, lse and entropy. It accumulates in
+    float32 and skips inputs that need no gradient: a frozen head costs no dW.
+
+    On the CPU up to 256 MiB of logits are kept for the backward, which makes the others again; on a
+    GPU it makes all of them again. Without gradient nothing is kept.
 
     On the CPU a token's outputs are bitwise the same however the T tokens are split over calls or
     masked. Every GEMM has the same number of rows (padded) and the same columns. This rests on the
@@ -241,7 +250,14 @@ def fused_linear_logprobs(
     shapes.ids("token_ids", token_ids, _id_dims(token_ids), active, vocab)
     head = given.tiled(vocab, acc_dtype(hidden, lm_head_weight))
     logprobs, lse, entropy, max_logprob = _FusedLinearLogprobs.apply(
-        hidden, lm_head_weight, bias, head, token_ids, active, return_entropy
+        hidden,
+        lm_head_weight,
+        bias,
+        head,
+        token_ids,
+        active,
+        return_entropy,
+        needs_grad(hidden, lm_head_weight, bias),
     )
     return LogprobOutput(
         logprobs,

@@ -93,7 +93,7 @@ class _FusedLinearOPD(torch.autograd.Function):
         logprobs = torch.zeros_like(given.factors)
         entropy = torch.zeros_like(given.factors) if with_entropy else None
         size = head.chunk_rows(workspaces=1)
-        kept = head.workspace(min(size, n)) if any(needs) else None
+        kept = head.workspace(min(size, n)) if any(needs) else ()
         for at in slices(n, size):
             rows, columns = active[at], ids[at, None]
             stats = RowStats(len(rows), head.dtype, hidden.device, columns, with_entropy)

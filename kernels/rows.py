@@ -178,8 +178,8 @@ class LogprobGrad(NamedTuple):
     def part(self, at: slice) -> "LogprobGrad":
         return LogprobGrad(*(row_part(x, at) for x in self))
 
-    def by_logits_(self, z: Tensor, v0: int, dtype: torch.dtype) -> Tensor:
-        """The gradient by the logits z [n, N] of the columns v0..v0+N, in `dtype`.
+    def by_logits_(self, z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
+        """The gradient by the logits z [n, N] of rows `at` and columns v0..v0+N, in `dtype`.
 
         z may be overwritten. With p = softmax(z): d logprob_k = onehot_k - p, d lse = p, and
         d entropy = -p (log p + entropy).
@@ -188,9 +188,9 @@ class LogprobGrad(NamedTuple):
             from kernels import triton_rows
 
             out = torch.empty(z.shape, dtype=dtype, device=z.device)
-            triton_rows.logprob_grad(z, out, *self, v0)
+            triton_rows.logprob_grad(z, out, *self.part(at), v0)
             return out
-        return self._by_logits_(z, v0).to(dtype)
+        return self.part(at)._by_logits_(z, v0).to(dtype)
 
     def write_logits_grad(
         self, logits: Tensor, grad: Tensor, active: Tensor, vocab: int, temperature: float

@@ -6,7 +6,8 @@ vocabulary is cut by H alone. So a row's result does not depend on how many othe
 `active` [n] int64 holds the positions of the unmasked tokens among the T tokens of a call.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,29 +15,33 @@ import torch
 from torch import Tensor
 
 from kernels.checks import Shapes, check_number
-from kernels.rows import RowStats, slices
+from kernels.rows import RowStats, row_part, slices
 
-# (logits [n, N], first column, dtype) -> the gradient by them; it may overwrite the logits.
-ByLogits = Callable[[Tensor, int, torch.dtype], Tensor]
+# (logits [n, N] of some of the rows, which ones, first column, dtype) -> the gradient by them; it
+# may overwrite the logits.
+ByLogits = Callable[[Tensor, slice, int, torch.dtype], Tensor]
 
 
 class Tiling(NamedTuple):
     """Rows and columns of a tile of logits.
 
     workspace: bytes of logits that a one-shot loss keeps between its forward and its gradient, over
-    all its workspaces.
+    all its workspaces. kept: bytes of logits that a recomputing function keeps until its backward;
+    it makes the others again. blocks: how many blocks of rows pass over the head together there.
     """
 
     rows: int
     columns: int
     workspace: int
+    kept: int
+    blocks: int
 
 
 TILINGS = {
     # A CPU GEMM is slow below 128 rows, and a tile of 256 x 2048 float32 stays in the cache.
-    "cpu": Tiling(256, 2048, 160 * 2**20),
+    "cpu": Tiling(256, 2048, workspace=160 * 2**20, kept=256 * 2**20, blocks=8),
     # A tile of 1024 x 8192 float32 stays in the L2 cache of a large GPU.
-    "cuda": Tiling(1024, 8192, 2**30),
+    "cuda": Tiling(1024, 8192, workspace=2**30, kept=0, blocks=1),
 }
 # Elements of a weight tile that a CPU copies to float32: at most 8 MiB.
 _WEIGHT_TILE_ELEMENTS = 2**21
@@ -135,10 +140,18 @@ class TiledHead:
         whole_blocks = fitting // self.block_rows * self.block_rows
         return min(max(whole_blocks, self.block_rows), 2 * self.block_rows)
 
-    def workspace(self, rows: int) -> list[Tensor]:
-        """Room for the logits of up to that many rows, one [rows padded, N] tensor per tile."""
+    def workspace(self, rows: int, limit: float = math.inf) -> list[Tensor]:
+        """Room for the logits of up to that many rows, one [rows padded, N] tensor per tile.
+
+        limit: in bytes; the last tiles get no room where it is less than all take.
+        """
         padded = -(-rows // self.block_rows) * self.block_rows
-        return [self.weight.new_empty(padded, v1 - v0, dtype=self.dtype) for v0, v1 in self.tiles()]
+        width = limit / (self.dtype.itemsize * max(padded, 1))
+        return [
+            self.weight.new_empty(padded, v1 - v0, dtype=self.dtype)
+            for v0, v1 in self.tiles()
+            if v1 <= width
+        ]
 
     def weight_tile(self, tile: tuple[int, int]) -> Tensor:
         return self.weight[tile[0] : tile[1]].to(self.operand)
@@ -206,24 +219,24 @@ def stream_logits(
     hidden: Tensor,
     active: Tensor,
     stats: RowStats,
-    keep: list[Tensor] | None = None,
+    keep: Sequence[Tensor] = (),
 ) -> None:
     """Feed every logit of the active rows of hidden [T, H] to `stats`.
 
-    With a workspace `keep`, the logits stay there as well.
+    Those of the tiles that have a workspace in `keep` stay there as well.
     """
     block = head.block_rows
     h = torch.empty(block, hidden.shape[1], dtype=head.operand, device=hidden.device)
     for i, tile in enumerate(head.tiles()):
         weight = head.weight_tile(tile)
-        if keep is None:
-            z = h.new_empty(block, tile[1] - tile[0], dtype=head.dtype)
+        kept = i < len(keep)
+        z = keep[i] if kept else h.new_empty(block, tile[1] - tile[0], dtype=head.dtype)
         for at in slices(len(active), block):
             rows = active[at]
             n = len(rows)
             h[:n] = hidden.index_select(0, rows)
             h[n:] = 0
-            padded = head.logits(h, weight, tile, z if keep is None else keep[i][at])
+            padded = head.logits(h, weight, tile, z[at] if kept else z)
             stats.fold(slice(at.start, at.start + n), padded[:n], tile[0])
 
 
@@ -248,29 +261,33 @@ class HeadGrads:
         hidden: Tensor,
         active: Tensor,
         by_logits: ByLogits,
-        kept: list[Tensor] | None = None,
+        kept: Sequence[Tensor] = (),
+        block: int | None = None,
     ) -> None:
-        """Add the gradient of the active rows of hidden [T, H].
+        """Add the gradient of the active rows of hidden [T, H], `block` of them at a time.
 
-        The logits are those of the workspace `kept`; without one they are made again.
+        The logits are those of the workspace `kept`. Tiles that it lacks are made again.
         """
         h = hidden.index_select(0, active).to(head.operand)
         dx = None
         if self.hidden is not None:
             dx = torch.zeros(h.shape, dtype=head.dtype, device=h.device)
+        block = block or max(len(h), 1)
         for i, tile in enumerate(head.tiles()):
             weight = head.weight_tile(tile)
-            if kept is None:
-                out = h.new_empty(len(h), len(weight), dtype=head.dtype)
-                z = head.logits(h, weight, tile, out)
-            else:
-                z = kept[i][: len(h)]
-            # Before by_logits, which may overwrite z.
-            slope = head.softcap_slope(z)
-            dz = by_logits(z, tile[0], head.operand)
-            if slope is not None:
-                dz.mul_(slope)
-            self._add_tile(head, h, weight, tile, dz, dx)
+            made = h.new_empty(block, len(weight), dtype=head.dtype) if i >= len(kept) else None
+            for at in slices(len(h), block):
+                part = h[at]
+                if made is None:
+                    z = kept[i][at][: len(part)]
+                else:
+                    z = head.logits(part, weight, tile, made[: len(part)])
+                # Before by_logits, which may overwrite z.
+                slope = head.softcap_slope(z)
+                dz = by_logits(z, at, tile[0], head.operand)
+                if slope is not None:
+                    dz.mul_(slope)
+                self._add_tile(head, part, weight, tile, dz, row_part(dx, at))
         if dx is not None:
             self.hidden.index_copy_(0, active, dx.to(self.hidden.dtype))
 

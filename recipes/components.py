@@ -52,6 +52,7 @@ VERIFIERS = Registry(
     {
         "math": "rewards.math.grade",
         "exact": "rewards.metrics.text.exact_answer",
+        "code": "rewards.code.Code",
     },
 )
 DECISION_HEADS = Registry(

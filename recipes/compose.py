@@ -228,7 +228,7 @@ def _set(values: DictConfig, key: str, value: Any) -> None:
     """Set a value, in a section that may be new."""
     names = key.split(".")
     if OmegaConf.select(values, ".".join(names[:-1])) is not None:
-        OmegaConf.update(values, key, value)
+        OmegaConf.update(values, key, value, force_add=True)
         return
     inside = functools.reduce(lambda node, name: {name: node}, reversed(names), value)
     with open_dict(values):
@@ -267,6 +267,8 @@ def _editable(kind: Any) -> Any:
         elif section := schema.section_kind(hint):
             sections = GenericAlias(dict, (str, _editable(section)))
             entries.append((entry.name, sections, field(default_factory=dict)))
+        elif get_origin(hint) is dict:
+            entries.append((entry.name, hint, field(default_factory=dict)))
         elif isinstance(default, tuple):
             copied: Any = field(default_factory=functools.partial(list, default))
             entries.append((entry.name, _listed(hint), copied))

@@ -99,6 +99,8 @@ def _hydra_override(text: str, name: str, value: str, key: Key | None) -> Overri
     if override.is_add() or override.is_force_add() or override.is_delete():
         raise ConfigError(f"'{text}': a key is neither added nor deleted; set it, as in KEY=VALUE")
     fault = None
+    if key is not None and key.kind is Any and isinstance(override.value(), dict):
+        fault = f"{text} must be a number, a text, true, false, null or a list of them"
     several = override.is_sweep_override()
     if key is not None and get_origin(key.kind) is tuple:
         if several or not isinstance(override.value(), list):

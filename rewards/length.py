@@ -16,4 +16,4 @@ def length_reward(trajectory: Any, limit: int, gamma: float) -> float:
         gamma: the weight of the length reward beside accuracy.
     """
     shortness = 1 - len(trajectory.completion_ids) / limit
-    return trajectory.score * (1 + gamma * shortness)
+    return (trajectory.score or 0.0) * (1 + gamma * shortness)

@@ -37,6 +37,7 @@ class Stages:
         deep_length: D, in tokens.
         max_thought_tokens: the limit on the tokens of a slot.
         max_new_tokens: the limit on the tokens of the deep segment.
+        answer_reward: what stands for the accuracy where it is added; None: itself.
     """
 
     accuracy: float
@@ -47,6 +48,12 @@ class Stages:
     deep_length: int
     max_thought_tokens: int
     max_new_tokens: int
+    answer_reward: float | None = None
+
+    @property
+    def answer(self) -> float:
+        """What the answer is worth in sums: the accuracy, or the reward in its place."""
+        return self.accuracy if self.answer_reward is None else self.answer_reward
 
     @property
     def streaming_format(self) -> float:
@@ -80,9 +87,9 @@ class Stages:
             (global, streaming, deep).
         """
         weight = options.format_weight
-        whole = self.accuracy + weight * self.format
+        whole = self.answer + weight * self.format
         streaming = float(self.sentence_rewards(options).mean())
-        deep = weight * self.deep_format + self.accuracy + options.deep_weight * self.deep_thought
+        deep = weight * self.deep_format + self.answer + options.deep_weight * self.deep_thought
         return whole, streaming, deep
 
     def sentence_rewards(self, options: Any) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Scores a batch of completions in bounded time, whatever is in them.
 
-A verifier is a function of (completion, answer) that returns a score. One that has a parameter
-`seconds` takes part in the bound: it raises TimeoutError where it needs longer. All completions
-are tried with a short limit first. Those that need longer share the batch's seconds, in rounds of
-ever longer limits. So a slow completion takes no time from an ordinary one, in whatever order they
-come.
+A verifier is a function of (completion, answer) that returns a score (rewards/calls.py). One that
+has a parameter `seconds` takes part in the bound: it raises TimeoutError where it needs longer.
+All completions are tried with a short limit first. Those that need longer share the batch's
+seconds, in rounds of ever longer limits. So a slow completion takes no time from an ordinary one,
+in whatever order they come.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import NamedTuple
+
+from recipes.errors import TrainingError
+from rewards.calls import Asked, Call, Question
 
 Verifier = Callable[..., float]
 
@@ -44,34 +46,38 @@ def verdicts(
     """The verdict on each completion.
 
     Args:
-        verifier: gives the score of (completion, answer).
-        questions: completions, each with its right answers, of which any counts.
+        verifier: gives the score of (completion, answer), or the scores of a batch
+            (rewards/calls.py).
+        questions: each a `Question`, or a completion with its right answers, of which any counts.
         seconds: what the completions that need longer than `QUICK` may take together.
+
+    Raises:
+        TrainingError: a verifier of a batch gives another number of scores.
     """
-    pairs = [(text, answer) for text, answers in questions for answer in answers]
-    if _takes_seconds(verifier):
-        scores = iter(_bounded(verifier, pairs, seconds))
+    call = Call(verifier, "reward.verifier")
+    asked = call.asked([Question(*question) for question in questions])
+    flat = [pair for pairs in asked for pair in pairs]
+    if call.takes_batch:
+        scores = list(call.batch(flat, seconds)) if flat else []
+        if len(scores) != len(flat):
+            raise TrainingError(
+                f"reward.verifier gave {len(scores)} scores for {len(flat)} completions; it must "
+                "give one for each"
+            )
+    elif call.takes_seconds:
+        scores = _bounded(call, flat, seconds)
     else:
-        scores = iter([verifier(text, answer) for text, answer in pairs])
+        scores = [call.one(pair) for pair in flat]
+    given = iter(scores)
     found = []
-    for _, answers in questions:
-        own = [next(scores) for _ in answers]
+    for pairs in asked:
+        own = [next(given) for _ in pairs]
         best = max(score or 0.0 for score in own)
         found.append(Verdict(best, None in own and best < 1))
     return found
 
 
-def _takes_seconds(verifier: Verifier) -> bool:
-    try:
-        return "seconds" in signature(verifier).parameters
-    except (TypeError, ValueError):
-        # Python knows no signature of some functions that are written in C.
-        return False
-
-
-def _bounded(
-    verifier: Verifier, pairs: Sequence[tuple[str, str]], seconds: float
-) -> list[float | None]:
+def _bounded(call: Call, pairs: Sequence[Asked], seconds: float) -> list[float | None]:
     """The score of each pair; None for one that did not end in time."""
     scores: list[float | None] = [None] * len(pairs)
 
@@ -81,7 +87,7 @@ def _bounded(
             left = deadline - time.monotonic()
             if left > 0:
                 with contextlib.suppress(TimeoutError):
-                    scores[index] = verifier(*pairs[index], seconds=min(limit, left))
+                    scores[index] = call.one(pairs[index], min(limit, left))
         return [index for index in pending if scores[index] is None]
 
     pending = try_each(range(len(pairs)), QUICK, math.inf)

@@ -154,6 +154,9 @@ class Trajectory:
     answer: str | None = None
     score: float | None = None  # the verifier's, 0 to 1
     timed_out: bool = False  # the verifier did not end in time, so the score may be too low
+    # of reward.functions by name; and why one is its default
+    functions: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     reward: float | None = None  # what the method makes of the whole completion
     padding: bool = False  # stands in on a rank that has no other; its tokens do not count
     # Streaming (rollouts/layout.py).

@@ -30,7 +30,7 @@ recipe's values. Any other key is an error, which names the recipes that read it
 
 `engine=zero0`, `zero1`, `zero2`, `zero2_offload`, `zero3` or `zero3_offload` sets the keys of
 `engine` together. Where a component is selected by name, a class of your own can be given by its
-dotted path.
+dotted path. What is in `<…>` is a name that you give.
 """
 METRICS_HEAD = """\
 # Metrics
@@ -113,7 +113,7 @@ def _recipe_table() -> str:
 
 
 def _key_table(section: str, keys: list[Key]) -> str:
-    heading = f"### {section}\n\n" if section else ""
+    heading = f"### {_cell(section)}\n\n" if section else ""
     return (
         heading
         + "| key | type | default | values | meaning |\n|---|---|---|---|---|\n"

@@ -16,7 +16,7 @@ The models are:
                             shortened
     stories-streaming       thinks while it reads, in many ways; recipe=streaming_sft makes it from
                             the student, which calculates right about half of the time
-    stories-reader          goes on from the student, with the solution in nine prompts of ten, so
+    stories-reader          goes on from the student, with the solution in 98 prompts of 100, so
                             that it can teach itself
     translation-untrained   random weights, and the words of the invented languages of
                             data.path=translation
@@ -131,7 +131,7 @@ MODELS = {
         start="stories-student",
         lr=2e-3,
         schedule="linear",
-        reads=0.9,
+        reads=0.98,
     ),
     "translation-untrained": TinyModel(
         end="<|endoftext|>", steps=0, seed=5, recipe="proactivellm", evaluation=()

@@ -148,7 +148,7 @@ def become_new(environment: dict[str, str], out: str, err: str) -> None:
     for target, stream in enumerate(opened):
         os.dup2(stream, target)
     os.closerange(3, 256)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
 
 
 def run(words: list[str]) -> None:

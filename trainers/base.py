@@ -72,7 +72,7 @@ class Trainer:
     @classmethod
     def needs_answers(cls, config) -> bool:
         """Whether the method learns from the verifier under this config."""
-        return cls.verifies
+        return cls.verifies and getattr(config.reward, "verifier_weight", 1.0) != 0
 
     @classmethod
     def target_length(cls, prompt: Prompt, run: Run) -> int:
@@ -109,7 +109,25 @@ class Trainer:
         )
         trajectories = run.rollout.generate(requests, sampling)
         run.mode.score_all(run, prompts, trajectories)
-        return [t for part in distributed.gather(trajectories) for t in part]
+        if run.functions is not None:
+            run.mode.score_functions(run, prompts, trajectories)
+        gathered = [t for part in distributed.gather(trajectories) for t in part]
+        if run.functions is not None:
+            failures = [(t.prompt_index, t.failures) for t in gathered]
+            say = run.say if distributed.rank() == 0 else _nothing
+            run.functions.account(step + 1, failures, say)
+        return gathered
+
+    def whole_reward(self, trajectory: Trajectory, verified: float | None) -> float:
+        """The weighted sum of what the verifier is worth and of `reward.functions`.
+
+        Args:
+            trajectory: scored.
+            verified: the verifier's score, or what the method makes of it.
+        """
+        rewards = self.config.reward
+        others = sum(rewards.functions[n].weight * v for n, v in trajectory.functions.items())
+        return rewards.verifier_weight * (verified or 0.0) + others
 
     def seed(self, step: int, first: int, index: int, sample: int) -> int:
         """The seed of sample `first + sample` of prompt `index`."""
@@ -155,6 +173,10 @@ class Trainer:
 
     def after_training(self) -> None:
         """What the method measures when the last step is done. A collective."""
+
+
+def _nothing(text: str) -> None:
+    """Another rank says it."""
 
 
 def occurrences(items: Sequence[int]) -> list[int]:

@@ -81,6 +81,7 @@ class GRPO(Trainer):
         """
         for trajectory in trajectories:
             reward = length_reward(trajectory, limit, self.config.grpo.gamma)
+            reward = self.whole_reward(trajectory, reward)
             trajectory.reward = reward * self.has_reward(trajectory)
         by_trajectory = self.in_groups([t.reward for t in trajectories])
         return [

@@ -35,6 +35,7 @@ importance weight are GRPO's, under the layout that sampled. What was forced, or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class HRPO(GRPO):
     """The options are the config's sections `hrpo` and, but for gamma, `grpo`."""
 
     layouts = ("grouped", "interleaved", "batch")
+
+    @classmethod
+    def needs_answers(cls, config) -> bool:
+        # Thoughts are rewarded only where the answer is right.
+        return True
 
     def advantages(self, trajectories: Sequence[Trajectory], limit: int) -> list[np.ndarray]:
         options = self.config.hrpo
@@ -82,7 +88,10 @@ class HRPO(GRPO):
         tokenizer = self.run.tokenizer
         protocol, longest = Protocol.of(tokenizer), self.config.streaming.max_thought_tokens
         return [
-            score_stages(t, protocol, tokenizer.decode, self.run.stop_ids, longest, limit)
+            replace(
+                score_stages(t, protocol, tokenizer.decode, self.run.stop_ids, longest, limit),
+                answer_reward=self.whole_reward(t, t.score),
+            )
             for t in trajectories
         ]
 

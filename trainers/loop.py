@@ -95,6 +95,7 @@ class Loop:
         config, run = self.config, self.run
         request = StopRequest()
         self.tracker = tracker = Tracker(run.config, run.directory, run.start, run.mode.summary)
+        run.say = tracker.say
         tracker.say(
             f"run {run.directory}  ranks {distributed.world_size()}  device {run.device.type}  "
             f"kernels {kernels.active_backend(run.device)}"

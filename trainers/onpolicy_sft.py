@@ -67,7 +67,8 @@ class OnPolicySFT(CrossEntropyTrainer):
         trajectories = super().draw(step)
         for trajectory in trajectories:
             ended = trajectory.finish_reason == "stop"
-            trajectory.reward = float(trajectory.score > 0 and ended)
+            reward = self.whole_reward(trajectory, trajectory.score)
+            trajectory.reward = float(reward > self.config.keep_above and ended)
         return trajectories
 
     def keeps(self, trajectory: Trajectory) -> bool:

@@ -99,7 +99,7 @@ class OnPolicyDistillation(Trainer):
 
     @classmethod
     def needs_answers(cls, config) -> bool:
-        return config.reward.task_weight > 0
+        return config.reward.task_weight > 0 and config.reward.verifier_weight != 0
 
     def draw(self, step: int) -> list[Trajectory]:
         trajectories = super().draw(step)
@@ -116,8 +116,9 @@ class OnPolicyDistillation(Trainer):
         return options.task_weight * advantages.ravel()
 
     def _scores(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        """The verifier's, [P, n], a row per prompt."""
-        scores = np.array([trajectory.score for trajectory in trajectories], dtype=np.float64)
+        """The task reward, [P, n], a row per prompt."""
+        rewards = [self.whole_reward(trajectory, trajectory.score) for trajectory in trajectories]
+        scores = np.array(rewards, dtype=np.float64)
         return scores.reshape(-1, self.config.rollout.samples_per_prompt)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
@@ -213,6 +214,8 @@ def check_reward(config) -> None:
             f"rollout.samples_per_prompt={samples}: reward.task_weight={options.task_weight:g} "
             "compares samples of one prompt; give 2 or more"
         )
+    if options.functions and not options.task_weight:
+        raise ConfigError("reward.functions are a task reward, and reward.task_weight=0; raise it")
     if not options.teacher_weight and not options.task_weight:
         raise ConfigError(
             "reward.teacher_weight=0 and reward.task_weight=0 leave no reward; raise one of them"

@@ -12,6 +12,8 @@ import kernels
 from recipes.components import ENGINES, TRAINERS, VERIFIERS
 from recipes.errors import ConfigError, DataError
 from recipes.schema.keys import as_text
+from rewards.calls import made
+from rewards.functions import Functions
 from rollouts.data.examples import Example, Prompt, PromptSampler
 from rollouts.data.load import configured_examples
 from rollouts.pretrained import context_length, vocabulary
@@ -47,7 +49,9 @@ def prepare(config) -> Run:
     check_precision(config, method)
     check_layout(config, method)
     run = Run(config=config, mode=reading_mode(config), method=method)
-    run.verifier = VERIFIERS.resolve(config.reward.verifier)
+    run.verifier = made(VERIFIERS.resolve(config.reward.verifier), config.reward)
+    if getattr(config.reward, "functions", None):
+        run.functions = Functions(config.reward)
     method.check(config)
     sections = teacher_sections(config).values() if method.distills else ()
     served = [section for section in sections if section.url is not None]
@@ -107,7 +111,7 @@ def prepare_evaluation(config, *others, answered: bool = True, fit: bool = False
     """
     ENGINES.resolve(config.rollout.engine)
     run = Run(config=config, mode=reading_mode(config))
-    run.verifier = VERIFIERS.resolve(config.reward.verifier)
+    run.verifier = made(VERIFIERS.resolve(config.reward.verifier), config.reward)
     trusted = config.model.trust_remote_code
     run.tokenizer, model = check_model("model", config.model.path, trusted)
     run.vocab, run.missing = vocabulary(run.tokenizer, model, *others)

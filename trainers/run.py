@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rewards.functions import Functions
 from rewards.verification import Verifier
 from rollouts.data.examples import Ids, Prompt, PromptSampler
 from rollouts.engines.base import Engine
@@ -49,6 +50,8 @@ class Run:
     prompts: Sequence[Prompt] = ()
     sampler: PromptSampler | None = None
     verifier: Verifier | None = None
+    # Rewards beside it, where the method reads any.
+    functions: Functions | None = None
     # Evaluation data; `eval_name` is its name in the metrics.
     eval_name: str = ""
     eval_prompts: Sequence[Prompt] = ()
@@ -67,6 +70,8 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rollout: Engine | None = None
     teacher: Any = None
+    # Prints a line on rank 0.
+    say: Callable[[str], None] = print
     # Writes log-probs under the current weights (`Loop.score_policy`).
     score_policy: Callable[..., None] | None = None
     # Writes annotations under the current weights (`Loop.write_scores`).

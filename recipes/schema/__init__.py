@@ -15,7 +15,7 @@ from typing import Any
 from recipes.components import TRAINERS
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from recipes.schema import common, reading, simultaneous
+from recipes.schema import common, reading, rewards, simultaneous
 from recipes.schema.common import Config, DataConfig
 from recipes.schema.distillation import Distillation
 from recipes.schema.grpo import Grpo
@@ -166,4 +166,5 @@ def check(config: Any) -> None:
     """
     common.check(config)
     reading.check(config)
+    rewards.check(config)
     simultaneous.check(config)

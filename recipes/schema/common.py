@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from recipes.components import ENGINES, TRAINERS, VERIFIERS
+from recipes.components import ENGINES, TRAINERS
 from recipes.errors import ConfigError
 from recipes.schema.keys import REQUIRED, as_text, key
+from recipes.schema.rewards import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -181,23 +182,6 @@ class RolloutConfig:
     )
     batch_size: int = key(
         128, "Number of sequences that the engines other than vLLM decode together.", at_least=1
-    )
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    verifier: str = key(
-        "math",
-        "Function that scores a completion against the answer. Its score is logged, and is the "
-        "reward of the methods that learn from one.",
-        component=VERIFIERS,
-    )
-    seconds_per_batch: float = key(
-        120.0,
-        "Seconds that the slow answers of a batch share, on each rank: those whose check takes "
-        "longer than 0.05 s. What is then unchecked counts as wrong, and in reward/timeouts. A "
-        "batch is a step's completions, or an evaluation's.",
-        above=0,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from recipes.components import TOKEN_REWARDS, TOKEN_SCORES
-from recipes.schema.common import Config, RewardConfig
+from recipes.schema.common import Config
 from recipes.schema.keys import REQUIRED, key
+from recipes.schema.rewards import SequenceRewardConfig
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
-class DistillationRewardConfig(RewardConfig):
+class DistillationRewardConfig(SequenceRewardConfig):
     token: str = key(
         "power",
         "Reward of a sampled token, of the teacher's probability p and the student's q. power: "

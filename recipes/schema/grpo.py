@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from recipes.schema.common import Config
 from recipes.schema.keys import key
+from recipes.schema.rewards import SequenceRewardConfig
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,4 @@ class Grpo(Config):
     """The config of a GRPO run."""
 
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    reward: SequenceRewardConfig = field(default_factory=SequenceRewardConfig)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from recipes.schema.common import Config
 from recipes.schema.grpo import PolicyConfig
 from recipes.schema.keys import key
+from recipes.schema.rewards import SequenceRewardConfig
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,4 @@ class Hrpo(Config):
 
     grpo: PolicyConfig = field(default_factory=PolicyConfig)
     hrpo: HrpoConfig = field(default_factory=HrpoConfig)
+    reward: SequenceRewardConfig = field(default_factory=SequenceRewardConfig)

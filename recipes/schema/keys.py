@@ -129,10 +129,16 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
+def free(meaning: str) -> Any:
+    """A field whose keys the user names, `dict[str, Any]`; `meaning` is a sentence about one."""
+    return field(default_factory=dict, metadata={"meaning": meaning, "bounds": Bounds()})
+
+
 def section_kind(kind: Any) -> Any:
     """The class of the sections that a `dict[str, …]` holds, each under a name that the user gives;
     None: the annotation is of something else."""
-    return get_args(kind)[1] if get_origin(kind) is dict else None
+    inside = get_args(kind)[1] if get_origin(kind) is dict else None
+    return inside if is_dataclass(inside) else None
 
 
 def general(name: str, names: Collection[str]) -> str:
@@ -141,12 +147,17 @@ def general(name: str, names: Collection[str]) -> str:
     Args:
         names: of keys and sections.
     """
-    parts = name.split(".")
-    if len(parts) > 1 and GIVEN_NAME.fullmatch(parts[1]):
-        found = ".".join([parts[0], NAME, *parts[2:]])
-        if found in names:
-            return found
-    return name
+    if name in names:
+        return name
+    return next((known for known in names if NAME in known and _stands_for(known, name)), name)
+
+
+def _stands_for(known: str, name: str) -> bool:
+    expected, parts = known.split("."), name.split(".")
+    return len(expected) == len(parts) and all(
+        part == word or (word == NAME and GIVEN_NAME.fullmatch(part))
+        for word, part in zip(expected, parts, strict=True)
+    )
 
 
 def hints_of(schema: Any) -> dict[str, Any]:
@@ -167,6 +178,8 @@ def keys_of(schema: Any, prefix: str = "") -> dict[str, Key]:
         if section := section_kind(kind):
             found |= keys_of(section, f"{name}.{NAME}.")
             continue
+        if get_origin(kind) is dict:
+            name, kind = f"{name}.{NAME}", get_args(kind)[1]
         default = REQUIRED if entry.default is NO_DEFAULT else entry.default
         bounds = entry.metadata["bounds"]
         found[name] = Key(name, kind, default, bounds, entry.metadata["meaning"])
@@ -178,7 +191,13 @@ def section_names(names: Collection[str]) -> set[str]:
     return {name[:index] for name in names for index, letter in enumerate(name) if letter == "."}
 
 
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+NAMES = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Any: "any value",
+}
 
 
 def type_name(kind: Any, plural: bool = False) -> str:

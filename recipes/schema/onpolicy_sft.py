@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from recipes.schema.common import Config, RolloutConfig
 from recipes.schema.keys import key
+from recipes.schema.rewards import SequenceRewardConfig
 
 
 @dataclass(frozen=True)
@@ -25,4 +26,8 @@ class OnPolicySft(Config):
     allow_biased_sampling: bool = key(
         False, "Accept a temperature, top_p or top_k that samples from another distribution."
     )
+    keep_above: float = key(
+        0.0, "Reward above which a sample is kept, if it ended by itself within the limit."
+    )
     rollout: OnPolicyRolloutConfig = field(default_factory=OnPolicyRolloutConfig)
+    reward: SequenceRewardConfig = field(default_factory=SequenceRewardConfig)

@@ -130,6 +130,7 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
     "train.py recipe=poweropd": SAMPLED,
     "train.py recipe=opd": SAMPLED,
     "train.py recipe=opd_jsd": SAMPLED,
+    "train.py recipe=opsd": SAMPLED,
     "train.py recipe=onpolicy_sft": SAMPLED | GROUPS,
     "train.py recipe=grpo": SAMPLED | GROUPS,
     "train.py recipe=sft": TRAIN,

@@ -22,6 +22,8 @@ NOT_RECORDED = {
     "perf/tokens_per_second",
     "perf/peak_memory_gib",
     "reward/timeouts",
+    "reward/<function>/mean",
+    "reward/<function>/failed",
     "eval/<data>/timeouts",
 }
 GROUPED = ("grpo", "hrpo")
@@ -49,6 +51,7 @@ WRITERS = {
     names.SLOW_STEPS: lambda c: False,
     names.SLOW_EVALUATIONS: lambda c: False,
     names.CACHED: lambda c: c.trainer == "offline_distillation",
+    names.FUNCTIONS: lambda c: bool(getattr(c.reward, "functions", {})),
     names.FILTERING: lambda c: c.trainer == "onpolicy_sft",
     names.ADASR: lambda c: c.trainer == "hrpo",
     names.PROACTIVE: lambda c: c.trainer == "proactivellm",

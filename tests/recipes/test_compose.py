@@ -79,7 +79,7 @@ def differences(*names: str) -> dict[str, tuple]:
 
 def test_grpo_differs_from_on_policy_sft_in_the_method_alone():
     keys = differences("onpolicy_sft", "grpo").keys()
-    method = {"trainer", "train.normalizer", "allow_biased_sampling"}
+    method = {"trainer", "train.normalizer", "allow_biased_sampling", "keep_above"}
     assert {key for key in keys if not key.startswith("grpo.")} == method
 
 

@@ -44,7 +44,12 @@ def test_every_trainer_has_its_sections():
 
 def test_a_config_has_the_common_keys_and_those_of_its_method():
     common, ours = keys_of(Config).keys(), flatten(compose(["recipe=adasr"])).keys()
-    assert {key.partition(".")[0] for key in ours - common} == {"streaming", "grpo", "hrpo"}
+    assert {key.partition(".")[0] for key in ours - common} == {
+        "streaming",
+        "grpo",
+        "hrpo",
+        "reward",
+    }
     assert common <= ours
     assert flatten(compose(["recipe=sft"])).keys() == common
 

@@ -27,6 +27,7 @@ REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
 CACHED = "steps of recipes with teacher.cache"
 FILTERING = "steps of on-policy SFT"
 SLOW_STEPS = "steps in which there were some"
+FUNCTIONS = "steps of recipes with reward.functions"
 ADASR = "steps of AdaSR"
 PROACTIVE = "steps of ProactiveLLM"
 EVERY_EVALUATION = "every evaluation"
@@ -119,6 +120,16 @@ METRICS: dict[str, Metric] = {
         "completions",
         "Completions that count as wrong, or as less right, as their check did not end in time.",
         SLOW_STEPS,
+    ),
+    "reward/<function>/mean": Metric(
+        "the function's",
+        "Mean score of a function of reward.functions over the completions, before its weight.",
+        FUNCTIONS,
+    ),
+    "reward/<function>/failed": Metric(
+        "completions",
+        "Completions that have the function's default, as it failed or was late.",
+        FUNCTIONS,
     ),
     "reward/equal_groups_frac": Metric(
         "share",
@@ -347,6 +358,8 @@ def entry(name: str) -> str:
     """The table's name for one in a row, as `eval/<data>/avg@k` for `eval/stories/avg@4`, and
     `teacher/<name>/kl` for `teacher/math/kl`."""
     group, _, rest = name.partition("/")
+    if group == "reward" and "/" in rest:
+        return f"reward/<function>/{rest.rpartition('/')[2]}"
     if group == "teacher" and "/" in rest:
         return f"teacher/<name>/{rest.rpartition('/')[2]}"
     if group != "eval":

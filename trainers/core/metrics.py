@@ -242,6 +242,10 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         accuracy = float(np.mean(scores))
         row["reward/accuracy"] = accuracy
         row["rollout/efficiency"] = 100 * accuracy / length
+    for name in trajectories[0].functions:
+        row[f"reward/{name}/mean"] = float(np.mean([t.functions[name] for t in trajectories]))
+        if failed := sum(name in t.failures for t in trajectories):
+            row[f"reward/{name}/failed"] = failed
     if timeouts := sum(t.timed_out for t in trajectories):
         row["reward/timeouts"] = timeouts
     rewards = [t.reward for t in trajectories if t.reward is not None]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rewards.calls import Question
 from rewards.verification import verdicts
 from rollouts.data.chat import tokenize_prompts
 from rollouts.data.examples import Example, Prompt
 from rollouts.engines.base import Engine
 from rollouts.pretrained import vocabulary
 from rollouts.trajectory import Request, Sampling, Trajectory
+
+# Fields of an example that a reward function can read.
+ROW = ("index", "messages", "answer", "references", "solution", "question", "context", "sentences")
 
 
 class Plain:
@@ -155,12 +159,28 @@ class Plain:
             if trajectory.answer is not None and run.verifier is not None:
                 judged.append(trajectory)
                 text = self.judged_text(trajectory, run.tokenizer)
-                questions.append((text, prompt.example.right_answers))
+                questions.append(question(text, prompt))
         if not judged:
             return
         seconds = self.config.reward.seconds_per_batch
         for trajectory, verdict in zip(judged, verdicts(run.verifier, questions, seconds)):
             trajectory.score, trajectory.timed_out = verdict
+
+    def score_functions(
+        self, run, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
+    ) -> None:
+        """Write the scores of `reward.functions` on trajectories that `score_all` has seen.
+
+        Raises:
+            TrainingError: a function failed, and no default is stated.
+        """
+        by_index = {prompt.index: prompt for prompt in prompts}
+        questions = [
+            question(self.judged_text(t, run.tokenizer), by_index[t.prompt_index])
+            for t in trajectories
+        ]
+        for trajectory, scores in zip(trajectories, run.functions.score(questions)):
+            trajectory.functions, trajectory.failures = scores.values, scores.failures
 
     def text_ids(self, trajectory: Trajectory) -> list[int]:
         """The completion's ids without the stop token, which is not text."""
@@ -188,6 +208,14 @@ class Plain:
     def summary(self, scores: dict[str, Any]) -> str:
         """The mode's part of an evaluation's printed line."""
         return ""
+
+
+def question(text: str, prompt: Prompt) -> Question:
+    """What a reward function is told of a completion."""
+    example = prompt.example
+    fields = {name: getattr(example, name) for name in ROW}
+    row = {name: value for name, value in fields.items() if value is not None}
+    return Question(text, example.right_answers, prompt.text, row)
 
 
 def make_requests(
