@@ -66,7 +66,7 @@ class OfflineDistillation(SolutionReader):
         return Loss(
             divergence={
                 "divergence": "forward_kl",
-                "top_k": max(self.run.teacher.top_k, 1),
+                "top_k": self.run.teacher.top_k,
                 "support": "cached",
                 # There is no bucket where each token is in the support.
                 "tail": "ignore" if self.run.teacher.whole else "bucket",
