@@ -64,8 +64,7 @@ class CacheWriter:
         if ROWS not in self.files:
             # First, so that a folder with any file of a cache is known as one.
             self._save_manifest()
-            tensors = {"index": rows.index, "length": rows.length, "digest": rows.digest}
-            self._save_tensors(ROWS, tensors)
+            self._save_tensors(ROWS, vars(rows))
 
     def _check_ours(self) -> None:
         others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
@@ -132,18 +131,15 @@ class CacheWriter:
         Raises:
             DataError: it cannot be written.
         """
-        annotations = [trajectory.annotations for trajectory in trajectories]
-
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([one[name] for one in annotations])
-
+        parts = [trajectory.annotations for trajectory in trajectories]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         tensors = {
             "targets": np.concatenate([t.completion_ids for t in trajectories]).astype(np.int32),
-            "target_logprobs": joined("teacher_logprobs"),
+            "target_logprobs": joined["teacher_logprobs"],
         }
         if self.facts["top_k"]:
-            tensors["topk_ids"] = joined("teacher_topk_ids").astype(np.int32)
-            tensors["topk_logprobs"] = joined("teacher_topk_logprobs")
+            tensors["topk_ids"] = joined["teacher_topk_ids"].astype(np.int32)
+            tensors["topk_logprobs"] = joined["teacher_topk_logprobs"]
         self._save_tensors(shard_name(number), tensors)
 
     def _save_tensors(self, name: str, tensors: dict[str, np.ndarray]) -> None:
