@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_vocab
-from kernels.library import NEVER, Field, traceable
+from kernels.library import traceable
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
 from kernels.rows import (
@@ -23,6 +23,7 @@ from kernels.rows import (
     unit_stride,
 )
 from kernels.tiled_head import active_rows, spread_constants
+from kernels.traced import NEVER, Field
 
 if TYPE_CHECKING:
     from kernels.triton_divergence import Rule, Side

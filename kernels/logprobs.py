@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.checks import Shapes, check_count, check_number, check_vocab
-from kernels.library import Field, traceable
+from kernels.library import traceable
 from kernels.rows import LogprobGrad, RowStats, Softmax, acc_dtype, gradient_buffer, slices
 from kernels.tiled_head import (
     HeadGrads,
@@ -19,6 +19,7 @@ from kernels.tiled_head import (
     spread,
     stream_logits,
 )
+from kernels.traced import Field
 
 
 class LogprobOutput(NamedTuple):

@@ -16,7 +16,7 @@ from kernels.checks import (
     check_scale,
     check_vocab,
 )
-from kernels.library import Field, traceable
+from kernels.library import traceable
 from kernels.policy_loss import (
     STATS,
     PolicyObjective,
@@ -38,6 +38,7 @@ from kernels.tiled_head import (
     spread_constants,
     stream_logits,
 )
+from kernels.traced import Field
 
 
 class OPDOutput(NamedTuple):

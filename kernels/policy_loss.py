@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number
-from kernels.library import Field, traceable
+from kernels.library import traceable
 from kernels.rewards import TokenReward
 from kernels.rows import acc_dtype
+from kernels.traced import Field
 
 OBJECTIVES = ("reinforce", "ppo_clip", "cispo")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_number
-from kernels.library import Field, traceable
+from kernels.library import traceable
 from kernels.rows import acc_dtype
+from kernels.traced import Field
 
 NORMALIZATIONS = ("box_cox", "none")
 
