@@ -16,7 +16,7 @@ from kernels.rows import (
     RowStats,
     Softmax,
     acc_dtype,
-    exp_,
+    exp,
     gradient_buffer,
     load_logits,
     row_blocks,
@@ -65,7 +65,7 @@ def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, T
     [p^a (p - q) - q r]/(a+1), which loses its digits where p is near q. There the common factor
     q max(p,q)^a is taken out, and both differences are made by expm1.
     """
-    q, p = exp_(log_q.clone()), exp_(log_p.clone())
+    q, p = exp(log_q), exp(log_p)
     gap = log_p - log_q
     # Where q is 0 the gap is inf or NaN, or may as well be.
     gone = q == 0
@@ -213,7 +213,9 @@ class _LogitPair:
         for at in row_blocks(len(self.active), self.vocab):
             log_s, _, by_student = self.block_terms(at, divergence)
             # Through the softmax: dz = g - p sum(g).
-            dz = by_student.sub_(exp_(log_s).mul_(slopes[at, None])).mul_(factors[at, None])
+            dz = by_student.sub_(exp(log_s, out=log_s).mul_(slopes[at, None])).mul_(
+                factors[at, None]
+            )
             grad[:, : self.vocab].index_copy_(0, self.active[at], dz.to(grad.dtype))
         return grad
 

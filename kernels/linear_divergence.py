@@ -11,7 +11,7 @@ from kernels.checks import Shapes, check_scale, check_vocab
 from kernels.divergence import Divergence, DivergenceOutput, check_loss, divergence_fields
 from kernels.library import traceable
 from kernels.policy_loss import loss_factors, weighted_sum
-from kernels.rows import RowStats, acc_dtype, exp_, slices
+from kernels.rows import RowStats, acc_dtype, exp, slices
 from kernels.tiled_head import (
     ByLogits,
     HeadGrads,
@@ -78,7 +78,8 @@ class _View:
 
         def gradient(z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
             g = self.by_logprobs[v0 // self.head.columns]
-            unnormalised = exp_(z.sub_(self.final.shift[:, None]))
+            z.sub_(self.final.shift[:, None])
+            unnormalised = exp(z, out=z)
             return unnormalised.mul_(of_p).add_(g).mul_(factors[:, None]).to(dtype)
 
         return gradient

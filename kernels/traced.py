@@ -86,24 +86,30 @@ class Traced:
             arguments["inplace_backward"] = False
         return arguments
 
+    def _nothing(self, arguments: Arguments) -> Tensor:
+        """What stands for None."""
+        return arguments[self.acc[0]].new_empty(0)
+
     def fake(self, arguments: Arguments) -> list[Tensor]:
         """Results of the right shapes and dtypes, for a trace."""
-        like = arguments[self.acc[0]]
+        nothing = self._nothing(arguments)
         dtype = acc_dtype(*(arguments[name] for name in self.acc))
         return [
-            like.new_empty(0 if f.absent(arguments) else f.shape(arguments), dtype=f.dtype or dtype)
-            for f in self.fields.values()
+            nothing.new_empty(0)
+            if field.absent(arguments)
+            else nothing.new_empty(field.shape(arguments), dtype=field.dtype or dtype)
+            for field in self.fields.values()
         ]
 
     def fake_grads(self, arguments: Arguments, needs: Sequence[bool]) -> list[Tensor]:
         """The same of the gradients by the arguments `by`; `needs` says which there are."""
-        nothing = arguments[self.acc[0]].new_empty(0)
+        nothing = self._nothing(arguments)
         wanted = [arguments[name] if need else nothing for name, need in zip(self.by, needs)]
         return [x.new_empty(x.shape) for x in wanted]
 
     def flat(self, result: Any, arguments: Arguments) -> list[Tensor]:
         """The function's result as tensors that share no memory."""
-        nothing = arguments[self.acc[0]].new_empty(0)
+        nothing = self._nothing(arguments)
         flat = []
         for name, field in self.fields.items():
             value = getattr(result, name, result)
@@ -132,9 +138,8 @@ class Traced:
         by_name = dict(zip(wanted, found))
         # A teacher view that is held constant has none.
         zeros = {name: torch.zeros_like(x) for name, x in leaves.items() if by_name[name] is None}
-        nothing = arguments[self.acc[0]].new_empty(0)
-        by_name = {name: nothing for name in self.by} | by_name | zeros
-        grads = [by_name[name].contiguous() for name in self.by]
+        by_name |= zeros
+        grads = [by_name.get(name, self._nothing(arguments)).contiguous() for name in self.by]
         return self.flat(result, arguments), grads
 
     def named(self, flat: Sequence[Tensor], arguments: Arguments) -> Any:

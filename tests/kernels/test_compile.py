@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 
-NO_RESULT = {"active_backend", "set_backend", "LogprobOutput", "TopkOutput", "OPDOutput"}
-NO_RESULT |= {"DivergenceOutput", "PGOutput"}
+FUNCTIONS = [
+    name for name in kernels.__all__ if name[0].islower() and not name.endswith("_backend")
+]
 OPTIONS = {"temperature": 0.8, "logit_softcap": 3.0}
 RETURNED = {"return_entropy": True, "return_lse": True}
 
@@ -54,7 +56,7 @@ def _flat(result):
     return [t for field in fields for t in field if t is not None]
 
 
-@pytest.mark.parametrize("name", sorted(set(kernels.__all__) - NO_RESULT))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_traces_in_one_graph(problem, name):
     p = problem(6, 30, 5, torch.float32)
     start = (p.hidden, p.weight, p.bias, p.rand(p.T, p.V), p.rand(p.T, p.V))
@@ -82,27 +84,55 @@ def test_traces_in_one_graph(problem, name):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_operators_keep_the_rules(problem):
-    p = problem(5, 12, 4, torch.float32)
-    x, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
-    logprobs = (x, w, p.ids, None, 1.0, None, None, p.mask, True, False, False)
-    needs = [True, True, False]
-    operator = torch.ops.onstream.fused_linear_logprobs.default
-    torch.library.opcheck(operator, (*logprobs, needs), test_utils=CHECKS)
-    logits = p.rand(5, 12).requires_grad_()
-    divergence = (logits, p.rand(5, 12), torch.tensor(2.0), "reverse_kl", 1.0, "box_cox", 0.5, 1.0)
-    rest = (p.mask, None, None, None, False, False)
-    operator = torch.ops.onstream.distillation_divergence.default
-    torch.library.opcheck(operator, (*divergence, *rest, [True]), test_utils=CHECKS)
+class _Operators(TorchDispatchMode):
+    """The project's operators that are called, each with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "onstream":
+            self.called.append((operator, args))
+        return operator(*args, **(kwargs or {}))
 
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trace_sees_the_shapes_and_dtypes_that_come(problem, monkeypatch, dtype):
+    """Every operator and those of the gradients; none changes its arguments or returns them."""
+    p = problem(6, 30, 5, dtype)
+    start = (p.hidden, p.weight, p.bias, p.rand(p.T, p.V), p.rand(p.T, p.V))
+    inputs = [t.to(dtype).requires_grad_() for t in start]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with _Operators() as operators:
+        for name in FUNCTIONS:
+            outputs = [t for t in _flat(_calls(p, *inputs)[name]()) if t.requires_grad]
+            if outputs:
+                torch.autograd.grad(sum(t.sum() for t in outputs), inputs, allow_unused=True)
+    found = {str(operator) for operator, _ in operators.called}
+    assert len(found) == len(FUNCTIONS) + 2, found
+    for operator, args in operators.called:
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_teacher_that_asks_for_a_gradient_makes_no_loss_that_has_one(problem):
+    p = problem(3, 12, 4, torch.float32)
+    student, teacher = p.rand(3, 12), p.rand(3, 12).requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call():
+        return kernels.distillation_divergence(student, teacher, denominator=1.0).loss
+
+    assert not call().requires_grad
 
 
 def test_a_wrong_argument_is_named(problem):
     p = problem(3, 12, 4, torch.float32)
+    logits = p.rand(3, 12)
     call = torch.compile(kernels.selective_logprobs, backend="eager")
     with pytest.raises(TypeError, match="temprature"):
-        call(p.rand(3, 12), p.ids, temprature=1.0)
+        call(logits, p.ids, temprature=1.0)
+    with pytest.raises(TypeError, match="positional"):
+        call(logits, p.ids, 1.0)
     with pytest.raises(IndexError, match="token_ids"):
-        call(p.rand(3, 12), p.ids + 12)
+        call(logits, p.ids + 12)
