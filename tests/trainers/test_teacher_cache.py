@@ -179,7 +179,7 @@ def test_it_makes_missing_and_corrupt_shards_anew(config, folder, whole):
 
 
 def test_a_finished_cache_is_left_alone(config, folder, monkeypatch):
-    monkeypatch.setattr("trainers.core.teacher.make_one", None)  # no teacher is loaded
+    monkeypatch.setattr("trainers.core.teachers.make_one", None)  # no teacher is loaded
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.*")}
     assert cache_teacher.cache(config(), folder, TOP_K, SHARD_ROWS)["written"] == 0
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.*")} == times
