@@ -128,12 +128,12 @@ def _differentiate_values(
     """The gradients come from an operator of their own."""
 
     def body(*values: Any) -> list[Tensor]:
-        *values, needs, upstream = values
-        return traced.run(dict(zip(names, values)), needs, upstream)[1]
+        *inputs, needs, upstream = values
+        return traced.run(dict(zip(names, inputs)), needs, upstream)[1]
 
     def fake(*values: Any) -> list[Tensor]:
-        *values, needs, _ = values
-        return traced.fake_grads(dict(zip(names, values)), needs)
+        *inputs, needs, _ = values
+        return traced.fake_grads(dict(zip(names, inputs)), needs)
 
     gradients = _define(name, body, fake, f"{taken}, Tensor[] upstream")
 

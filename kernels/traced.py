@@ -135,11 +135,11 @@ class Traced:
             given = upstream and [g for name, g in zip(self.of, upstream) if name in shown]
             if leaves:
                 found = torch.autograd.grad(outputs, [*leaves.values()], given, allow_unused=True)
-        by_name = dict(zip(wanted, found))
-        # A teacher view that is held constant has none.
-        zeros = {name: torch.zeros_like(x) for name, x in leaves.items() if by_name[name] is None}
-        by_name |= zeros
-        grads = [by_name.get(name, self._nothing(arguments)).contiguous() for name in self.by]
+        by_name = {name: self._nothing(arguments) for name in self.by}
+        for name, grad in zip(wanted, found):
+            # A teacher view that is held constant has none.
+            by_name[name] = torch.zeros_like(leaves[name]) if grad is None else grad
+        grads = [grad.contiguous() for grad in by_name.values()]
         return self.flat(result, arguments), grads
 
     def named(self, flat: Sequence[Tensor], arguments: Arguments) -> Any:
