@@ -352,12 +352,13 @@ def to_yaml(config: Any) -> str:
 
 def flatten(config: Any) -> dict[str, Any]:
     """The config's values by dotted key, as in `{"train.steps": 10}`; lists stay whole."""
-    return dict(_leaves(to_dict(config)))
+    return dict(leaves(to_dict(config)))
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested mapping with their dotted names; lists stay whole."""
     for name, value in node.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

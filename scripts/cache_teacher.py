@@ -23,7 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from recipes.errors import ConfigError, DataError
-from scripts.cli import compose_values, key_values, launch, quiet_torch, run_command
+from scripts.cli import (
+    compose_values,
+    key_values,
+    launch,
+    quiet_torch,
+    run_command,
+    whole_number,
+)
 
 SHORT_KEYS = {
     "model": "model.path",
@@ -57,13 +64,6 @@ def print_cache(arguments: list[str]) -> None:
     # As in recipe=distill, so that both make the same stories.
     defaults = {"recipe": "opd", "log.wandb": "disabled", "eval.every": "-1"}
     print(json.dumps(cache(compose_values(defaults | values), folder, top_k, shard_rows)))
-
-
-def whole_number(key: str, text: str, least: int) -> int:
-    """Raises ConfigError: the text is no number of at least `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{key}={text} must be a whole number of {least} or more")
-    return int(text)
 
 
 def cache(config, folder: Path, top_k: int, shard_rows: int) -> dict:

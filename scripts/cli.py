@@ -93,6 +93,17 @@ def key_values(
     return values
 
 
+def whole_number(key: str, text: str, least: int) -> int:
+    """The value of a script's own key.
+
+    Raises:
+        ConfigError: the text is no whole number of at least `least`.
+    """
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{key}={text} must be a whole number, {least} or more")
+    return int(text)
+
+
 def compose_values(values: Mapping[str, str]):
     """The config with these values.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from recipes.errors import ConfigError
 from recipes.registry import nearest
-from scripts.cli import compose_values, key_values, launch, run_command
+from scripts.cli import compose_values, key_values, launch, run_command, whole_number
 
 END = "<|endoftext|>"
 SHORT_KEYS = {"data": "data.path"}
@@ -128,10 +128,7 @@ def take_sizes(values: dict[str, str]) -> Sizes:
     """
     given = {}
     for field in fields(Sizes):
-        value = values.pop(field.name, str(field.default))
-        if not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"{field.name}={value} must be a whole number, 1 or more")
-        given[field.name] = int(value)
+        given[field.name] = whole_number(field.name, values.pop(field.name, str(field.default)), 1)
     sizes = Sizes(**given)
     if sizes.vocab < SMALLEST_VOCAB:
         raise ConfigError(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import kernels
+from recipes.compose import leaves
 from recipes.embedded import model_folder
 from recipes.errors import ConfigError, DataError, one_line
 from rollouts.trajectory import Trajectory
@@ -103,7 +104,7 @@ class CacheWriter:
         return {name: entry for name, entry in zip(names, found) if entry == listed[name]}
 
     def _check_same(self, manifest: dict[str, Any]) -> None:
-        theirs, ours = flat(manifest), flat(self.facts)
+        theirs, ours = dict(leaves(manifest)), dict(leaves(self.facts))
         for name in (*ours, *theirs):
             if name not in PLACES and theirs.get(name) != ours.get(name):
                 raise ConfigError(
@@ -227,17 +228,6 @@ def weights_checksum(path: str, trust_remote_code: bool) -> str:
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
     entries = dict(zip((file.name for file in files), checksums(files)))
     return text_checksum(json.dumps(entries, sort_keys=True))
-
-
-def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested facts by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def score(teacher, run, trajectories: Sequence[Trajectory], top_k: int) -> None:
