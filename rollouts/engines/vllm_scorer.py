@@ -84,8 +84,10 @@ class ScorerProcess:
     def __init__(self, arguments: tuple[Any, ...], vocabulary: tuple[int, tuple[int, ...]]):
         ours, theirs = socket.socketpair()
         with theirs:
+            module = "rollouts.engines.vllm_scorer"
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rollouts.engines.vllm_scorer", str(theirs.fileno())],
+                # The trainer has warned of what there is to warn of.
+                [sys.executable, "-W", "ignore", "-m", module, str(theirs.fileno())],
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
             )
