@@ -29,7 +29,10 @@ PLACES = {
     "colocated": ("teacher.engine=vllm",),
     "served": (),
 }
-RUN = "recipe=poweropd rollout.engine=hf train.steps=2 eval.every=-1 checkpoint.every=-1"
+RUN = (
+    "recipe=poweropd rollout.engine=hf train.steps=2 train.prompts_per_step=4 data.stories=16 "
+    "rollout.max_new_tokens=40 eval.every=-1"
+)
 SERVER = "-m vllm.entrypoints.openai.api_server --host 127.0.0.1 --enforce-eager"
 LINE = "{place:10} trainer {trainer:6.2f}   vLLM {vllm:6.2f}   seconds {seconds:5.0f}"
 # Seconds between two looks at the processes, and those that a server gets to start.
