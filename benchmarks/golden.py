@@ -122,6 +122,7 @@ RUNS: dict[str, dict] = {
         "data.suffix": "null",
     },
     "sft": {},
+    "distill": {"teacher.cache": "CACHE"},
     "streaming_sft": STREAMED | {"model.path": "stories-student"},
     "adasr": STREAMED | SAMPLED,
     "adasr_grpo": STREAMED | SAMPLED,
@@ -170,6 +171,22 @@ def write_frames(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def with_inputs(keys: dict, stem: Path, core: int | None = None) -> dict:
+    """The keys, with what is made for them in place of `FRAMES` and `CACHE`: STEM.jsonl, and the
+    folder STEM.cache."""
+    frames, cache = stem.with_suffix(".jsonl"), stem.with_suffix(".cache")
+    values = keys.values()
+    if "FRAMES" in values:
+        write_frames(frames)
+    if "CACHE" in values:
+        data = [f"{key}={keys[key]}" for key in ("data.stories", "data.max_prompt_tokens")]
+        models = ["model=stories-student", "teacher=stories-teacher", "data=stories"]
+        words = ["-m", "scripts.cache_teacher", *models, f"out={cache}", "shard_rows=40", *data]
+        python(words, "the cache", core)
+    paths = {"FRAMES": frames, "CACHE": cache}
+    return {key: paths.get(value, value) for key, value in keys.items()}
+
+
 def machine() -> dict[str, str]:
     """What decides how sums round: the processor and the libraries."""
     cpu = platform.processor() or platform.machine()
@@ -191,10 +208,7 @@ def run(name: str, folder: Path, core: int | None) -> dict:
     """One run of `RUNS`; returns what its file holds. Raises SystemExit: it failed."""
     keys = {"recipe": name} | COMMON | RUNS[name] | {"run.dir": folder}
     stop_at = keys.pop("stop_at", None)
-    frames = folder.parent / f"{name}.jsonl"
-    if "FRAMES" in keys.values():
-        write_frames(frames)
-    overrides = [f"{key}={frames if value == 'FRAMES' else value}" for key, value in keys.items()]
+    overrides = [f"{key}={value}" for key, value in with_inputs(keys, folder, core).items()]
     if stop_at:
         train([*overrides, f"train.steps={stop_at}"], name, core)
         overrides.append("resume=auto")
@@ -213,8 +227,13 @@ def run(name: str, folder: Path, core: int | None) -> dict:
 
 
 def train(overrides: list[str], name: str, core: int | None) -> None:
-    """`train.py`, on one thread. Raises SystemExit: it failed."""
-    command = [sys.executable, "train.py", *overrides]
+    """`train.py`, as `python`."""
+    python(["train.py", *overrides], name, core)
+
+
+def python(words: list[str], name: str, core: int | None) -> None:
+    """`python WORDS …`, on one thread. Raises SystemExit: it failed."""
+    command = [sys.executable, *words]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -15,6 +15,7 @@ TRAINERS = Registry(
         "grpo": "trainers.grpo.GRPO",
         "hrpo": "trainers.hrpo.HRPO",
         "sft": "trainers.sft.SupervisedFineTuning",
+        "offline_distillation": "trainers.offline_distillation.OfflineDistillation",
         "onpolicy_sft": "trainers.onpolicy_sft.OnPolicySFT",
         "streaming_sft": "trainers.streaming_sft.StreamingSFT",
         "proactivellm": "trainers.proactivellm.ProactiveLLM",

@@ -49,6 +49,12 @@ ANNOTATIONS = {
         "the teachers",
         "loss, opd",
     ),
+    "teacher_topk_ids": Annotation(
+        "int64", "[T, K]: the teacher's most likely tokens.", "the cached teacher", "loss"
+    ),
+    "teacher_topk_logprobs": Annotation(
+        "float32", "[T, K]: the teacher's log-probs of them.", "the cached teacher", "loss"
+    ),
     "teacher_hidden": Annotation(
         "float32", "[T, H_teacher]: the teacher's last hidden state.", "the teacher", "loss"
     ),

@@ -140,9 +140,9 @@ def first_example(run, marks: bool) -> Iterator[tuple[str, Any]]:
 
 def reads(method) -> bool:
     """Whether a method reads a prompt's target in one way only."""
-    from trainers.sft import SupervisedFineTuning
+    from trainers.sft import SolutionReader
 
-    return issubclass(method, SupervisedFineTuning)
+    return issubclass(method, SolutionReader)
 
 
 def tokens_text(tokenizer, ids: Sequence[int], learned: Sequence[bool], marks: bool):

@@ -60,6 +60,16 @@ class Trainer:
         """
 
     @classmethod
+    def prepare(cls, run: Run) -> None:
+        """Read what the method needs beside the data, when the prompts are known.
+
+        No model is loaded yet.
+
+        Raises:
+            OnstreamError: one line that names the key or file.
+        """
+
+    @classmethod
     def needs_answers(cls, config) -> bool:
         """Whether the method learns from the verifier under this config."""
         return cls.verifies and getattr(config.reward, "verifier_weight", 1.0) != 0

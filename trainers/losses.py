@@ -38,7 +38,9 @@ class Loss:
         policy_gradient: uses the policy gradient of `reward` and the annotation `advantages` [T].
         cross_entropy: uses cross-entropy, weighted by the annotation `ce_weights` [T].
         divergence: a full-vocabulary objective's keyword arguments for the kernels, or None. It
-            needs `teacher_head` and the annotation `teacher_hidden` [T, H_teacher].
+            needs `teacher_head` and the annotation `teacher_hidden` [T, H_teacher]; with
+            `support="cached"`, the annotations `teacher_topk_ids` and `teacher_topk_logprobs`
+            [T, K] alone.
         self_distillation: keyword arguments for the kernels' divergence between two rows of one
             sequence, in nats, or None. `teacher_distance[t]` = d > 0 says that the hidden state d
             positions earlier teaches token t; 0 says that none does. `kl_weights[t]` multiplies
@@ -244,13 +246,17 @@ class Loss:
         k, support = options.pop("top_k"), options.pop("support")
         student = self._head_options(head)
         student_weight, student_hidden = head.weight.detach(), hidden.detach()
-        teacher = self._head_options(self.teacher_head)
-        teacher_weight, teacher_hidden = self.teacher_head.weight, self._teacher_hidden(batch)
+        if support == "cached":
+            names = "teacher_topk_ids", "teacher_topk_logprobs"
+            ids, teacher_logprobs = (batch.annotations[name] for name in names)
+        else:
+            teacher = self._head_options(self.teacher_head)
+            teacher_weight, teacher_hidden = self.teacher_head.weight, self._teacher_hidden(batch)
         if support == "teacher":
             ids, teacher_logprobs, _ = kernels.fused_linear_topk_logprobs(
                 teacher_hidden, teacher_weight, k, **teacher
             )
-        else:
+        elif support == "student":
             ids, _, _ = kernels.fused_linear_topk_logprobs(
                 student_hidden, student_weight, k, **student
             )

@@ -72,6 +72,7 @@ def prepare(config) -> Run:
     run.place(directory)
     model = prepare_models(run)
     prepare_data(run, context_length(model))
+    method.prepare(run)
     if method.samples and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
         run.messages.append(
             "rollout  top_p or top_k truncates the sampler, not the trainer's log-probs: a biased "

@@ -34,8 +34,8 @@ class CrossEntropyTrainer(Trainer):
         return Loss(cross_entropy=True, vocab=self.run.vocab)
 
 
-class SupervisedFineTuning(CrossEntropyTrainer):
-    """Cross-entropy on the solutions, averaged over all completion tokens of the step."""
+class SolutionReader(Trainer):
+    """Base of methods that read the data's own solutions."""
 
     samples = False
     layouts = (None,)
@@ -61,6 +61,10 @@ class SupervisedFineTuning(CrossEntropyTrainer):
             completion=prompt.example.solution,
             answer=prompt.example.answer,
         )
+
+
+class SupervisedFineTuning(SolutionReader, CrossEntropyTrainer):
+    """Cross-entropy on the solutions, averaged over all completion tokens of the step."""
 
 
 def target_ids(prompt: Prompt, tokenizer) -> list[int]:

@@ -30,6 +30,7 @@ from recipes.schema.keys import (
     section_kind,
     section_names,
 )
+from recipes.schema.offline_distillation import OfflineDistillation
 from recipes.schema.onpolicy_sft import OnPolicySft
 from recipes.schema.reading import MASKED_LAYOUTS
 from recipes.schema.simultaneous import Simultaneous
@@ -48,6 +49,7 @@ __all__ = [
     "Grpo",
     "Hrpo",
     "Key",
+    "OfflineDistillation",
     "OnPolicySft",
     "Simultaneous",
     "Streaming",
@@ -65,6 +67,7 @@ GROUPS: dict[str, type[Config]] = {
     "distillation": Distillation,
     "grpo": Grpo,
     "hrpo": Hrpo,
+    "offline_distillation": OfflineDistillation,
     "onpolicy_sft": OnPolicySft,
     "streaming": Streaming,
     "simultaneous": Simultaneous,
@@ -76,6 +79,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "grpo": ("grpo",),
     "hrpo": ("hrpo", "streaming"),
     "sft": (),
+    "offline_distillation": ("offline_distillation",),
     "onpolicy_sft": ("onpolicy_sft",),
     "streaming_sft": ("streaming",),
     "proactivellm": ("simultaneous",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.golden import COMMON, RUNS, write_frames
+from benchmarks.golden import COMMON, RUNS, with_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = tuple(sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml")))
@@ -24,8 +24,4 @@ def overrides(recipe: str, folder: Path) -> list[str]:
     keys = {"recipe": recipe} | COMMON | RUNS[recipe] | SHORT
     if recipe in OTHER_ENGINE:
         keys["rollout.engine"] = OTHER_ENGINE[recipe]
-    if "FRAMES" in keys.values():
-        frames = folder / "frames.jsonl"
-        write_frames(frames)
-        keys = {key: frames if value == "FRAMES" else value for key, value in keys.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
+    return [f"{key}={value}" for key, value in with_inputs(keys, folder / "frames").items()]

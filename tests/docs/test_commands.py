@@ -82,6 +82,7 @@ PLACEHOLDERS = {
     "TEACHER_DIR": "stories-teacher",
     "MATH_DIR": "stories-teacher",
     "CODE_DIR": "stories-student",
+    "CACHE_DIR": "{work}/cache",
     "DATA": "{work}/stories.jsonl",
     # It would be fetched; tests/recipes/test_packaged_models.py fetches it.
     "smollm2-135m": MODEL,
@@ -131,6 +132,9 @@ SHORT: dict[str, dict[str, str] | tuple[str, ...]] = {
     "train.py recipe=onpolicy_sft": SAMPLED | GROUPS,
     "train.py recipe=grpo": SAMPLED | GROUPS,
     "train.py recipe=sft": TRAIN,
+    # Before the run that reads what it writes.
+    "-m scripts.cache_teacher": {"top_k": "4"},
+    "train.py recipe=distill": TRAIN,
     "train.py recipe=streaming_sft": TRAIN | STREAMING,
     "train.py recipe=adasr": TRAIN | GROUPS | STREAMING,
     "train.py recipe=adasr_grpo": TRAIN | GROUPS | STREAMING,
@@ -185,7 +189,8 @@ NOT_RUN = {
 }
 # Modules that compose a config of their arguments before they do anything.
 COMPOSING = tuple(
-    f"-m scripts.{name}" for name in ("evaluate", "curves", "stream", "interpret", "new_model")
+    f"-m scripts.{name}"
+    for name in ("evaluate", "curves", "stream", "interpret", "new_model", "cache_teacher")
 )
 
 

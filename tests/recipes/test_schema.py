@@ -17,6 +17,7 @@ RECIPE_OF = {
     "grpo": "grpo",
     "hrpo": "adasr",
     "sft": "sft",
+    "offline_distillation": "distill",
     "onpolicy_sft": "onpolicy_sft",
     "streaming_sft": "streaming_sft",
     "proactivellm": "proactivellm",

@@ -26,9 +26,9 @@ def test_the_files_are_those_of_the_manifest():
         assert ("evaluation" in entry) == bool(tiny_models.MODELS[name].evaluation)
 
 
-def test_all_of_them_take_less_than_9_mb():
+def test_all_of_them_take_less_than_8_mb():
     sizes = [size for entry in embedded.manifest().values() for size, _ in entry["files"].values()]
-    assert sum(sizes) < 9e6
+    assert sum(sizes) < 8e6
 
 
 def test_the_teacher_is_30_points_above_the_student():

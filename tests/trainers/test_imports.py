@@ -40,6 +40,7 @@ ALLOWED["trainers"] = set(ALLOWED)
 ALLOWED["scripts"] = {*ALLOWED, "trainers"}
 # Modules whose work is a method's or a mode's; the others name none.
 METHODS = {"opd", "grpo", "hrpo", "sft", "onpolicy_sft", "streaming_sft", "proactivellm"}
+METHODS |= {"offline_distillation"}
 
 
 def room(module: str) -> str | None:

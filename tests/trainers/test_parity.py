@@ -14,6 +14,7 @@ from recipes.components import TRAINERS
 from recipes.compose import compose, recipe_values, recipes
 from recipes.errors import ConfigError, TrainingError
 from rollouts.trajectory import Trajectory
+from trainers.base import Trainer
 from trainers.loop import Loop
 from trainers.opd import OnPolicyDistillation
 from trainers.parity import check_parity
@@ -335,7 +336,9 @@ def test_a_trainer_from_outside_has_the_layouts_of_its_method(
     """Without sections it reads all keys, and so takes every value of `streaming.layout`."""
     base = TRAINERS.resolve(trainer)
     module = importlib.import_module(base.__module__)
-    monkeypatch.setattr(module, "Outside", type("Outside", (base,), {}), raising=False)
+    # Without what a method reads beside the data.
+    outside = type("Outside", (base,), {"prepare": Trainer.prepare})
+    monkeypatch.setattr(module, "Outside", outside, raising=False)
     keys = {
         "recipe": RECIPES[trainer],
         "trainer": f"{base.__module__}.Outside",
@@ -344,6 +347,7 @@ def test_a_trainer_from_outside_has_the_layouts_of_its_method(
         "streaming.layout": layout,
         "rollout.engine": LAYOUTS[layout],
         "rollout.samples_per_prompt": 2,
+        "teacher.cache": "unread",
         "data.path": "translation" if layout == "scheduled" else "stories",
         "data.stories": 8,
         "train.minibatches": 1,

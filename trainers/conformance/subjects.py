@@ -118,6 +118,7 @@ class Setup:
         )
         if method.distills:
             self.run.teacher = TinyTeacher(self.run, self.teacher, shift)
+        method.prepare(self.run)
         self.trainer = method(self.run)
         self.loss = self.trainer.loss()
 

@@ -13,6 +13,7 @@ from trainers.conformance import (
     engines,
     groups,
     objectives,
+    offline,
     outside,
     streaming,
     supervised,
@@ -54,6 +55,7 @@ def cases() -> list[Case]:
         groups,
         streaming,
         supervised,
+        offline,
         verifiers,
         engines,
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from datetime import timedelta
 from typing import Any
@@ -23,13 +22,7 @@ def setup(timeout: float = 240.0) -> torch.device:
         timeout: of a collective, minutes (`deadline.collective`).
     """
     if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -37,7 +30,14 @@ def setup(timeout: float = 240.0) -> torch.device:
         torch.cuda.set_device(device)
     # DeepSpeed takes a group that is there; its own would have another timeout.
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout))
+        # One rank alone meets nobody, so it needs no port that another process can have taken.
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.HashStore() if world_size() == 1 else None,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timedelta(minutes=timeout),
+        )
         forget_groups()
         dog = watchdog.active()
         if dog is not None and world_size() > 1:
@@ -56,12 +56,6 @@ def setup_if_several() -> None:
     """Join the process group under torchrun; one rank alone needs none to agree with itself."""
     if world_size() > 1:
         setup()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def rank() -> int:

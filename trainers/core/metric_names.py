@@ -24,6 +24,7 @@ MIXED = "steps of recipes with a teacher and reward.task_weight above 0"
 GROUPS = "steps of recipes with group advantages: GRPO, AdaSR, reward.task_weight above 0"
 MINIBATCHES = "steps of GRPO and AdaSR with train.minibatches above 1"
 REFERENCE = "steps of GRPO and AdaSR with grpo.kl_beta above 0"
+CACHED = "steps of recipes with teacher.cache"
 FILTERING = "steps of on-policy SFT"
 SLOW_STEPS = "steps in which there were some"
 FUNCTIONS = "steps of recipes with reward.functions"
@@ -214,6 +215,11 @@ METRICS: dict[str, Metric] = {
     ),
     "teacher/agreement": Metric(
         "share", "Sampled tokens that are the teacher's most likely one.", ONE_TEACHER
+    ),
+    "teacher/tail": Metric(
+        "share",
+        "The teacher's probability of all tokens that are not in the cache, mean over tokens.",
+        CACHED,
     ),
     # Each of several. <name> is its name in the config
     "teacher/<name>/share": Metric(
