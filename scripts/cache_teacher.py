@@ -83,8 +83,8 @@ def cache(config, folder: Path, top_k: int, shard_rows: int) -> dict:
     """
     from trainers.core.cache_writer import CacheWriter, facts_of, fill
     from trainers.core.progress import Progress
-    from trainers.core.teachers import make_one
     from trainers.core.teacher_cache import rows_of
+    from trainers.core.teachers import make_one
     from trainers.offline_distillation import OfflineDistillation
     from trainers.sft import target_ids
 

@@ -78,11 +78,11 @@ class VllmEngine:
         options = common_options(path, config, dtype, max_length)
         options |= cpu_options(max_length) if on_cpu else gpu_options(rollout, self.can_sleep)
         try:
-            self.llm = LLM(**options | self.own_options(on_cpu))
+            self.llm = LLM(**options | self.own_options())
         except Exception as error:
             raise ModelError(f"vllm cannot load {path}: {last_line(error)}") from error
 
-    def own_options(self, on_cpu: bool) -> dict:
+    def own_options(self) -> dict:
         """What an engine of another use sets otherwise."""
         return {}
 

@@ -27,8 +27,8 @@ from rollouts.engines.vllm import VllmEngine, last_line
 Answer = tuple[list[int], list[dict[int, tuple[float, int]] | None]]
 # Of torchrun, which the process is no rank of.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-# Tokens of a forward pass on a GPU. Each pass makes logits [T, V] in float32.
-CHUNK = 2048
+# Tokens and sequences of a forward pass. It makes the logits [T, V] of each sequence in float32.
+CHUNK, SEQUENCES = 2048, 64
 # Seconds that the process gets to end by itself.
 PATIENCE = 10.0
 
@@ -39,13 +39,18 @@ class Scorer(VllmEngine):
     setting = "teacher.engine"
     sleep_level = 1
 
-    def own_options(self, on_cpu: bool) -> dict:
-        # A cached prefix has no log-probs.
-        options: dict[str, Any] = {"enable_prefix_caching": False, "logprobs_mode": "raw_logprobs"}
-        if not on_cpu:
+    def own_options(self) -> dict:
+        return {
+            # A cached prefix has no log-probs.
+            "enable_prefix_caching": False,
+            "logprobs_mode": "raw_logprobs",
             # Nothing is decoded, so there is nothing for CUDA graphs to speed up.
-            options |= {"enforce_eager": True, "max_num_batched_tokens": CHUNK}
-        return options
+            "enforce_eager": True,
+            # No request has a seed, so a prompt may be split on a CPU too.
+            "enable_chunked_prefill": True,
+            "max_num_batched_tokens": CHUNK,
+            "max_num_seqs": SEQUENCES,
+        }
 
     def score(self, ids: Sequence[list[int]]) -> list[Answer]:
         """The log-probs at temperature 1 of each list's ids but the first, and the likeliest's."""
