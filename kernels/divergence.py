@@ -9,18 +9,21 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number, check_vocab
+from kernels.library import traceable
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rewards import box_cox_gap, check_power
 from kernels.rows import (
     RowStats,
     Softmax,
     acc_dtype,
+    exp,
     gradient_buffer,
     load_logits,
     row_blocks,
     unit_stride,
 )
 from kernels.tiled_head import active_rows, spread_constants
+from kernels.traced import NEVER, Field
 
 if TYPE_CHECKING:
     from kernels.triton_divergence import Rule, Side
@@ -41,6 +44,16 @@ class DivergenceOutput(NamedTuple):
     entropy: Tensor | None
 
 
+def divergence_fields(tokens: str, ids: str = NEVER, entropy: str = NEVER) -> dict[str, Field]:
+    """Those of a DivergenceOutput: `tokens` has T rows, and the others are Field's `when`."""
+    return {
+        "loss": Field(),
+        "divergence": Field(tokens),
+        "logprobs": Field(tokens, when=ids),
+        "entropy": Field(tokens, when=entropy),
+    }
+
+
 def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Terms of B(q || p) = 1/(a(a+1)) sum q^(a+1) - (a+1) q p^a + a p^(a+1), and its derivatives by
     log_q and log_p.
@@ -52,7 +65,7 @@ def bregman_terms(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, T
     [p^a (p - q) - q r]/(a+1), which loses its digits where p is near q. There the common factor
     q max(p,q)^a is taken out, and both differences are made by expm1.
     """
-    q, p = log_q.exp(), log_p.exp()
+    q, p = exp(log_q), exp(log_p)
     gap = log_p - log_q
     # Where q is 0 the gap is inf or NaN, or may as well be.
     gone = q == 0
@@ -200,7 +213,9 @@ class _LogitPair:
         for at in row_blocks(len(self.active), self.vocab):
             log_s, _, by_student = self.block_terms(at, divergence)
             # Through the softmax: dz = g - p sum(g).
-            dz = by_student.sub_(log_s.exp_().mul_(slopes[at, None])).mul_(factors[at, None])
+            dz = by_student.sub_(exp(log_s, out=log_s).mul_(slopes[at, None])).mul_(
+                factors[at, None]
+            )
             grad[:, : self.vocab].index_copy_(0, self.active[at], dz.to(grad.dtype))
         return grad
 
@@ -252,6 +267,12 @@ class _Divergence(torch.autograd.Function):
         return pair.write_grad(divergence, slopes, factors, grad), *[None] * 9
 
 
+@traceable(
+    divergence_fields("student_logits", ids="token_ids", entropy="return_entropy"),
+    acc=["student_logits", "teacher_logits"],
+    by=["student_logits"],
+    of=["loss"],
+)
 def distillation_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,

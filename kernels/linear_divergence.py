@@ -8,9 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_scale, check_vocab
-from kernels.divergence import Divergence, DivergenceOutput, check_loss
+from kernels.divergence import Divergence, DivergenceOutput, check_loss, divergence_fields
+from kernels.library import traceable
 from kernels.policy_loss import loss_factors, weighted_sum
-from kernels.rows import RowStats, acc_dtype, slices
+from kernels.rows import RowStats, acc_dtype, exp, slices
 from kernels.tiled_head import (
     ByLogits,
     HeadGrads,
@@ -77,7 +78,8 @@ class _View:
 
         def gradient(z: Tensor, at: slice, v0: int, dtype: torch.dtype) -> Tensor:
             g = self.by_logprobs[v0 // self.head.columns]
-            unnormalised = z.sub_(self.final.shift[:, None]).exp_()
+            z.sub_(self.final.shift[:, None])
+            unnormalised = exp(z, out=z)
             return unnormalised.mul_(of_p).add_(g).mul_(factors[:, None]).to(dtype)
 
         return gradient
@@ -232,6 +234,12 @@ def linear_divergence(
     return DivergenceOutput(*outputs)
 
 
+@traceable(
+    divergence_fields("student_hidden", ids="token_ids", entropy="return_entropy"),
+    acc=["student_hidden", "student_weight", "teacher_hidden", "teacher_weight"],
+    by=["student_hidden", "student_weight", "student_bias"],
+    of=["loss"],
+)
 def fused_linear_distillation_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.checks import Shapes, check_count, check_number, check_vocab
+from kernels.library import traceable
 from kernels.rows import LogprobGrad, RowStats, Softmax, acc_dtype, gradient_buffer, slices
 from kernels.tiled_head import (
     HeadGrads,
@@ -18,6 +19,7 @@ from kernels.tiled_head import (
     spread,
     stream_logits,
 )
+from kernels.traced import Field
 
 
 class LogprobOutput(NamedTuple):
@@ -30,6 +32,15 @@ class LogprobOutput(NamedTuple):
     lse: Tensor | None
     entropy: Tensor | None
     max_logprob: Tensor | None
+
+
+_LOGPROB_FIELDS = {
+    "logprobs": Field("token_ids", dims=None),
+    "lse": Field("token_ids", when="return_lse"),
+    "entropy": Field("token_ids", when="return_entropy"),
+    "max_logprob": Field("token_ids", when="return_max_logprob"),
+}
+_DIFFERENTIABLE = ("logprobs", "lse", "entropy")
 
 
 class TopkOutput(NamedTuple):
@@ -108,6 +119,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
+@traceable(_LOGPROB_FIELDS, acc=["logits"], by=["logits"], of=_DIFFERENTIABLE)
 def selective_logprobs(
     logits: Tensor,
     token_ids: Tensor,
@@ -194,6 +206,12 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         return dx, dw, db, *[None] * 5
 
 
+@traceable(
+    _LOGPROB_FIELDS,
+    acc=["hidden", "lm_head_weight"],
+    by=["hidden", "lm_head_weight", "bias"],
+    of=_DIFFERENTIABLE,
+)
 def fused_linear_logprobs(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -287,6 +305,14 @@ class _TopkStats(RowStats):
         self.best_ids[at, :after] = ids.gather(1, keep)
 
 
+@traceable(
+    {
+        "ids": Field("hidden", more="k", dtype=torch.int64),
+        "logprobs": Field("hidden", more="k"),
+        "tail_mass": Field("hidden"),
+    },
+    acc=["hidden", "lm_head_weight"],
+)
 @torch.no_grad()
 def fused_linear_topk_logprobs(
     hidden: Tensor,

@@ -16,7 +16,9 @@ from kernels.checks import (
     check_scale,
     check_vocab,
 )
+from kernels.library import traceable
 from kernels.policy_loss import (
+    STATS,
     PolicyObjective,
     TokenInputs,
     TokenLoss,
@@ -36,6 +38,7 @@ from kernels.tiled_head import (
     spread_constants,
     stream_logits,
 )
+from kernels.traced import Field
 
 
 class OPDOutput(NamedTuple):
@@ -124,6 +127,18 @@ class _FusedLinearOPD(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
+@traceable(
+    {
+        "loss": Field(),
+        "logprobs": Field("token_ids"),
+        "rewards": Field("token_ids"),
+        "entropy": Field("token_ids", when="return_entropy"),
+        "stats": Field(keys=STATS),
+    },
+    acc=["hidden", "lm_head_weight"],
+    by=["hidden", "lm_head_weight", "bias"],
+    of=["loss"],
+)
 def fused_linear_opd_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,

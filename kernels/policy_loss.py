@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_denominator, check_number
+from kernels.library import traceable
 from kernels.rewards import TokenReward
 from kernels.rows import acc_dtype
+from kernels.traced import Field
 
 OBJECTIVES = ("reinforce", "ppo_clip", "cispo")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
@@ -189,7 +191,7 @@ class TokenLoss(NamedTuple):
     stats: dict[str, Tensor]
 
 
-_STATS = ("ratio_mean", "approx_kl", "clip_frac_low", "clip_frac_high", "is_cap_frac")
+STATS = ("ratio_mean", "approx_kl", "clip_frac_low", "clip_frac_high", "is_cap_frac")
 
 
 def token_loss(
@@ -232,7 +234,7 @@ def _triton_token_loss(
     )
     loss, count = out.sums[0].to(dtype), out.sums[6].clamp_min(1)
     means = (out.sums[1:6] / count).to(dtype)
-    return TokenLoss(out.rewards, out.slope, loss, dict(zip(_STATS, means)))
+    return TokenLoss(out.rewards, out.slope, loss, dict(zip(STATS, means)))
 
 
 def _torch_token_loss(
@@ -271,7 +273,7 @@ def _stats(terms: TokenTerms, live: Tensor | None, dtype: torch.dtype) -> dict[s
     per_token = (ratio, k3, terms.clipped_low, terms.clipped_high, terms.capped)
     return {
         name: (x if live is None else x * live).sum().to(dtype) / n
-        for name, x in zip(_STATS, per_token)
+        for name, x in zip(STATS, per_token)
     }
 
 
@@ -298,6 +300,9 @@ class _TokenLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None
 
 
+@traceable(
+    {"loss": Field(), "stats": Field(keys=STATS)}, acc=["logprobs"], by=["logprobs"], of=["loss"]
+)
 def policy_gradient_loss(
     logprobs: Tensor,
     advantages: Tensor,

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from kernels.backend import use_triton
 from kernels.checks import Shapes, check_choice, check_number
+from kernels.library import traceable
 from kernels.rows import acc_dtype
+from kernels.traced import Field
 
 NORMALIZATIONS = ("box_cox", "none")
 
@@ -99,6 +101,7 @@ def _rewards(
     return reward if mask is None else reward.masked_fill(mask == 0, 0)
 
 
+@traceable({"reward": Field("teacher_logprobs")}, acc=["teacher_logprobs", "student_logprobs"])
 @torch.no_grad()
 def power_reward(
     teacher_logprobs: Tensor,
@@ -135,6 +138,7 @@ def power_reward(
     )
 
 
+@traceable({"reward": Field("teacher_logprobs")}, acc=["teacher_logprobs", "student_logprobs"])
 @torch.no_grad()
 def log_ratio_reward(
     teacher_logprobs: Tensor,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.checks import Shapes, check_choice, check_count, check_vocab
-from kernels.divergence import Divergence, DivergenceOutput, check_loss
+from kernels.divergence import Divergence, DivergenceOutput, check_loss, divergence_fields
+from kernels.library import traceable
 from kernels.linear_divergence import linear_divergence
 from kernels.logprobs import fused_linear_topk_logprobs
 from kernels.policy_loss import loss_factors
@@ -13,6 +14,12 @@ from kernels.tiled_head import HeadInputs
 from kernels.topk_divergence import given_log_masses, model_log_masses, support_divergence
 
 
+@traceable(
+    divergence_fields("student_hidden"),
+    acc=["student_hidden", "teacher_hidden", "lm_head_weight"],
+    by=["student_hidden", "teacher_hidden", "lm_head_weight", "bias"],
+    of=["loss"],
+)
 def fused_linear_self_distillation_kl(
     student_hidden: Tensor,
     teacher_hidden: Tensor,

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.checks import Shapes, check_choice, check_vocab
-from kernels.divergence import Divergence, DivergenceOutput, check_loss
+from kernels.divergence import Divergence, DivergenceOutput, check_loss, divergence_fields
+from kernels.library import traceable
 from kernels.logprobs import fused_linear_logprobs
 from kernels.policy_loss import loss_factors, weighted_sum
 from kernels.rows import acc_dtype, slices
@@ -137,6 +138,12 @@ def support_divergence(
     return DivergenceOutput(loss, spread(values.detach(), active, T), None, None)
 
 
+@traceable(
+    divergence_fields("student_hidden"),
+    acc=["student_hidden", "student_weight", "teacher_logprobs"],
+    by=["student_hidden", "student_weight", "bias"],
+    of=["loss"],
+)
 def topk_distillation_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,

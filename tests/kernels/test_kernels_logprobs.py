@@ -3,7 +3,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import reference
-from kernels import fused_linear_logprobs, fused_linear_topk_logprobs, selective_logprobs
+from kernels import (
+    fused_linear_logprobs,
+    fused_linear_topk_logprobs,
+    selective_logprobs,
+    tiled_head,
+)
+from kernels.rows import exp
 
 ALL = {"return_entropy": True, "return_lse": True, "return_max_logprob": True}
 
@@ -119,6 +125,33 @@ def test_gradient_over_tiles_and_blocks(problem, head):
     expected = oracle(reference.head_logits(p.hidden, p.weight, **naive), p.ids)[:3]
     want = torch.autograd.grad([x * p.mask for x in expected], inputs, upstream)
     torch.testing.assert_close(grads, want, rtol=1e-9, atol=1e-11)
+
+
+def _tiling_that_keeps(monkeypatch, size):
+    tiling = tiled_head.TILINGS["cpu"]._replace(kept=size)
+    monkeypatch.setitem(tiled_head.TILINGS, "cpu", tiling)
+
+
+def test_kept_logits_change_no_gradient(problem, monkeypatch):
+    """None, some and all of the tiles kept; two blocks of rows; and a second backward."""
+    p = problem(300, 5000, 4)
+    inputs = [x.requires_grad_() for x in (p.hidden, p.weight)]
+    found = []
+    for kept in (0, 512 * 2048 * 8, 512 * 5000 * 8):
+        _tiling_that_keeps(monkeypatch, kept)
+        logprobs = fused_linear_logprobs(*inputs, p.ids, mask=p.mask).logprobs.sum()
+        found.append(torch.autograd.grad(logprobs, inputs, retain_graph=True))
+        found.append(torch.autograd.grad(logprobs, inputs))
+    for grads in found[1:]:
+        torch.testing.assert_close(grads, found[0], rtol=1e-12, atol=1e-13)
+
+
+def test_kept_logits_are_bounded(problem):
+    p = problem(200, 9000, 4, torch.float32)
+    head = tiled_head.HeadInputs(p.hidden, p.weight, None, 1.0, None).tiled(p.V, torch.float32)
+    widths = {limit: [t.shape[1] for t in head.workspace(200, limit)] for limit in (0, 5000 * 1024)}
+    assert widths == {0: [], 5000 * 1024: [2048, 2048]}
+    assert sum(t.shape[1] for t in head.workspace(200)) == p.V
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,6 +277,20 @@ def test_extreme_logits():
     )
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_of_what_underflows_is_zero(dtype):
+    # e^-87.34 and e^-708.40 are the smallest normal numbers.
+    border = {torch.float32: -87.33, torch.float64: -708.39}[dtype]
+    x = torch.linspace(2 * border, 0, 4096, dtype=dtype)
+    x[0] = -torch.inf
+    got, plain = exp(x), x.exp()
+    assert torch.equal(got[x > border + 0.02], plain[x > border + 0.02])
+    assert (got[x < border - 0.02] == 0).all()
+    assert torch.equal(exp(x[3000:]), plain[3000:])
+    assert exp(torch.tensor([-torch.inf, torch.nan])).isnan().tolist() == [False, True]
+    assert exp(x, out=x) is x and torch.equal(x, got)
 
 
 def test_true_class_gradient_keeps_its_digits():
