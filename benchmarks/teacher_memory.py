@@ -107,6 +107,8 @@ def measured(place: str, keys: list[str], teacher: str, folder: Path) -> dict[st
         while run.poll() is None:
             for session in sessions:
                 found |= peaks(session)
+            # Its keys name vLLM too.
+            found.pop(run.pid, None)
             time.sleep(PAUSE)
     if run.returncode:
         raise SystemExit(f"{place}: {Path(log.name).read_text().strip().splitlines()[-1]}")
