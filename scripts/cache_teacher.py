@@ -114,6 +114,8 @@ def check(config) -> None:
         "teachers.…: a cache is of one teacher; give teacher=DIR": bool(config.teachers),
         f"teacher.url={teacher.url} serves no top-k log-probs; the teacher of a cache is in this "
         "process": teacher.url is not None,
+        "teacher.engine=vllm serves no top-k log-probs; use teacher.engine=hf": teacher.engine
+        == "vllm",
         f"teacher.weights={teacher.weights} change in training; use frozen": teacher.weights
         != "frozen",
         f"rollout.temperature={config.rollout.temperature:g}: a cache is at temperature 1": (

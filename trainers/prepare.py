@@ -28,12 +28,12 @@ from trainers.core.policy import (
 )
 from trainers.core.rollout import make_engine
 from trainers.core.rundir import run_directory
-from trainers.core.served_requests import check_served
+from trainers.core.served_requests import check_served, is_served
 from trainers.core.teacher import resolved
 from trainers.core.teachers import (
+    check_one,
     check_routes,
     check_stops,
-    make_one,
     several_teachers,
     teacher_sections,
 )
@@ -60,7 +60,7 @@ def prepare(config) -> Run:
         run.functions = Functions(config.reward)
     method.check(config)
     sections = teacher_sections(config).values() if method.distills else ()
-    served = [section for section in sections if section.url is not None]
+    served = [section for section in sections if is_served(section)]
     for section in served:
         check_served(section, config)
     check_kernels(config.kernels.backend)
@@ -87,7 +87,7 @@ def prepare(config) -> Run:
     if method.samples or run.eval_prompts:
         check_engine(run, model)
     for section in served:
-        make_one(section, run).check()
+        check_one(section, run)
     return run
 
 
@@ -169,7 +169,7 @@ def check_precision(config, method: type[Trainer]) -> None:
     dtypes = {"model.dtype": config.model.dtype}
     if method.distills:
         sections = teacher_sections(config)
-        dtypes |= {f"{name}.dtype": s.dtype for name, s in sections.items() if s.url is None}
+        dtypes |= {f"{n}.dtype": s.dtype for n, s in sections.items() if not is_served(s)}
     for key, dtype in dtypes.items():
         if attention.startswith("flash") and dtype == "float32":
             raise ConfigError(
@@ -259,7 +259,7 @@ def checked_model(name: str, section, config):
     tokenizer, model = check_model(key, section.path, trusted)
     attention = config.model.attn_implementation
     # A served teacher runs elsewhere, by other code.
-    if getattr(section, "url", None) is None:
+    if name == "model" or not is_served(section):
         check_architecture(key, section.path, model, attention, trusted)
     return tokenizer, model
 

@@ -22,6 +22,24 @@ class TeacherConfig:
         "http://HOST:8000/v1, with commas between them. path then names the model that they serve, "
         "of which only tokenizer and config are read. null: in this process.",
     )
+    engine: str = key(
+        "hf",
+        "What runs a teacher without url. hf: transformers, in this process. vllm: vLLM, in a "
+        "process beside this one, on the same device. It serves log-probs of sampled tokens alone, "
+        "and sleeps between uses on a GPU.",
+        choices=("hf", "vllm"),
+    )
+    rest: bool = key(
+        False,
+        "Keep the weights of engine=hf on the CPU between uses. Several teachers in this process "
+        "do so in any case. On a CPU nothing changes.",
+    )
+    gpu_memory_utilization: float = key(
+        0.3, "Share of a GPU's memory that engine=vllm takes.", above=0, at_most=1
+    )
+    cpu_kv_cache_gib: float = key(
+        1.0, "Size of the KV cache of engine=vllm on a CPU, GiB.", above=0
+    )
     concurrency: int = key(
         16, "Number of requests that a rank has open at the servers of url.", at_least=1
     )
@@ -80,6 +98,9 @@ class NamedTeacherConfig:
 
     path: str = key(REQUIRED, "A teacher in place of teacher.path. NAME is any name.")
     url: str | None = key(None, "Its servers. null: those of teacher.url, if there are any.")
+    engine: str | None = key(
+        None, "What runs it. null: as teacher.engine says.", choices=("hf", "vllm")
+    )
     weight: float = key(
         1.0, "Its weight in the mean over all teachers, which divides by their sum.", above=0
     )

@@ -48,6 +48,11 @@ class VllmEngine:
     `rollout.seeded=false` the noise comes from vLLM's own generator.
     """
 
+    # The key that selects it, for messages.
+    setting = "rollout.engine"
+    # Of vLLM's sleep: 2 drops the weights, 1 keeps them on the CPU.
+    sleep_level = 2
+
     def __init__(
         self, path: str, config, device: torch.device, dtype: torch.dtype, max_length: int, **_
     ):
@@ -62,8 +67,8 @@ class VllmEngine:
             keep_transformers_classes()
         except ImportError as error:
             raise ConfigError(
-                f"rollout.engine=vllm, but vllm does not import here ({error}); "
-                "install it, or use rollout.engine=hf"
+                f"{self.setting}=vllm, but vllm does not import here ({error}); "
+                f"install it, or use {self.setting}=hf"
             ) from error
         self.sampling_params = SamplingParams
         self.can_sleep = rollout.sleep and not on_cpu
@@ -73,12 +78,16 @@ class VllmEngine:
         options = common_options(path, config, dtype, max_length)
         options |= cpu_options(max_length) if on_cpu else gpu_options(rollout, self.can_sleep)
         try:
-            self.llm = LLM(**options)
+            self.llm = LLM(**options | self.own_options())
         except Exception as error:
-            raise ModelError(f"vllm cannot load {path}: {_last_line(error)}") from error
+            raise ModelError(f"vllm cannot load {path}: {last_line(error)}") from error
 
-    @staticmethod
-    def check_model(path: str, config, max_length: int) -> None:
+    def own_options(self) -> dict:
+        """What an engine of another use sets otherwise."""
+        return {}
+
+    @classmethod
+    def check_model(cls, path: str, config, max_length: int) -> None:
         """Refuse a model that vLLM computes otherwise than transformers.
 
         Args:
@@ -92,8 +101,8 @@ class VllmEngine:
         window = getattr(config, "sliding_window", None)
         if config.model_type in WIDER_WINDOW and window and max_length > window:
             raise ModelError(
-                f"rollout.engine=vllm: in vLLM a token of {path} sees one token more than its "
-                f"window of {window} in transformers; use rollout.engine=hf, or sequences of up to "
+                f"{cls.setting}=vllm: in vLLM a token of {path} sees one token more than its "
+                f"window of {window} in transformers; use {cls.setting}=hf, or sequences of up to "
                 f"{window} tokens (they have {max_length})"
             )
 
@@ -112,7 +121,7 @@ class VllmEngine:
         if not continues:
             # What is cached must not depend on what was drawn before a resume.
             self.llm.reset_prefix_cache()
-        self._limit_vocabulary(sampling)
+        self.limit_vocabulary(sampling.vocab, sampling.missing)
         # vLLM draws from torch's own generator too, even where each request has a seed. That one is
         # the trainer's: its dropout must not depend on what was sampled before a resume.
         with torch.random.fork_rng(enabled=self.seeded):
@@ -137,9 +146,14 @@ class VllmEngine:
             detokenize=False,
         )
 
-    def _limit_vocabulary(self, sampling: Sampling) -> None:
-        """Let only the ids of the tokenizer be sampled."""
-        vocabulary = sampling.vocab, sampling.missing
+    def limit_vocabulary(self, vocab: int | None, missing: tuple[int, ...]) -> None:
+        """Give a probability to the ids of the tokenizer alone.
+
+        Args:
+            vocab: ids below it have one; None: all.
+            missing: ids below it that have none.
+        """
+        vocabulary = vocab, missing
         if vocabulary != self.vocabulary:
             self.llm.collective_rpc(
                 lambda worker: _limit_logits(worker.model_runner.model, *vocabulary)
@@ -171,7 +185,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Free the weights and the KV cache; `wake` must be followed by a weight sync."""
         if self.can_sleep:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=self.sleep_level)
 
     def wake(self) -> None:
         """Take the memory back. The weights are undefined until `load_weights`."""
@@ -468,5 +482,6 @@ class _FinishedCounter:
     close = refresh
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """The last line of an error's message, or its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

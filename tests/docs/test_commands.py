@@ -184,6 +184,7 @@ NOT_RUN = {
     "train.py recipe=poweropd_lora": "fetches a model; test_lora.py trains adapters on tiny ones",
     "-m benchmarks.answers": "waits for time limits; tests/rewards/test_math.py has its pairs",
     "-m benchmarks.golden": "a run of each recipe; tests/trainers/test_golden.py runs it",
+    "-m benchmarks.teacher_memory": "waits for engines of vLLM; test_colocated_teacher.py has one",
     "-m benchmarks.vs_trl": "installs TRL, and takes 40 minutes",
 }
 # Modules that compose a config of their arguments before they do anything.

@@ -354,6 +354,10 @@ def test_requests_are_bounded(teacher, faulty):
         ({"rollout__temperature": 0.7}, "serves log-probs at temperature 1"),
         ({"teacher__path": "self"}, "not teacher.path=self"),
         ({"teacher__url": "localhost:8000"}, "must be addresses as http://HOST:PORT/v1"),
+        (
+            {"teacher__engine": "vllm"},
+            "teacher.engine=vllm scores beside this process, and teacher",
+        ),
     ],
 )
 def test_what_servers_cannot_give_is_refused(prepared, keys, said):

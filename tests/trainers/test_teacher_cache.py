@@ -207,6 +207,7 @@ def test_the_script_refuses_in_one_line(config, tmp_path):
         ({}, TOP_K, "has thesis.tex, and no manifest.json, so it is no cache"),
         ({}, 1000, "top_k=1000: teacher and student share"),
         ({"teacher__url": "http://127.0.0.1:1/v1"}, TOP_K, "serves no top-k"),
+        ({"teacher__engine": "vllm"}, TOP_K, "teacher.engine=vllm serves no top-k"),
         ({"rollout__temperature": 0.5}, TOP_K, "a cache is at temperature 1"),
         ({"teachers.a.path": "self"}, TOP_K, "a cache is of one teacher"),
     ]

@@ -14,7 +14,8 @@ from rollouts.trajectory import Trajectory
 from trainers.conformance.stand_ins import TinyTeacher
 from trainers.conformance.subjects import Setup
 from trainers.conformance.world import PROMPTS, TinyPolicy, tree
-from trainers.core.teachers import Resting, Teachers, make_one, make_teachers, teacher_sections
+from trainers.core.resting import Resting
+from trainers.core.teachers import Teachers, make_one, make_teachers, teacher_sections
 from trainers.loop import Loop
 from trainers.prepare import prepare
 
@@ -55,6 +56,10 @@ def test_teachers_have_names_and_are_otherwise_as_the_section_teacher():
         ([*PAIR, "teachers.first.weight=x"], "teachers.first.weight: Value 'x'"),
         ([*PAIR, "teachers.first.dtype=int8"], "teachers.first.dtype=int8 is not known"),
         (["teacher.route=kind"], "teacher.route=kind is of several teachers"),
+        (
+            ["teacher.rest=true", "teacher.url=http://a/v1"],
+            "teacher.rest=true is of a frozen teach",
+        ),
         (["teacher.average=probabilities"], "teacher.average=probabilities is of several"),
         ([*PAIR, "objective=jsd"], "objective=jsd compares whole distributions"),
         ([*PAIR, "teacher.weights=base"], "teacher.weights=base is of one teacher"),
@@ -190,9 +195,11 @@ def test_a_teacher_rests_on_the_cpu(device):
 
 def test_each_takes_its_turn_once_a_step():
     setup, _ = exact_setup(samples=2)
-    teachers, turns = setup.run.teacher, []
-    assert list(teachers.resting) == ["first", "second"]
-    teachers.resting = {name: _Turn(name, turns) for name in teachers.resting}
+    sections = teacher_sections(setup.run.config).values()
+    assert [section.rest for section in sections] == [True, True]
+    turns = []
+    for name, teacher in setup.run.teacher.by_name.items():
+        teacher.resting = _Turn(name, turns)
     long = tree(3).completions[-1]
     setup.update(setup.draw((long, long)))
     assert turns == ["+first", "-first", "+second", "-second"]
@@ -311,6 +318,20 @@ def trained(overrides, tmp_path, name, *keys):
         for line in lines
     ]
     return rows, loop
+
+
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl"])
+def test_a_single_teacher_that_rests_gives_the_same_bits(overrides, tmp_path, objective):
+    keys = [f"objective={objective}", "train.lr=1e-2"]
+    always, first = trained(overrides, tmp_path, "always", *keys)
+    rested, second = trained(overrides, tmp_path, "rested", *keys, "teacher.rest=true")
+    assert type(second.run.teacher.resting) is Resting
+    # The head of a loss that reads the teacher's whole distribution is not moved.
+    moved = {id(tensor) for tensor, _ in second.run.teacher.resting.kept}
+    assert (id(second.run.teacher.head.weight) in moved) == (objective == "policy_gradient")
+    assert rested == always and always[0]["train/loss"] != 0
+    for name, weight in weights_of(first).items():
+        assert torch.equal(weight, weights_of(second)[name])
 
 
 def weights_of(loop):

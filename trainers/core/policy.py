@@ -59,6 +59,10 @@ class LMHead(nn.Module):
             return self.own_bias if self.never is None else self.never
         return self.own_bias + self.never
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it computes with: weight, bias and the ids that it leaves out, where it has them."""
+        return [t for t in (self.weight, self.own_bias, self.never) if t is not None]
+
     def leave_out(self, ids: Sequence[int]) -> None:
         """Give these ids a probability of 0.
 

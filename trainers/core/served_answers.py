@@ -1,4 +1,4 @@
-"""What vLLM's server answers, checked in everything that a wrong log-prob could hide in."""
+"""What vLLM answers, checked in everything that a wrong log-prob could hide in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 
 from recipes.errors import TeacherError, one_line
+from rollouts.trajectory import Trajectory
 
 # HTTP statuses of a server that may answer later, beside those from 500 on.
 PASSING = (408, 425, 429)
@@ -87,7 +88,7 @@ def checked_card(answer: Any, url: str, names: Collection[str]) -> dict[str, Any
     try:
         cards = [(card["id"], card.get("root") or card["id"], card) for card in answer["data"]]
     except (KeyError, TypeError, AttributeError):
-        raise unreadable(url, "a list of models") from None
+        raise unreadable(f"teacher.url={url}", "a list of models") from None
     for name, root, card in cards:
         folder = str(Path(root).resolve()) if Path(root).is_dir() else root.rstrip("/")
         if {name, folder} & set(names):
@@ -101,12 +102,40 @@ def checked_card(answer: Any, url: str, names: Collection[str]) -> dict[str, Any
 
 
 def checked_logprobs(answer: Any, ids: list[int], rows: int, url: str) -> np.ndarray:
-    """Log-probs of `ids[1:]` and of the most likely token in the place of each.
+    """As `sound_logprobs`, of a server's answer.
 
     Args:
         answer: of POST /completions.
+    """
+    try:
+        [choice] = answer["choices"]
+        scored = choice["prompt_token_ids"]
+        entries = [
+            entry and {int(id): (token["logprob"], token["rank"]) for id, token in entry.items()}
+            for entry in choice["prompt_logprobs"]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise unreadable(f"teacher.url={url}", "the log-probs of what it was asked for") from None
+    values = sound_logprobs(scored, entries, ids, rows, f"teacher.url={url}")
+    values[values <= CLAMPED] = -np.inf
+    return values
+
+
+def sound_logprobs(
+    scored: list[int],
+    entries: Sequence[Mapping[int, tuple[float, int]] | None],
+    ids: list[int],
+    rows: int,
+    teacher: str,
+) -> np.ndarray:
+    """Log-probs of `ids[1:]` and of the most likely token in the place of each.
+
+    Args:
+        scored: the ids that vLLM scored.
+        entries: each place's log-probs and ranks, by id; those of the first are not read.
         ids: that were asked for, N.
         rows: of the teacher's head.
+        teacher: `teacher.url=…` or `teacher.engine=vllm`, for the error.
 
     Returns:
         [2, N - 1] float32, in nats.
@@ -114,21 +143,16 @@ def checked_logprobs(answer: Any, ids: list[int], rows: int, url: str) -> np.nda
     Raises:
         TeacherError: another form, other ids, or what are no log-probs.
     """
+    if scored != ids or len(entries) != len(ids):
+        raise TeacherError(
+            f"{teacher} scored other tokens than it was asked for, {len(scored)} with "
+            f"{len(entries)} log-probs for {len(ids)}"
+        )
     try:
-        [choice] = answer["choices"]
-        scored, entries = choice["prompt_token_ids"], choice["prompt_logprobs"]
-        if scored != ids or len(entries) != len(ids):
-            raise TeacherError(
-                f"teacher.url={url} scored other tokens than it was asked for, {len(scored)} with "
-                f"{len(entries)} log-probs for {len(ids)}"
-            )
-        pairs = [
-            (entry[str(id)]["logprob"], likeliest(entry)) for id, entry in zip(ids[1:], entries[1:])
-        ]
+        pairs = [(entry[id][0], likeliest(entry)) for id, entry in zip(ids[1:], entries[1:])]
         values = np.array(pairs, np.float32).reshape(-1, 2).T
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise unreadable(url, "the log-probs of what it was asked for") from None
-    values[values <= CLAMPED] = -np.inf
+    except (KeyError, TypeError, ValueError):
+        raise unreadable(teacher, "the log-probs of what it was asked for") from None
     chosen, likely = values
     # The most likely of so many tokens has at least an equal share.
     least = -math.log(rows) - ROUNDING
@@ -136,16 +160,27 @@ def checked_logprobs(answer: Any, ids: list[int], rows: int, url: str) -> np.nda
     if not sound.all():
         place = int(np.argmin(sound))
         raise TeacherError(
-            f"teacher.url={url} gives {chosen[place]:g} for token {ids[place + 1]} and "
-            f"{likely[place]:g} for the most likely one, which are no log-probs; start it with "
-            "--logprobs-mode raw_logprobs"
+            f"{teacher} gives {chosen[place]:g} for token {ids[place + 1]} and "
+            f"{likely[place]:g} for the most likely one, which are no log-probs; vLLM gives them "
+            "with --logprobs-mode raw_logprobs"
         )
     return values
 
 
-def likeliest(entry: dict[str, dict[str, Any]]) -> float:
+def likeliest(entry: Mapping[int, tuple[float, int]]) -> float:
     """The log-prob of the most likely token of a place. Raises ValueError: it is not there."""
-    return max(token["logprob"] for token in entry.values() if token["rank"] == 1)
+    return max(logprob for logprob, rank in entry.values() if rank == 1)
+
+
+def write_logprobs(trajectory: Trajectory, logprobs: np.ndarray) -> None:
+    """Write `teacher_logprobs` and `teacher_max_logprobs` [T] of the completion.
+
+    Args:
+        logprobs: of prompt and completion, [2, N - 1].
+    """
+    count = len(trajectory.completion_ids)
+    for name, values in zip(("teacher_logprobs", "teacher_max_logprobs"), logprobs):
+        trajectory.annotations[name] = values[len(values) - count :]
 
 
 def differing_token(answer: Any, ids: list[int], tokenizer: Any) -> str:
@@ -163,6 +198,6 @@ def differing_token(answer: Any, ids: list[int], tokenizer: Any) -> str:
     return ""
 
 
-def unreadable(url: str, what: str) -> TeacherError:
+def unreadable(teacher: str, what: str) -> TeacherError:
     """The error of an answer in another form."""
-    return TeacherError(f"teacher.url={url} answers something else than {what}; it must be vLLM's")
+    return TeacherError(f"{teacher} answers something else than {what}; it must be vLLM's")

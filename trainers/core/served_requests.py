@@ -1,4 +1,4 @@
-"""What is asked of the servers of a teacher, and what they are not asked."""
+"""What is asked of a teacher that vLLM runs, and what it is not asked."""
 
 from __future__ import annotations
 
@@ -15,33 +15,52 @@ def urls_of(section) -> list[str]:
     return [url.strip().rstrip("/") for url in section.url.split(",") if url.strip()]
 
 
+def is_served(section) -> bool:
+    """Whether vLLM scores: on the servers of `teacher.url`, or beside this process."""
+    return section.url is not None or section.engine == "vllm"
+
+
 def check_served(section, config) -> None:
-    """Refuse a run that needs more of its teacher than servers give.
+    """Refuse a run that needs more of its teacher than vLLM gives.
 
     Args:
-        section: `teacher`, with a `url`.
+        section: `teacher`, with a `url` or `engine=vllm`.
         config: the run's.
 
     Raises:
         ConfigError: one line that names the key.
     """
-    url, temperature = f"teacher.url={section.url}", config.rollout.temperature
-    urls = urls_of(section)
-    if not urls or not all(one.startswith(("http://", "https://")) for one in urls):
-        raise ConfigError(
-            f"{url} must be addresses as http://HOST:PORT/v1, with commas between them"
-        )
+    named, other = "teacher.engine=vllm", "use teacher.engine=hf"
+    if section.url is not None:
+        check_urls(section)
+        named, other = f"teacher.url={section.url}", "leave teacher.url out"
+    temperature = config.rollout.temperature
     if section.path == SELF:
-        raise ConfigError(f"{url} goes with the name of the served model, not teacher.path={SELF}")
+        raise ConfigError(f"{named} goes with the name of a model, not teacher.path={SELF}")
     if config.objective != "policy_gradient":
         raise ConfigError(
-            f"objective={config.objective} compares whole distributions, and {url} serves those of "
-            "sampled tokens; use objective=policy_gradient, or leave teacher.url out"
+            f"objective={config.objective} compares whole distributions, and {named} serves those "
+            f"of sampled tokens; use objective=policy_gradient, or {other}"
         )
     if temperature != 1:
         raise ConfigError(
-            f"{url} serves log-probs at temperature 1; use rollout.temperature=1 in place of "
-            f"{temperature:g}, or leave teacher.url out"
+            f"{named} serves log-probs at temperature 1; use rollout.temperature=1 in place of "
+            f"{temperature:g}, or {other}"
+        )
+
+
+def check_urls(section) -> None:
+    """Raises ConfigError: `teacher.url` has no addresses, or stands beside another place."""
+    urls = urls_of(section)
+    if not urls or not all(one.startswith(("http://", "https://")) for one in urls):
+        raise ConfigError(
+            f"teacher.url={section.url} must be addresses as http://HOST:PORT/v1, with commas "
+            "between them"
+        )
+    if section.engine == "vllm":
+        raise ConfigError(
+            f"teacher.engine=vllm scores beside this process, and teacher.url={section.url} "
+            "elsewhere; leave one of them out"
         )
 
 
@@ -64,8 +83,9 @@ def scored_ids(trajectory: Trajectory) -> list[int]:
     targets = trajectory.annotations["teacher_targets"].tolist()
     if targets[:-1] != drawn[:-1]:
         raise TeacherError(
-            f"prompt {trajectory.prompt_index}: a served teacher scores the ids that were drawn, "
-            "and the method asks for others before the last; leave teacher.url out"
+            f"prompt {trajectory.prompt_index}: a teacher that vLLM runs scores the ids that were "
+            "drawn, and the method asks for others before the last; use teacher.engine=hf without "
+            "teacher.url"
         )
     return [*trajectory.prompt_ids, *targets]
 

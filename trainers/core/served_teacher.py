@@ -32,6 +32,7 @@ from trainers.core.served_answers import (
     differing_token,
     open_session,
     together,
+    write_logprobs,
 )
 from trainers.core.served_requests import longest_sequence, names_of, scored_ids, urls_of
 from trainers.core.teacher import as_teacher_reads
@@ -121,9 +122,7 @@ class ServedTeacher:
         async def score(trajectory: Trajectory) -> None:
             async with limit:
                 logprobs = await self._patiently(session, scored_ids(trajectory))
-            count = len(trajectory.completion_ids)
-            for name, values in zip(("teacher_logprobs", "teacher_max_logprobs"), logprobs):
-                trajectory.annotations[name] = values[len(values) - count :]
+            write_logprobs(trajectory, logprobs)
 
         async with open_session() as session:
             await together(map(score, trajectories))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from rollouts.trajectory import Trajectory
 from trainers.core.batching import make_microbatches, pack, unpack
 from trainers.core.policy import DTYPES, load_policy
+from trainers.core.resting import Resting
 from trainers.core.scoring import score_tokens
 
 # The value of `teacher.path` for a student that teaches itself.
@@ -24,6 +26,9 @@ class FrozenModel:
         model: the section of a config that names it: `model` or `teacher`.
         run: a `Run` (trainers/run.py) with its device.
     """
+
+    # Entered while the model runs; it may bring the weights to the device.
+    resting: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     def __init__(self, model, run):
         self.config, self.device, self.vocab = run.config, run.device, run.vocab
@@ -47,13 +52,14 @@ class FrozenModel:
             function: maps (hidden [T, H], the `MicroBatch`) to each name's values [T, …].
         """
         lengths = [trajectory.length for trajectory in trajectories]
-        for members in make_microbatches(lengths, self.config.train.tokens_per_microbatch):
-            batch = pack(trajectories, members, self.device)
-            values = function(self.policy.hidden(batch), batch)
-            for name, tensor in values.items():
-                arrays = unpack(batch, trajectories, tensor)
-                for member, array in zip(members, arrays):
-                    trajectories[member].annotations[name] = array
+        with self.resting:
+            for members in make_microbatches(lengths, self.config.train.tokens_per_microbatch):
+                batch = pack(trajectories, members, self.device)
+                values = function(self.policy.hidden(batch), batch)
+                for name, tensor in values.items():
+                    arrays = unpack(batch, trajectories, tensor)
+                    for member, array in zip(members, arrays):
+                        trajectories[member].annotations[name] = array
 
     def score(self, hidden: torch.Tensor, targets: torch.Tensor):
         """Log-probs of `targets` and of the most likely tokens [T] in nats.
@@ -84,6 +90,10 @@ class Teacher(FrozenModel):
     def __init__(self, section, run):
         super().__init__(resolved(section, run.config.model), run)
         self.run = run
+        if section.rest:
+            # The update reads the head of an objective that compares whole distributions.
+            full = run.config.objective != "policy_gradient"
+            self.resting = Resting(self.policy, run.device, self.head.tensors() if full else ())
 
     @property
     def head(self):

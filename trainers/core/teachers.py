@@ -13,7 +13,6 @@ tokens compare the student with the mixture.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,7 +23,8 @@ import torch
 from recipes.errors import ConfigError, DataError
 from rollouts.trajectory import Trajectory
 from trainers.core.metrics import compared_tokens
-from trainers.core.teacher import SELF, FrozenModel, SelfTeacher, Teacher
+from trainers.core.served_requests import is_served
+from trainers.core.teacher import SELF, SelfTeacher, Teacher
 
 # Name of a metric -> (values [T], which tokens count [T] bool).
 TokenMetrics = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -40,12 +40,8 @@ class Teachers:
 
     def __init__(self, run, make: Callable[[Any], Any]):
         self.route = run.config.teacher.route
-        self.by_name, self.resting = {}, {}
-        sections = teacher_sections(run.config)
-        for name, section in zip(run.config.teachers, sections.values()):
-            teacher = self.by_name[name] = make(section)
-            if len(sections) > 1 and isinstance(teacher, FrozenModel):
-                self.resting[name] = Resting(teacher.policy, run.device)
+        sections = teacher_sections(run.config).values()
+        self.by_name = dict(zip(run.config.teachers, map(make, sections)))
         self.weights = np.array(weights(run.config))
         self.names = {prompt.index: prompt.example.teacher for prompt in run.prompts}
 
@@ -68,8 +64,7 @@ class Teachers:
             own = [t for t in trajectories if self._scores(name, t)]
             if not own:
                 continue
-            with self.resting.get(name, contextlib.nullcontext()):
-                teacher.annotate(own, hidden)
+            teacher.annotate(own, hidden)
             if self.averaged:
                 for columns, trajectory in zip(found, trajectories):
                     columns.append(trajectory.annotations["teacher_logprobs"])
@@ -116,40 +111,6 @@ class Teachers:
         return found
 
 
-class Resting:
-    """A frozen module whose weights are on the device while it scores, and else on the CPU.
-
-    Those on the CPU stay there, as nothing changes them. Where the device is the CPU, nothing is
-    moved.
-
-    Args:
-        module: on the device.
-        device: where it scores.
-    """
-
-    def __init__(self, module: torch.nn.Module, device: torch.device):
-        self.device = device
-        tensors = [*module.parameters(), *module.buffers()]
-        self.kept = [(tensor, self._on_cpu(tensor.data)) for tensor in tensors]
-        self.rest()
-
-    def _on_cpu(self, data: torch.Tensor) -> torch.Tensor:
-        # A copy from pinned memory is several times as fast.
-        return data.cpu().pin_memory() if self.device.type == "cuda" else data.cpu()
-
-    def __enter__(self) -> None:
-        for tensor, data in self.kept:
-            tensor.data = data.to(self.device, non_blocking=True)
-
-    def __exit__(self, *_) -> None:
-        self.rest()
-
-    def rest(self) -> None:
-        """Leave the device."""
-        for tensor, data in self.kept:
-            tensor.data = data
-
-
 def make_one(section, run):
     """The teacher that a section names.
 
@@ -157,13 +118,31 @@ def make_one(section, run):
         section: `teacher`, or one like it (`teacher_sections`).
         run: a `Run` whose policy is loaded.
     """
+    # The packages of each are for those who use it.
     if section.url is not None:
-        # Its packages are for those who use it.
         from trainers.core.served_teacher import ServedTeacher
 
         return ServedTeacher(section, run)
+    if section.engine == "vllm":
+        from trainers.core.colocated_teacher import ColocatedTeacher
+
+        return ColocatedTeacher(section, run)
     own = section.path == SELF and section.weights != "frozen"
     return SelfTeacher(run) if own else Teacher(section, run)
+
+
+def check_one(section, run) -> None:
+    """Refuse a served teacher before a model loads.
+
+    Raises:
+        OnstreamError: one line that names the key.
+    """
+    if section.url is not None:
+        make_one(section, run).check()
+        return
+    from trainers.core.colocated_teacher import check_colocated
+
+    check_colocated(section, run)
 
 
 def make_teachers(run, say: Callable[[str], None] = print):
@@ -183,7 +162,7 @@ def make_teachers(run, say: Callable[[str], None] = print):
 def teacher_sections(config) -> dict[str, Any]:
     """The section of each teacher by its dotted name: `teacher`, or `teachers.NAME`, …
 
-    Those of several are sections `teacher` too, with what the named ones set.
+    Those of several are sections `teacher` too, with what the named ones set. They rest.
     """
     if not config.teachers:
         return {"teacher": config.teacher}
@@ -191,8 +170,15 @@ def teacher_sections(config) -> dict[str, Any]:
     for name, named in config.teachers.items():
         given = {key: value for key, value in asdict(named).items() if value is not None}
         del given["weight"]
+        if len(config.teachers) > 1:
+            given["rest"] = True
         sections[f"teachers.{name}"] = replace(config.teacher, **given)
     return sections
+
+
+def rests(section) -> bool:
+    """Whether a teacher has weights of its own in this process, which `teacher.rest` moves."""
+    return not is_served(section) and section.weights == "frozen"
 
 
 def weights(config) -> list[float]:
@@ -237,6 +223,11 @@ def several_teachers(config) -> str | None:
 def check_teachers(config) -> None:
     """Raises ConfigError: keys of several teachers that are impossible together."""
     teacher, named = config.teacher, config.teachers
+    if teacher.rest and not any(map(rests, teacher_sections(config).values())):
+        raise ConfigError(
+            "teacher.rest=true is of a frozen teacher in this process, and there is none; leave it "
+            "out"
+        )
     if not named:
         for key, default in (("route", None), ("average", "rewards")):
             if getattr(teacher, key) != default:
