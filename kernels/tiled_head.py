@@ -225,12 +225,15 @@ def stream_logits(
 
     Those of the tiles that have a workspace in `keep` stay there as well.
     """
-    block = head.block_rows
+    block, tiles = head.block_rows, head.tiles()
     h = torch.empty(block, hidden.shape[1], dtype=head.operand, device=hidden.device)
-    for i, tile in enumerate(head.tiles()):
+    # One for all tiles: a new one for each would be made while the last is still held.
+    widest = min(head.columns, head.vocab) if len(keep) < len(tiles) else 0
+    room = h.new_empty(block * widest, dtype=head.dtype)
+    for i, tile in enumerate(tiles):
         weight = head.weight_tile(tile)
         kept = i < len(keep)
-        z = keep[i] if kept else h.new_empty(block, tile[1] - tile[0], dtype=head.dtype)
+        z = keep[i] if kept else room[: block * len(weight)].view(block, -1)
         for at in slices(len(active), block):
             rows = active[at]
             n = len(rows)

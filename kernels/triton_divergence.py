@@ -8,6 +8,7 @@ reading [n, N] of them.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,30 +132,31 @@ def add_sums(
     n, N = len(values), student.z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _sums_kernel[(n,)](
-        student.z,
-        student.z.stride(0),
-        teacher.z,
-        teacher.z.stride(0),
-        rows,
-        N,
-        temper,
-        student.shift,
-        student.log_total,
-        teacher.shift,
-        teacher.log_total,
-        rule.alpha,
-        rule.scale,
-        rule.beta,
-        values,
-        by_student,
-        by_teacher,
-        KIND=rule.kind,
-        HAS_ROWS=rows is not None,
-        HAS_T=by_teacher is not None,
-        ACC=accumulator(values),
-        **block_of(N, 2048),
-    )
+    with torch.cuda.device_of(values):
+        _sums_kernel[(n,)](
+            student.z,
+            student.z.stride(0),
+            teacher.z,
+            teacher.z.stride(0),
+            rows,
+            N,
+            temper,
+            student.shift,
+            student.log_total,
+            teacher.shift,
+            teacher.log_total,
+            rule.alpha,
+            rule.scale,
+            rule.beta,
+            values,
+            by_student,
+            by_teacher,
+            KIND=rule.kind,
+            HAS_ROWS=rows is not None,
+            HAS_T=by_teacher is not None,
+            ACC=accumulator(values),
+            **block_of(N, 2048),
+        )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -233,28 +235,29 @@ def grad(
     n, N = len(factors), student.z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _grad_kernel[(n,)](
-        student.z,
-        student.z.stride(0),
-        teacher.z,
-        teacher.z.stride(0),
-        out,
-        out.stride(0),
-        rows,
-        N,
-        temper,
-        student.shift,
-        student.log_total,
-        teacher.shift,
-        teacher.log_total,
-        rule.alpha,
-        rule.scale,
-        rule.beta,
-        sums,
-        factors,
-        KIND=rule.kind,
-        HAS_ROWS=rows is not None,
-        OF_TEACHER=of_teacher,
-        ACC=accumulator(factors),
-        **block_of(N, 2048),
-    )
+    with torch.cuda.device_of(out):
+        _grad_kernel[(n,)](
+            student.z,
+            student.z.stride(0),
+            teacher.z,
+            teacher.z.stride(0),
+            out,
+            out.stride(0),
+            rows,
+            N,
+            temper,
+            student.shift,
+            student.log_total,
+            teacher.shift,
+            teacher.log_total,
+            rule.alpha,
+            rule.scale,
+            rule.beta,
+            sums,
+            factors,
+            KIND=rule.kind,
+            HAS_ROWS=rows is not None,
+            OF_TEACHER=of_teacher,
+            ACC=accumulator(factors),
+            **block_of(N, 2048),
+        )

@@ -3,6 +3,9 @@ policy-gradient and divergence terms.
 
 Each mirrors the torch function that its docstring names, which is its specification. Everything is
 computed in the dtype of the arguments, float32 or (for tests) float64.
+
+Of a number and NaN, tl.minimum and tl.maximum take the number. So a bound that a NaN must pass is
+`at_most` or `within`.
 """
 
 import triton
@@ -12,6 +15,18 @@ MAX_LOG_RATIO = tl.constexpr(20.0)  # kernels.policy_loss
 REWARDS = {None: 0, "power": 1, "log_ratio": 2, "clip": 3, "tanh": 4}
 OBJECTIVES = {None: 0, "reinforce": 1, "ppo_clip": 2, "cispo": 3}
 DIVERGENCES = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "power": 3}
+
+
+@triton.jit
+def at_most(x, bound):
+    """torch.clamp_max, which keeps NaN."""
+    return tl.where(x > bound, bound, x)
+
+
+@triton.jit
+def within(x, low, high):
+    """torch.clamp, which keeps NaN."""
+    return at_most(tl.where(x < low, low, x), high)
 
 
 @triton.jit
@@ -34,7 +49,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    e = expm1(tl.minimum(tl.abs(x), 20.0) * 2.0)
+    e = expm1(at_most(tl.abs(x), 20.0) * 2.0)
     return tl.where(x < 0, -1.0, 1.0) * (e / (e + 2.0))
 
 
@@ -51,15 +66,15 @@ def token_reward(lp, lq, alpha, scale, bound, KIND: tl.constexpr):
     KIND is of REWARDS; power with alpha = 0 arrives as log_ratio.
     """
     # A rounded log-prob may be slightly above 0.
-    lp = tl.minimum(lp, 0.0)
-    lq = tl.minimum(lq, 0.0)
+    lp = at_most(lp, 0.0)
+    lq = at_most(lq, 0.0)
     both_gone = (lp == float("-inf")) & (lq == float("-inf"))
     d = tl.where(both_gone, 0.0, lp - lq)
     if KIND == 1:
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
         d = sign * tl.exp(alpha * tl.maximum(lp, lq)) * box_cox_gap(tl.abs(d), alpha) * scale
     elif KIND == 3:
-        d = tl.minimum(tl.maximum(d, -bound), bound)
+        d = within(d, -bound, bound)
     elif KIND == 4:
         d = tanh(d / bound)
     return d
@@ -84,16 +99,16 @@ def policy_terms(
     zero = logprob * 0.0
     log_ratio = zero
     if HAS_OLD:
-        log_ratio = tl.minimum(tl.maximum(logprob - old, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        log_ratio = within(logprob - old, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = tl.exp(log_ratio)
     low = zero != zero
     high = low
     capped = low
-    bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    bounded = within(ratio, 1.0 - clip_low, 1.0 + clip_high)
     if KIND == 2:
         low = (advantage < 0) & (ratio < bounded)
         high = (advantage > 0) & (ratio > bounded)
-        gain = tl.minimum(ratio * advantage, bounded * advantage)
+        gain = at_most(ratio * advantage, bounded * advantage)
         flat = low | high
         if DUAL:
             floor = dual_clip * advantage
@@ -116,9 +131,9 @@ def policy_terms(
         trainer = logprob
         if HAS_OLD:
             trainer = old
-        weight = tl.exp(tl.minimum(tl.maximum(trainer - rollout, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+        weight = tl.exp(within(trainer - rollout, -MAX_LOG_RATIO, MAX_LOG_RATIO))
         capped = weight > is_cap
-        weight = tl.minimum(weight, is_cap)
+        weight = at_most(weight, is_cap)
         loss = loss * weight
         slope = slope * weight
     return loss, slope, log_ratio, low, high, capped

@@ -1,6 +1,7 @@
 """Triton kernels for the row mathematics of kernels/rows.py: one program per row walks its logits.
 
 A block's width depends on the row's length alone, so a row's result does not depend on the others.
+Triton launches on the current device, which need not be that of the tensors.
 """
 
 import torch
@@ -133,25 +134,26 @@ def fold(
     n, N = len(peak), z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _fold_kernel[(n,)](
-        z,
-        z.stride(0),
-        rows,
-        N,
-        scale,
-        peak,
-        total,
-        moment,
-        ids,
-        target,
-        0 if ids is None else ids.shape[1],
-        v0,
-        HAS_ROWS=rows is not None,
-        HAS_MOMENT=moment is not None,
-        HAS_IDS=ids is not None,
-        ACC=accumulator(peak),
-        **block_of(N),
-    )
+    with torch.cuda.device_of(z):
+        _fold_kernel[(n,)](
+            z,
+            z.stride(0),
+            rows,
+            N,
+            scale,
+            peak,
+            total,
+            moment,
+            ids,
+            target,
+            0 if ids is None else ids.shape[1],
+            v0,
+            HAS_ROWS=rows is not None,
+            HAS_MOMENT=moment is not None,
+            HAS_IDS=ids is not None,
+            ACC=accumulator(peak),
+            **block_of(N),
+        )
 
 
 @triton.jit
@@ -241,27 +243,28 @@ def logprob_grad(
     n, N = len(total), z.shape[1] if columns is None else columns
     if n == 0:
         return
-    _logprob_grad_kernel[(n,)](
-        z,
-        z.stride(0),
-        out,
-        out.stride(0),
-        rows,
-        N,
-        scale,
-        out_scale,
-        shift,
-        total,
-        ids,
-        g_target,
-        ids.shape[1],
-        v0,
-        g_lse,
-        g_entropy,
-        entropy,
-        HAS_ROWS=rows is not None,
-        HAS_LSE=g_lse is not None,
-        HAS_ENTROPY=g_entropy is not None,
-        ACC=accumulator(total),
-        **block_of(N),
-    )
+    with torch.cuda.device_of(z):
+        _logprob_grad_kernel[(n,)](
+            z,
+            z.stride(0),
+            out,
+            out.stride(0),
+            rows,
+            N,
+            scale,
+            out_scale,
+            shift,
+            total,
+            ids,
+            g_target,
+            ids.shape[1],
+            v0,
+            g_lse,
+            g_entropy,
+            entropy,
+            HAS_ROWS=rows is not None,
+            HAS_LSE=g_lse is not None,
+            HAS_ENTROPY=g_entropy is not None,
+            ACC=accumulator(total),
+            **block_of(N),
+        )

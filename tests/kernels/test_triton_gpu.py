@@ -39,8 +39,9 @@ def test_scoring_at_full_vocabulary(dtype):
     torch.testing.assert_close(
         got.entropy[at].double(), -(lp.exp() * lp).sum(1), rtol=1e-4, atol=1e-4
     )
+    # Tensor cores cut off what they add: of 1,024 products up to about 2e-5 of a logit near 10.
     error = (got.logprobs[at].double() - lp.gather(1, ids[at, None])[:, 0]).abs()
-    assert error.quantile(0.99) <= 2e-5
+    assert error.quantile(0.99) <= 5e-5
 
 
 def test_one_shot_gradient_at_full_vocabulary():
@@ -81,6 +82,9 @@ def test_memory_of_scoring_and_of_one_shot():
     hidden, weight, ids = problem(8192)
 
     def extra(function):
+        # The first call also takes cuBLAS's workspace, of 32 MiB on Hopper, which stays.
+        function()
+        hidden.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -116,6 +120,20 @@ def test_cuda_graph():
         captured = kernels.selective_logprobs(z, ids).logprobs
     graph.replay()
     assert torch.equal(eager, captured)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one():
+    hidden, weight, ids = (x.to("cuda:1") for x in problem(64))
+    here = kernels.fused_linear_logprobs(*(x.to("cuda:0") for x in (hidden, weight, ids)))
+    there = kernels.fused_linear_logprobs(hidden, weight, ids)
+    torch.testing.assert_close(there.logprobs.cpu(), here.logprobs.cpu())
+
+
+def test_nan_reaches_the_reward():
+    teacher = torch.tensor([torch.nan, -1.0], device="cuda")
+    reward = kernels.power_reward(teacher, torch.full_like(teacher, -2.0), 1.0)
+    assert reward.isnan().tolist() == [True, False]
 
 
 def test_ids_outside_the_vocabulary():

@@ -307,6 +307,27 @@ def test_rewards_at_the_edges():
         torch.testing.assert_close(function(), want, rtol=2e-6, atol=1e-7)
 
 
+def test_nan_reaches_rewards_and_losses():
+    """Of a number and NaN, a GPU's minimum is the number."""
+    kernels.set_backend("triton")
+    lp = torch.tensor([torch.nan, -1.0, -1.0])
+    for reward in (
+        lambda *pair: kernels.power_reward(*pair, 0.7),
+        lambda *pair: kernels.log_ratio_reward(*pair, clip=3.0),
+        lambda *pair: kernels.log_ratio_reward(*pair, tanh_scale=3.0),
+        kernels.log_ratio_reward,
+    ):
+        assert reward(lp, lp.roll(1)).isnan().tolist() == [True, True, False]
+    names = ("logprobs", "advantages", "old_logprobs", "rollout_logprobs")
+    for objective in ("reinforce", "ppo_clip", "cispo"):
+        for name in names:
+            given = dict.fromkeys(names, torch.full((3,), -1.0)) | {name: lp}
+            out = kernels.policy_gradient_loss(
+                **given, objective=objective, is_cap=2.0, denominator=1.0
+            )
+            assert out.loss.isnan(), (objective, name)
+
+
 DIVERGENCES = {
     "reverse_kl": {},
     "forward_kl": {},
