@@ -73,6 +73,8 @@ class VllmEngine:
         self.sampling_params = SamplingParams
         self.can_sleep = rollout.sleep and not on_cpu
         self.seeded = rollout.seeded
+        # Without their names torch would start every GPU of the machine to read its generator.
+        self.generators = [] if on_cpu else [torch.cuda.current_device()]
         # The number of ids that sampling is limited to, and those among them that it leaves out.
         self.vocabulary: tuple[int | None, tuple[int, ...]] = (None, ())
         options = common_options(path, config, dtype, max_length)
@@ -124,7 +126,7 @@ class VllmEngine:
         self.limit_vocabulary(sampling.vocab, sampling.missing)
         # vLLM draws from torch's own generator too, even where each request has a seed. That one is
         # the trainer's: its dropout must not depend on what was sampled before a resume.
-        with torch.random.fork_rng(enabled=self.seeded):
+        with torch.random.fork_rng(self.generators, enabled=self.seeded):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
                 [self._params(request, sampling) for request in requests],

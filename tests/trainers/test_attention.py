@@ -170,3 +170,23 @@ def test_many_rows_are_few_compilations():
         mask = make(row._rule(None), 1, None, length, length, torch.device("cpu"))
         attend(query, key, value, block_mask=mask, enable_gqa=True)
     assert counter.frame_count == 4  # two of each function
+
+
+def test_flex_attention_is_compiled_for_whatever_asks(monkeypatch):
+    """Past torch's limit of compilations a GPU would make all scores of a row."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    wrapped = object.__new__(WrappedFlexAttention)
+    wrapped.training, wrapped._is_flex_compiled = False, True
+    wrapped._compiled_flex_attention = torch.compile(flex_attention, backend=counter)
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", wrapped)
+    row = packed_row("scheduled")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (16, 32):
+            tensors, _ = states(row.bounds[-1], torch.float32, width=width)
+            KERNELS["flex"](*(t.detach() for t in tensors), row, None, 0.0, None, None)
+    assert counter.frame_count == 2

@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from trainers.core.packed_row import PackedRow
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+# Of flex_attention: with and without gradients, below and above 128 tokens, by window, soft-cap and
+# shape of the heads, for student and teacher. Past its limit of 8 torch makes all scores instead.
+COMPILATIONS = 64
 
 
 def choose_kernel(
@@ -109,6 +112,8 @@ def attend_flex(query, key, value, row: PackedRow, scaling, dropout, window, sof
     """
     from transformers.integrations.flex_attention import flex_attention_forward
 
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, COMPILATIONS)
     module = torch.nn.Module().eval()  # it asks whether it trains, for torch 2.6
     mask = row.block_mask(window)
     attended, _ = flex_attention_forward(

@@ -20,13 +20,17 @@ from trainers.core.policy import Policy
 ADAPTED_WEIGHT = f"{lora.BASE}.weight"
 # Elements gathered at once under ZeRO-3 when weights are read out.
 GATHER_BUCKET = 64 * 2**20
+# Gradients that are reduced at once, in elements: DeepSpeed's default.
+REDUCE_BUCKET = 500_000_000
 
 
-def settings(config) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run."""
+def settings(config, count: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run that trains so many numbers."""
     train, zero = config.train, config.engine
     bf16 = config.model.dtype == "bfloat16"
     stage: dict[str, Any] = {"stage": zero.zero_stage}
+    # A GPU takes memory for the whole bucket, up to 2 GB, also where an adapter fills little.
+    stage["reduce_bucket_size"] = min(REDUCE_BUCKET, count)
     if zero.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     if zero.offload_params:
@@ -103,8 +107,9 @@ class PolicyEngine:
         self.sharded = config.engine.zero_stage == 3
         policy.start_training(config.model.dropout, config.model.gradient_checkpointing)
         self._set_dropout(True)
+        count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=policy, optimizer=make_optimizer(policy, config), config=settings(config)
+            model=policy, optimizer=make_optimizer(policy, config), config=settings(config, count)
         )
 
     def forward(self, batch, function):
