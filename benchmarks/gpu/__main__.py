@@ -38,7 +38,8 @@ STAGES: dict[str, tuple[Callable[[Job], dict], float]] = {
     "attention_tests": (stages.run_attention_tests, 120),
     "kernels": (stages.run_kernels, 110),
     "attention": (stages.run_attention, 50),
-    "training": (stages.run_training, 190),
+    # The last one has all that the others left.
+    "training": (stages.run_training, 530),
 }
 
 

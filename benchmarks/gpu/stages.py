@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -46,6 +49,12 @@ KERNELS = {
 }
 
 
+# Seconds that a process gets to end by itself before it is killed.
+ENDING = 15
+# The status of a worker that wants to go on in a new process.
+AGAIN = 75
+
+
 @dataclass(frozen=True)
 class Job:
     """What a stage is given: device, size, seconds, a folder, and its processes' variables."""
@@ -81,6 +90,8 @@ def run_tests(job: Job, file: str, choice: str) -> dict:
     """How many of a file's tests passed, and which failed how. They run in order of the file."""
     report = job.work / f"{Path(file).stem}.xml"
     options = ["-vv", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", choice]
+    # pytest ends by itself, so that what has passed until then is in the report.
+    options.append(f"--session-timeout={max(job.seconds - ENDING, 5):.0f}")
     done = start(["-m", "pytest", file, *options], job.seconds, job.environment, fails=True)
     if not report.exists():
         raise RuntimeError(last_lines(done.stdout + done.stderr))
@@ -91,8 +102,10 @@ def run_tests(job: Job, file: str, choice: str) -> dict:
         counts[kind] += 1
         if kind in ("failure", "error"):
             failed[case.get("name")] = last_lines(kinds[kind].get("message", ""))
-    status = "failed" if failed else "passed"
-    return {"status": status, "counts": dict(counts), "failed": failed}
+    found = {"counts": dict(counts), "failed": failed}
+    if done.returncode:
+        found |= {"status": "failed", "reason": last_lines(done.stdout, 300)}
+    return found
 
 
 def run_kernels(job: Job) -> dict:
@@ -104,18 +117,29 @@ def run_kernels(job: Job) -> dict:
     arguments = ["--device", job.device, *KERNELS[job.quick].split(), "--peers", peers]
     # It keeps to its budget between rows; a row of its own may take a little longer.
     budget = ["--budget-s", str(max(job.seconds - 20, 5)), "--out", str(out)]
-    done = start(
-        ["-m", "kernels.bench", *arguments, *budget], job.seconds, job.environment, fails=True
-    )
-    if not out.exists():
-        raise RuntimeError(last_lines(done.stdout + done.stderr))
+    failure = run_bench(["-m", "kernels.bench", *arguments, *budget], job, out)
     keys = ("kernel", "mask", "provider", "status", "reason", "ms_p50", "ratio", "temp_mib")
     records = [json.loads(line) for line in out.read_text().splitlines()]
     rows = [{k: r[k] for k in keys if k in r} for r in records if r["type"] == "result"]
-    found = {"peers": peers, "rows": rows}
-    if done.returncode:
-        found |= {"status": "failed", "reason": last_lines(done.stderr)}
-    return found
+    return {"peers": peers, "rows": rows} | failure
+
+
+def run_bench(arguments: list[str], job: Job, out: Path) -> dict:
+    """Run a bench that writes its file as it goes; returns why it failed, if it did.
+
+    Raises:
+        RuntimeError: it failed and wrote nothing.
+    """
+    try:
+        done = start(arguments, job.seconds, job.environment, fails=True)
+        if not done.returncode:
+            return {}
+        reason = last_lines(done.stdout + done.stderr)
+    except RuntimeError as error:
+        reason = str(error)
+    if not out.exists():
+        raise RuntimeError(reason)
+    return {"status": "failed", "reason": reason}
 
 
 def other_kernels(job: Job) -> list[str]:
@@ -131,13 +155,8 @@ def run_attention(job: Job) -> dict:
     out = job.work / "attention.json"
     size = "--tokens 128 --lengths 32 --dtypes float32 --rounds 1" if job.quick else "--rounds 10"
     command = ["-m", "benchmarks.attention", "--device", job.device, *size.split()]
-    done = start([*command, "--out", str(out)], job.seconds, job.environment, fails=True)
-    if not out.exists():
-        raise RuntimeError(last_lines(done.stdout + done.stderr))
-    found = {"rows": json.loads(out.read_text())}
-    if done.returncode:
-        found |= {"status": "failed", "reason": last_lines(done.stderr)}
-    return found
+    failure = run_bench([*command, "--out", str(out)], job, out)
+    return {"rows": json.loads(out.read_text())} | failure
 
 
 def run_training(job: Job) -> dict:
@@ -158,14 +177,16 @@ def train(job: Job, methods: tuple[str, ...], steps: int) -> list[dict]:
             return rows + [{"method": method, "reason": "no time was left"} for method in left]
         options = ["--device", job.device, "--steps", str(steps), "--work", str(job.work)]
         options += ["--out", str(out), *(["--quick"] if job.quick else [])]
+        options += ["--seconds", str(max(end - monotonic() - ENDING, 1))]
         worker = ["-m", "benchmarks.gpu.training", *left, *options]
+        again = False
         try:
             done = start(worker, end - monotonic(), job.environment, fails=True)
-            said = last_lines(done.stdout + done.stderr)
+            said, again = last_lines(done.stdout + done.stderr), done.returncode == AGAIN
         except RuntimeError as error:
             said = last_lines(str(error))
         lines = out.read_text().splitlines() if out.exists() else []
-        if len(lines) < len(rows) + len(left):
+        if not again and len(lines) < len(rows) + len(left):
             died = left[len(lines) - len(rows)]
             lines.append(json.dumps({"method": died, "reason": f"its process ended: {said}"}))
             out.write_text("\n".join(lines) + "\n")
@@ -185,21 +206,32 @@ def start(
         RuntimeError: it failed, or was stopped after so many seconds.
     """
     variables = environment | {"PYTHONPATH": path_of(environment), "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-        raise RuntimeError(f"stopped after {seconds:.0f} s: {last_lines(said)}") from None
+    command = [sys.executable, *arguments]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        # A group of its own, so that nothing it started outlives it on the GPU.
+        files = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": errors}
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, process_group=0, **files)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said = [text_of(file) for file in (out, errors)]
+    if status is None:
+        raise RuntimeError(f"stopped after {seconds:.0f} s: {last_lines(''.join(said))}")
+    done = subprocess.CompletedProcess(command, status, *said)
     if done.returncode and not fails:
         raise RuntimeError(last_lines(done.stdout + done.stderr))
     return done
+
+
+def text_of(file) -> str:
+    """What a process has written to a file."""
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def path_of(environment: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ tokens. They train in bfloat16 and sample with transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -19,6 +20,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.gpu.stages import AGAIN
 
 WARMUP = 2  # steps that compile and allocate, and do not count
 OPERATORS = 25  # rows of the profile
@@ -37,6 +40,10 @@ METHODS: dict[str, list[str]] = {
     "profile": POWER,
 }
 PROFILED = WARMUP + 1  # the last of so many steps
+
+
+class OutOfTime(Exception):
+    """A method has had its share of the time; what it has measured counts."""
 
 
 def make_model(folder: Path, seed: int, quick: bool) -> None:
@@ -95,8 +102,12 @@ def overrides(method: str, args: argparse.Namespace) -> list[str]:
     return [*METHODS[method], *(f"{key}={value}" for key, value in keys.items())]
 
 
-def train(method: str, args: argparse.Namespace) -> dict:
-    """Train with a method; returns what it took, or the operators of the last step."""
+def train(method: str, args: argparse.Namespace, until: float) -> dict:
+    """Train with a method; returns what it took, or the operators of the last step.
+
+    Args:
+        until: of time.monotonic; it then ends, if it has measured a step.
+    """
     import torch
 
     from recipes.compose import compose
@@ -107,6 +118,8 @@ def train(method: str, args: argparse.Namespace) -> dict:
 
     class Profiled(Loop):
         def step(self, step: int):
+            if method != "profile" and step > PROFILED and time.monotonic() > until:
+                raise OutOfTime
             if method != "profile" or step < self.config.train.steps:
                 return super().step(step)
             with torch.profiler.profile(activities=activities(args.device)) as profile:
@@ -124,7 +137,8 @@ def train(method: str, args: argparse.Namespace) -> dict:
     calls = count_kernels()
     started = time.monotonic()
     loop = Profiled(prepare(compose(overrides(method, args))))
-    loop.fit()
+    with contextlib.suppress(OutOfTime):
+        loop.fit()
     loop.finish()
     folder = args.work / "runs" / method
     found = {"method": method, "seconds": round(time.monotonic() - started, 1)}
@@ -199,10 +213,10 @@ def operators(profile) -> list[dict]:
     return rows[:OPERATORS]
 
 
-def attempt(method: str, args: argparse.Namespace) -> dict:
+def attempt(method: str, args: argparse.Namespace, until: float) -> dict:
     """What a method took, or why it failed."""
     try:
-        return train(method, args)
+        return train(method, args, until)
     except Exception as error:
         print(traceback.format_exc(), file=sys.stderr)
         end = traceback.format_exc().strip()[-1500:]
@@ -218,9 +232,11 @@ def main() -> int:
     add("--device", choices=("cuda", "cpu"), required=True)
     add("--steps", type=int, required=True)
     add("--quick", action="store_true")
+    add("--seconds", type=float, default=float("inf"), help="the methods share them")
     add("--work", type=Path, required=True, help="folder of models and runs")
     add("--out", type=Path, required=True, help="file that gets a line for each method")
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     quiet_libraries()
     quiet_torch()
     import torch
@@ -228,14 +244,27 @@ def main() -> int:
     for seed, name in enumerate(("student", "teacher"), 1):
         if not (args.work / name).exists():
             make_model(args.work / name, seed, args.quick)
-    for method in args.methods:
-        row = attempt(method, args)
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+    for index, method in enumerate(args.methods):
+        now = time.monotonic()
+        row = attempt(method, args, now + (end - now) / (len(args.methods) - index))
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        gc.collect()
+        if args.device == "cuda" and not usable_gpu():
+            return AGAIN
     return 0
+
+
+def usable_gpu() -> bool:
+    """Give back what a method held. After an illegal access the process can use the GPU no more."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
