@@ -39,7 +39,9 @@ def interpreted() -> bool:
 def active_backend(device: torch.device | str) -> str:
     """The implementation that a call on `device` uses under the current selection.
 
-    Raises ValueError: `triton` was selected and cannot run there.
+    A run on a GPU also computes rewards of tokens on the CPU, by torch.
+
+    Raises ValueError: `triton` was selected and cannot run on this machine.
     """
     device = torch.device(device)
     if _selected == "torch":
@@ -47,6 +49,8 @@ def active_backend(device: torch.device | str) -> str:
     runs = device.type == "cuda" or (interpreted() and device.type == "cpu")
     if _selected == "auto":
         return "triton" if device.type == "cuda" and _installed() else "torch"
+    if not runs and torch.cuda.is_available():
+        return "torch"
     if not runs:
         raise ValueError(
             f"backend triton needs an NVIDIA GPU (or TRITON_INTERPRET=1, a slow check), got "

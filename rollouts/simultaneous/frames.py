@@ -78,8 +78,11 @@ def _import_factory(dotted: str, path: str) -> Callable[..., torch.nn.Module]:
 
 
 @torch.no_grad()
+@torch.backends.cudnn.flags(enabled=False)
 def check_causal(encoder, device: torch.device) -> None:
     """Refuse an encoder that looks ahead.
+
+    cuDNN is off: its convolutions may round to tf32, for one length and not for another.
 
     Args:
         encoder: as the module says.

@@ -410,8 +410,12 @@ def test_backend(monkeypatch):
     kernels.set_backend("torch")
     assert kernels.active_backend("cuda") == "torch"
     kernels.set_backend("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="backend triton needs an NVIDIA GPU"):
         kernels.power_reward(torch.zeros(2), torch.zeros(2), 1.0)
+    # A run on a GPU standardises its rewards on the CPU.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert kernels.power_reward(torch.zeros(2), torch.zeros(2), 1.0).tolist() == [0, 0]
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
         kernels.set_backend("cuda")
 
