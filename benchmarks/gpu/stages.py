@@ -91,7 +91,7 @@ def run_tests(job: Job, file: str, choice: str) -> dict:
     report = job.work / f"{Path(file).stem}.xml"
     options = ["-vv", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", choice]
     # pytest ends by itself, so that what has passed until then is in the report.
-    options.append(f"--session-timeout={max(job.seconds - ENDING, 5):.0f}")
+    options.append(f"--session-timeout={max(job.seconds - ENDING, 1):.0f}")
     done = start(["-m", "pytest", file, *options], job.seconds, job.environment, fails=True)
     if not report.exists():
         raise RuntimeError(last_lines(done.stdout + done.stderr))

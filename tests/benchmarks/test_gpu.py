@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def test_a_process_that_dies_is_one_methods_failure(job):
     rows = stages.train(job, ("no_method", "neither"), steps=1)
     assert [row["method"] for row in rows] == ["no_method", "neither"]
     assert all("its process ended" in row["reason"] for row in rows)
+
+
+def test_what_a_bench_has_written_outlives_its_time(job, tmp_path):
+    short, out = replace(job, seconds=1.0), tmp_path / "rows"
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('1'); time.sleep(60)"
+    failure = stages.run_bench(["-c", code, str(out)], short, out)
+    assert failure["status"] == "failed" and failure["reason"].startswith("stopped after 1 s")
+    with pytest.raises(RuntimeError, match="stopped after 1 s"):
+        stages.run_bench(["-c", "import time; time.sleep(60)"], short, tmp_path / "nothing")
+
+
+def test_tests_that_take_too_long_are_a_failure_with_what_has_passed(job, tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('number', range(9))\n"
+        "def test_slow(number): time.sleep(0.4)\n"
+    )
+    found = stages.run_tests(replace(job, seconds=stages.ENDING + 1.0), str(file), "")
+    assert found["status"] == "failed" and "session-timeout" in found["reason"]
+    assert 0 < found["counts"]["passed"] < 9
 
 
 def test_a_missing_package_comes_from_a_folder_of_wheels(job, tmp_path):
