@@ -239,11 +239,12 @@ def main() -> int:
     end = time.monotonic() + args.seconds
     quiet_libraries()
     quiet_torch()
-    import torch
 
     for seed, name in enumerate(("student", "teacher"), 1):
         if not (args.work / name).exists():
-            make_model(args.work / name, seed, args.quick)
+            # Renamed when it is whole: a process that dies here leaves no model to the next one.
+            make_model(args.work / f"{name}.part", seed, args.quick)
+            (args.work / f"{name}.part").rename(args.work / name)
     for index, method in enumerate(args.methods):
         now = time.monotonic()
         row = attempt(method, args, now + (end - now) / (len(args.methods) - index))
