@@ -43,6 +43,13 @@ def trajectories() -> list[Trajectory]:
     return made
 
 
+def bucket_sizes(optimizer) -> list[int]:
+    """The elements of the buffers that DeepSpeed reduces gradients in."""
+    found = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    buffers = [b for buffer in found for b in (buffer if isinstance(buffer, list) else [buffer])]
+    return [len(buffer) for buffer in buffers if buffer is not None]
+
+
 def main(model: str, out: str, settings: list[str]) -> None:
     device = distributed.setup()
     for setting in settings:
@@ -50,7 +57,9 @@ def main(model: str, out: str, settings: list[str]) -> None:
         config = compose(
             [f"engine={stage}", f"train.normalizer={normalizer}", "train.max_grad_norm=0"]
         )
-        engine = PolicyEngine(load_policy(model, torch.float32, device), config)
+        policy = load_policy(model, torch.float32, device)
+        count = sum(parameter.numel() for parameter in policy.parameters())
+        engine = PolicyEngine(policy, config)
         drawn = trajectories()
         if order == "reversed":
             drawn = drawn[::-1]
@@ -70,6 +79,8 @@ def main(model: str, out: str, settings: list[str]) -> None:
             )
             engine.backward(output["loss"], last=index == rounds - 1)
             loss_sum += float(output["loss"].detach())
+        # A GPU gives a bucket its memory as a whole.
+        assert all(size <= count for size in bucket_sizes(engine.engine.optimizer)), setting
         # ZeRO keeps the mean over ranks, which backward() turned into the sum.
         gradients = {
             name: safe_get_full_grad(p).float().cpu().numpy()
