@@ -26,7 +26,8 @@ from trainers.core.alignment import (
 )
 
 TEXTS = st.text(
-    st.one_of(st.sampled_from("aAe 1é\u0301ﬁ½ß漢🙂👍🏽▁Ġ\n\t<>0x"), st.characters(codec="utf-8")), max_size=40
+    st.one_of(st.sampled_from("aAe 1é\u0301ﬁ½ß漢🙂👍🏽▁Ġ\n\t<>0x"), st.characters(codec="utf-8")),
+    max_size=40,
 )
 CUTS = st.lists(st.integers(0, 12), max_size=12)
 
@@ -72,7 +73,9 @@ def test_pieces_that_differ_are_in_spans_of_their_own():
         spans([b"ab"], [b"a"])
 
 
-@given(st.lists(st.sampled_from([b"a", "é".encode(), "🙂".encode(), b"\xf0\x9f", b"\xff"]), max_size=8))
+@given(
+    st.lists(st.sampled_from([b"a", "é".encode(), "🙂".encode(), b"\xf0\x9f", b"\xff"]), max_size=8)
+)
 def test_bytes_that_are_no_utf8_are_replaced_and_nothing_else(symbols):
     data = b"".join(symbols)
     text, pieces = data.decode(errors="replace"), letter_pieces(data)
@@ -114,34 +117,45 @@ def real(tmp_path_factory):
     return {"smollm2": loaded(smollm2), "mistral": Codec(LlamaTokenizer.from_pretrained(folder))}
 
 
-def check(first: Codec, second: Codec, text: str) -> None:
-    """The tokens of both have the bytes of the text, and their spans are of the same bytes."""
-    (ours, _), (theirs, _) = first.encode([text])[0], second.encode([text])[0]
-    student, teacher = first.bytes_of(ours), second.bytes_of(theirs)
-    assert b"".join(student) == b"".join(teacher) == text.encode()
-    found = spans(student, teacher)
-    assert sum(span.end - span.start for span in found) == len(ours)
-    assert sum(span.teacher_end - span.teacher_start for span in found) == len(theirs)
+def check(first: Codec, second: Codec, text: str, cut: int) -> bool:
+    """Spans that are the same have the same bytes, and all tokens are in spans.
+
+    Returns:
+        whether all spans are the same.
+    """
+    [(ids, _)] = first.encode([text])
+    student = first.bytes_of(ids[: len(ids) - cut])
+    data = b"".join(student)
+    [(ids, offsets)] = second.encode([data.decode(errors="replace")])
+    teacher = second.bytes_of(ids)
+    whole = b"".join(teacher) == data
+    found = spans(student, teacher, None if whole else text_pieces(data, teacher, offsets))
+    assert sum(span.end - span.start for span in found) == len(student)
+    assert sum(span.teacher_end - span.teacher_start for span in found) == len(teacher)
     for span in found:
         joined = b"".join(student[span.start : span.end])
-        assert joined == b"".join(teacher[span.teacher_start : span.teacher_end]) != b""
+        assert not span.same or joined == b"".join(teacher[span.teacher_start : span.teacher_end])
+    assert whole == all(span.same for span in found)
+    return whole and data == text.encode()
 
 
+ORDINARY = "Tom has 12 pens.  He finds é🙂<|im_end|></s><0x0A>\n\n  def f(x):\n\treturn x² 漢字"
 PAIRS = [("tiny", "byte"), ("tiny", "space"), ("new_space", "byte"), ("space", "new_space")]
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-@given(text=TEXTS.filter(lambda text: "▁" not in text))
-@example(text="Tom has 12 pens.  He finds é🙂<|im_end|></s><0x0A>\n ")
-def test_learned_tokenizers_share_spans(codecs, names, text):
-    check(*(codecs[name] for name in names), text)
+@given(text=TEXTS, cut=st.integers(0, 2))
+def test_learned_tokenizers_share_spans(codecs, names, text, cut):
+    first, second = (codecs[name] for name in names)
+    check(first, second, text, cut)
+    assert check(first, second, text.replace("▁", ""), 0) and check(first, second, ORDINARY, 0)
 
 
-@given(text=TEXTS.filter(lambda text: "▁" not in text))
-@example(text="The derivative of x² is 2x; naïve café, 漢字 and 👍🏽.\n\n  def f(x):\n\treturn x<s>[INST]")
-def test_real_tokenizers_share_spans(real, text):
-    check(real["smollm2"], real["mistral"], text)
-    check(real["mistral"], real["smollm2"], text)
+@given(text=TEXTS, cut=st.integers(0, 2))
+def test_real_tokenizers_share_spans(real, text, cut):
+    for first, second in (("smollm2", "mistral"), ("mistral", "smollm2")):
+        check(real[first], real[second], text, cut)
+        assert check(real[first], real[second], ORDINARY, 0)
 
 
 def test_a_space_is_not_invented_and_special_tokens_are_not_read(codecs):

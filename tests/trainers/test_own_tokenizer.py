@@ -138,8 +138,9 @@ def test_standardised_rewards_are_of_spans():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("token", [*REWARDS, "zscore"])
-@pytest.mark.parametrize("task", [0, 0.5])
+@pytest.mark.parametrize(
+    ("token", "task"), [("log_ratio", 0), ("power", 0.5), ("zscore", 0.5), ("sign", 0)]
+)
 def test_where_each_span_is_a_token_it_is_the_plain_path(token, task):
     """Both have the same tokens, of which no two make a third."""
     keys = [f"reward.token={token}", f"reward.task_weight={task}", "reward.teacher_weight=0.5"]
@@ -148,7 +149,7 @@ def test_where_each_span_is_a_token_it_is_the_plain_path(token, task):
     plain = Setup(("recipe=opd", "reward.terminal_stop=raw", *keys), samples=2, teacher=policy)
     own = exact_setup(*keys, student=texts, teacher=texts, samples=2)
     own.run.teacher.teacher.policy = policy
-    own.run.teacher_prompts = {0: PROMPTS[0]}
+    own.run.teacher_prompts[0] = PROMPTS[0]
     long = [one for one in tree(3).completions if len(one.ids) == 3]
     updates = [setup.update(setup.draw((long[1], long[-1]))) for setup in (plain, own)]
     assert updates[0].tokens == updates[1].tokens == 6
@@ -174,7 +175,9 @@ def annotated(mask, numbers, taught, student):
 
 def test_a_span_counts_where_all_its_tokens_do_and_its_difference_is_shared_evenly():
     student = [-1, -2, -3, -4, -0.5, -0.25]
-    trajectory = annotated([1, 1, 1, 0, 1, 1], [0, 0, -1, 2, 2, 5], [-6, -6, 0, -1, -1, -1], student)
+    trajectory = annotated(
+        [1, 1, 1, 0, 1, 1], [0, 0, -1, 2, 2, 5], [-6, -6, 0, -1, -1, -1], student
+    )
     score_spans([trajectory])
     annotations = trajectory.annotations
     assert annotations["mask"].tolist() == [True, True, False, False, False, True]
@@ -186,9 +189,10 @@ def test_a_span_counts_where_all_its_tokens_do_and_its_difference_is_shared_even
     assert sizes[0][sizes[1]].tolist() == [2, 2, 1]
     nothing = annotated([1, 1], [-1, -1], [0, 0], [-1, -2])
     score_spans([nothing])
-    assert not nothing.annotations["mask"].any() and not span_metrics(nothing)[
-        "teacher/span_tokens"
-    ][1].any()
+    assert (
+        not nothing.annotations["mask"].any()
+        and not span_metrics(nothing)["teacher/span_tokens"][1].any()
+    )
 
 
 # Against real models
@@ -239,6 +243,7 @@ def test_the_teacher_scores_the_text_in_its_own_tokens(prepared, folders, name):
     made = completions(run, *WRITTEN)
     make_one(run.config.teacher, run).annotate(made)
     model = Qwen3ForCausalLM.from_pretrained(folders[name]).eval()
+    shorter = 0
     for trajectory, text in zip(made, WRITTEN):
         example = run.prompts[trajectory.prompt_index].example
         prompt = list(run.teacher_prompts[trajectory.prompt_index])
@@ -252,10 +257,12 @@ def test_the_teacher_scores_the_text_in_its_own_tokens(prepared, folders, name):
         numbers = trajectory.annotations["spans"]
         first = np.append(True, numbers[1:] != numbers[:-1])
         sums = trajectory.annotations["span_teacher_logprobs"][first]
-        assert (numbers >= 0).all() and 1 < first.sum() < len(numbers)
+        assert (numbers >= 0).all()
+        shorter += first.sum() < len(numbers)
         assert sums.sum() == pytest.approx(float(own.sum()), rel=1e-5)
         assert sums[-1] == pytest.approx(float(own[-1]), rel=1e-4)
         assert "teacher_targets" not in trajectory.annotations
+    assert shorter
 
 
 def test_a_shared_tokenizer_read_as_its_own_gives_the_same_rewards(prepared):
@@ -332,7 +339,9 @@ def test_a_served_teacher_is_asked_in_its_own_tokens(prepared, folders):
     try:
         url = {"teacher__path": folders["space"], "teacher__url": server.url}
         run = prepared(OWN, **url)
-        assert any("3 rows of the head that are no tokens of the teacher" in m for m in run.messages)
+        assert any(
+            "3 rows of the head that are no tokens of the teacher" in m for m in run.messages
+        )
         made = completions(run, *WRITTEN)
         make_one(run.config.teacher, run).annotate(made)
     finally:
@@ -355,12 +364,12 @@ def trained(overrides, tmp_path, *keys):
 
 
 def test_a_run_of_two_steps(overrides, folders, tmp_path):
-    keys = [OWN, "reward.token=tanh", "reward.terminal_stop=raw", "train.lr=1e-2"]
-    rows = trained(overrides, tmp_path, *keys, f"teacher.path={folders['space']}")
+    keys = [OWN, "reward.token=tanh", "reward.terminal_stop=raw", "model.path=stories-student"]
+    rows = trained(overrides, tmp_path, *keys, f"teacher.path={folders['byte']}")
     assert len(rows) == 2
     for row in rows:
         assert row["train/loss"] != 0 and row["train/grad_norm"] > 0
-        assert 0.3 < row["teacher/aligned_frac"] <= 1 and row["teacher/span_tokens"] > 1
+        assert 0.9 < row["teacher/aligned_frac"] <= 1 and row["teacher/span_tokens"] > 1
         assert row["teacher/kl"] > 0 and not {"teacher/tv", "teacher/agreement"} & row.keys()
     assert rows[1]["teacher/kl"] != rows[0]["teacher/kl"]
 

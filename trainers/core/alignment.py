@@ -88,7 +88,9 @@ def _places(
     for side, tokens in enumerate(sides):
         edges = [0, *itertools.accumulate(piece[side] for piece in pieces)]
         counts = list(itertools.accumulate(map(len, tokens)))
-        if edges[-1] != (counts[-1] if counts else 0) or any(p.same and p[0] != p[1] for p in pieces):
+        if edges[-1] != (counts[-1] if counts else 0) or any(
+            p.same and p[0] != p[1] for p in pieces
+        ):
             raise ValueError("the pieces are of other numbers of bytes than the tokens")
         own = []
         for count in counts:

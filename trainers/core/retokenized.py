@@ -210,9 +210,7 @@ class RetokenizedTeacher:
             write_spans(trajectory, found, one.annotations.get("teacher_logprobs"))
 
 
-def in_teachers_tokens(
-    trajectory: Trajectory, prompt: Sequence[int], ids: list[int]
-) -> Trajectory:
+def in_teachers_tokens(trajectory: Trajectory, prompt: Sequence[int], ids: list[int]) -> Trajectory:
     """The trajectory that a teacher scores."""
     annotations = type(trajectory.annotations)()
     annotations["teacher_targets"] = np.array(ids, np.int64)
@@ -226,9 +224,7 @@ def in_teachers_tokens(
     )
 
 
-def write_spans(
-    trajectory: Trajectory, found: Sequence[Span], logprobs: np.ndarray | None
-) -> None:
+def write_spans(trajectory: Trajectory, found: Sequence[Span], logprobs: np.ndarray | None) -> None:
     """Write each token's span, and the teacher's log-prob of that.
 
     Args:
