@@ -20,7 +20,7 @@ REPLACEMENT = "\ufffd"
 # What SentencePiece writes for a space.
 SPACE = "▁"
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# A width in which each side has a place that the other has not.
+# What a changed piece is long, so that each side has a place in it that the other has not.
 CHANGED = 3
 
 
@@ -62,7 +62,12 @@ def spans(
     """
     if pieces is None:
         pieces = [Piece(len(b"".join(student)), len(b"".join(teacher)), True)]
-    changed, ours, theirs = _places(pieces, student, teacher)
+    if any(piece.same and piece.student != piece.teacher for piece in pieces):
+        raise ValueError("a piece that is the same has other numbers of bytes")
+    # An axis that both sides share: equal bytes are one long.
+    marks = [0, *itertools.accumulate(p.student if p.same else CHANGED for p in pieces)]
+    changed = [mark for mark, piece in zip(marks, pieces) if not piece.same]
+    ours, theirs = (_ends(side, one, pieces, marks) for side, one in enumerate((student, teacher)))
     found, i, j, last = [], 0, 0, 0
     for place in sorted(set(ours) & set(theirs)):
         next_i, next_j = bisect_right(ours, place), bisect_right(theirs, place)
@@ -75,33 +80,24 @@ def spans(
     return found
 
 
-def _places(
-    pieces: Sequence[Piece], *sides: Sequence[bytes]
-) -> tuple[list[int], list[int], list[int]]:
-    """Where changed pieces begin, and where each side's tokens end, on an axis that both share.
-
-    Equal bytes are one long. A changed piece is `CHANGED` long, and a boundary inside it is nobody
-    else's.
-    """
-    marks = [0, *itertools.accumulate(p.student if p.same else CHANGED for p in pieces)]
+def _ends(
+    side: int, tokens: Sequence[bytes], pieces: Sequence[Piece], marks: Sequence[int]
+) -> list[int]:
+    """Where the tokens of a side end, on the axis on which the pieces begin at `marks`."""
+    edges = [0, *itertools.accumulate(piece[side] for piece in pieces)]
+    counts = list(itertools.accumulate(map(len, tokens)))
+    if edges[-1] != (counts[-1] if counts else 0):
+        raise ValueError("the pieces are of other numbers of bytes than the tokens")
     ends = []
-    for side, tokens in enumerate(sides):
-        edges = [0, *itertools.accumulate(piece[side] for piece in pieces)]
-        counts = list(itertools.accumulate(map(len, tokens)))
-        if edges[-1] != (counts[-1] if counts else 0) or any(
-            p.same and p[0] != p[1] for p in pieces
-        ):
-            raise ValueError("the pieces are of other numbers of bytes than the tokens")
-        own = []
-        for count in counts:
-            # Past pieces that have no bytes on this side.
-            index = bisect_right(edges, count) - 1
-            inside = count - edges[index]
-            if inside and not pieces[index].same:
-                inside = 1 + side
-            own.append(marks[index] + inside)
-        ends.append(own)
-    return [mark for mark, piece in zip(marks, pieces) if not piece.same], ends[0], ends[1]
+    for count in counts:
+        # Past pieces that have no bytes on this side.
+        index = bisect_right(edges, count) - 1
+        inside = count - edges[index]
+        if inside and not pieces[index].same:
+            # A place that the other side has not.
+            inside = 1 + side
+        ends.append(marks[index] + inside)
+    return ends
 
 
 def letter_pieces(data: bytes) -> list[Piece]:

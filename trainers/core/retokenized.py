@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipes.errors import DataError, ModelError
-from rollouts.data.examples import Prompt
 from rollouts.pretrained import context_length, vocabulary
 from rollouts.trajectory import Trajectory
 from trainers.core.alignment import Codec, Span, spans, text_pieces
@@ -162,7 +161,7 @@ def check_texts(run) -> None:
             )
 
 
-def last_turn(prompt: Prompt) -> str:
+def last_turn(prompt) -> str:
     """The text of a prompt's last turn."""
     return prompt.example.messages[-1]["content"]
 
