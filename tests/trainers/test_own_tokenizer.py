@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,6 +396,13 @@ def test_keys_without_a_meaning_are_refused(keys, said):
         check_own_tokenizer(config)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     check_own_tokenizer(replace(config, teacher=replace(config.teacher, tokenizer="shared")))
+
+
+def test_a_source_that_is_read_in_steps_is_refused():
+    """Trainers from outside may have both sections."""
+    layout = SimpleNamespace(layout="grouped")
+    with pytest.raises(ConfigError, match="own: streaming.layout=grouped reads a source in steps"):
+        check_own_tokenizer(SimpleNamespace(**vars(compose([OWN])), streaming=layout))
 
 
 def test_methods_that_score_the_students_tokens_are_refused(capsys, tmp_path):
