@@ -99,6 +99,12 @@ RUNS: dict[str, dict] = {
         "teachers.second.path": "self",
         "teachers.second.weight": 0.5,
     },
+    "poweropd_own_tokens": {
+        "recipe": "poweropd",
+        "teacher.path": "translation-untrained",
+        "teacher.tokenizer": "own",
+        "reward.token": "log_ratio",
+    },
     "opd": {},
     "opd_clip": {},
     "opd_tanh": {},

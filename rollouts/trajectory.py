@@ -49,6 +49,18 @@ ANNOTATIONS = {
         "the teachers",
         "loss, opd",
     ),
+    "spans": Annotation(
+        "int64",
+        "The span of tokens that has the bytes of some of the teacher's; -1: the token is in none.",
+        "a teacher with another tokenizer",
+        "opd, its metrics",
+    ),
+    "span_teacher_logprobs": Annotation(
+        "float32", "The teacher's log-prob of the token's span.", "that teacher", "opd"
+    ),
+    "span_student_logprobs": Annotation(
+        "float32", "The policy's log-prob of the token's span before the update.", "opd", "opd"
+    ),
     "teacher_topk_ids": Annotation(
         "int64", "[T, K]: the teacher's most likely tokens.", "the cached teacher", "loss"
     ),

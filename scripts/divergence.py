@@ -74,6 +74,11 @@ def measure(config) -> dict:
         raise ConfigError(
             "teachers has several, and a model is compared with one; give teacher=DIR"
         )
+    if config.teacher.tokenizer == "own":
+        raise ConfigError(
+            "teacher.tokenizer=own: whole distributions are compared, over the same tokens; leave "
+            "it out"
+        )
     (tokenizer, _), (teacher_tokenizer, teacher) = (
         check_model(name, section.path, section.trust_remote_code)
         for name, section in (("model", config.model), ("teacher", config.teacher))

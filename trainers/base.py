@@ -30,6 +30,7 @@ class Trainer:
     Attributes:
         samples: sequences come from the rollout engine, not from data.
         distills: there is a teacher.
+        aligns: it may have another tokenizer (trainers/spans.py).
         verifies: the method learns from the verifier, so every prompt needs an answer.
         adds_tokens: a model without the streaming tokens is given them, as the method teaches
             their use.
@@ -42,6 +43,7 @@ class Trainer:
 
     samples = True
     distills = False
+    aligns = False
     verifies = False
     adds_tokens = False
     layouts: tuple[str | None, ...] = (None, "grouped", "interleaved", "batch")

@@ -23,6 +23,8 @@ with a worked solution, a demonstration, instructions. The teacher may then be t
 `teachers` names several, which a data column assigns to rows, or which are averaged
 (trainers/core/teachers.py).
 
+`teacher.tokenizer=own` is for a teacher with another tokenizer (trainers/spans.py).
+
 `reward.select` lets the tokens of highest score alone learn, as DIAL-OPD does (arXiv 2610.11659).
 `reward.task_weight` adds the verifier's score: w_d r_t + w_r A, where A is the completion's
 advantage over the other samples of its prompt, as in GRPO. With w_r = 0 it is distillation alone,
@@ -52,7 +54,15 @@ from trainers.core.distributed import world_size
 from trainers.core.metrics import compared_logprobs, compared_tokens
 from trainers.core.teacher import SELF
 from trainers.core.teachers import averages_rewards, check_teachers, weights
-from trainers.losses import Loss, judged
+from trainers.losses import Loss
+from trainers.spans import (
+    action_logprobs,
+    add_rewards,
+    check_own_tokenizer,
+    has_own_tokenizer,
+    score_spans,
+    span_metrics,
+)
 
 # Added to the standard deviation of a step's rewards.
 EPSILON = 1e-6
@@ -65,11 +75,13 @@ class OnPolicyDistillation(Trainer):
     """
 
     distills = True
+    aligns = True
 
     def __init__(self, run):
         super().__init__(run)
         options = self.config.reward
         self.full = self.config.objective != "policy_gradient"
+        self.spans = has_own_tokenizer(self.config)
         self.reward = self.plain_reward = self.score = None
         if not self.full:
             self.plain_reward = TOKEN_REWARDS.resolve(options.token)(options)
@@ -86,6 +98,7 @@ class OnPolicyDistillation(Trainer):
                 "distillation has no importance ratio, so only the first update of a step would be "
                 "right; use train.minibatches=1 with fewer train.prompts_per_step"
             )
+        check_own_tokenizer(config)
         check_reward(config)
         check_teachers(config)
         check_self_teaching(config)
@@ -131,10 +144,14 @@ class OnPolicyDistillation(Trainer):
                 trajectory.annotations["rollout_logprobs"] = trajectory.logprobs
         self.run.teacher.annotate(trajectories, hidden=self.full)
         standardises = self.reward is not None and self.reward.window
-        if standardises or self.score is not None:
+        if self.spans or standardises or self.score is not None:
             self.run.score_policy(trajectories)
+        if self.spans:
+            score_spans(trajectories)
         if standardises:
             standardise(trajectories, self.reward, self.config.reward.teacher_weight)
+        elif self.spans and self.reward is not None:
+            add_rewards(trajectories, self.reward)
         if self.score is not None:
             for trajectory in trajectories:
                 select(trajectory, self.score, self.config.reward.select.keep)
@@ -150,7 +167,10 @@ class OnPolicyDistillation(Trainer):
         annotations = trajectory.annotations
         mask, compared = annotations["mask"], compared_tokens(trajectory)
         teacher, student = annotations["teacher_logprobs"], compared_logprobs(trajectory, output)
-        metrics = {"teacher/tv": (total_variation(teacher, student), compared)}
+        if self.spans:
+            metrics = span_metrics(trajectory)
+        else:
+            metrics = {"teacher/tv": (total_variation(teacher, student), compared)}
         if self.config.teachers:
             metrics |= self.run.teacher.token_metrics(trajectory, student, self.plain_reward)
         if self.score is not None:
@@ -170,7 +190,8 @@ class OnPolicyDistillation(Trainer):
         if not self.full:
             return Loss(
                 policy_gradient=True,
-                reward=self.reward,
+                # Rewards of spans are in the advantages.
+                reward=None if self.spans else self.reward,
                 temperature=temperature,
                 vocab=vocab,
                 objective={"is_cap": self.config.reward.importance_cap},
@@ -342,18 +363,14 @@ def standardise(trajectories: Sequence[Trajectory], reward, weight: float = 1.0)
     A collective. Tokens with an infinite reward do not enter the moments.
 
     Args:
-        trajectories: this rank's, with `mask`, `teacher_logprobs` and `student_logprobs`.
+        trajectories: this rank's, with `mask` and what `action_logprobs` reads.
         reward: a token reward (rewards/token.py).
         weight: of the standardised reward.
     """
     rewards, counted = [], [np.zeros(0)]
     for trajectory in trajectories:
         annotations = trajectory.annotations
-        teacher, student = (
-            torch.from_numpy(values)
-            for values in (judged(reward, annotations), annotations["student_logprobs"])
-        )
-        values = reward(teacher, student).double().numpy()
+        values = reward(*action_logprobs(reward, annotations)).double().numpy()
         rewards.append(values)
         counted.append(values[annotations["mask"]])
     mean, std = moments(np.concatenate(counted))

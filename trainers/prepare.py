@@ -204,7 +204,9 @@ def prepare_models(run: Run):
     if run.new_tokens:
         added = " ".join(run.new_tokens)
         run.messages.append(f"model  gets {len(run.new_tokens)} tokens it lacks: {added}")
-    if method.distills:
+    if method.distills and config.teacher.tokenizer == "own":
+        add_retokenizer(run)
+    elif method.distills:
         teachers, unshared = checked_teachers(run)
         heads += [teacher_model for _, teacher_model in teachers]
         stop_ids += [stop for teacher, _ in teachers for stop in teacher.stop_ids]
@@ -232,7 +234,9 @@ def checked_teachers(run: Run) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
     for name, section in teacher_sections(config).items():
         section = resolved(section, config.model)
         teacher, model = checked_model(name, section, config)
-        unshared |= unshared_tokens(run.tokenizer, teacher, config.model.path, section.path, name)
+        hint = "" if config.teachers or not run.method.aligns else ", or teacher.tokenizer=own"
+        paths = config.model.path, section.path
+        unshared |= unshared_tokens(run.tokenizer, teacher, *paths, name, hint)
         stops[name] = teacher.eos_token_id
         checked.append((teacher, model))
     check_stops(stops, config)
@@ -242,6 +246,26 @@ def checked_teachers(run: Run) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
     if described := several_teachers(config):
         run.messages.append(f"teacher  {described}; teacher.path is not read")
     return checked, unshared
+
+
+def add_retokenizer(run: Run) -> None:
+    """Fill in what the run knows of a teacher with a tokenizer of its own.
+
+    Raises:
+        ConfigError: the method needs scores of the student's tokens.
+        ModelError: the teacher, or one of the tokenizers, cannot be used.
+    """
+    config = run.config
+    if not run.method.aligns:
+        raise ConfigError(
+            f"teacher.tokenizer=own: recipe={config.recipe} needs the teacher's scores of the "
+            "student's tokens; use teacher.tokenizer=shared"
+        )
+    from trainers.core.retokenized import make_retokenizer
+
+    tokenizer, model = checked_model("teacher", config.teacher, config)
+    run.retokenizer = make_retokenizer(run, tokenizer, model)
+    run.teacher_stop, run.teacher_context = tokenizer.eos_token_id, context_length(model)
 
 
 def checked_model(name: str, section, config):
@@ -290,7 +314,11 @@ def prepare_data(run: Run, context: int | None) -> None:
             f"data  {dropped} of {len(examples)} prompts are longer than data.max_prompt_tokens="
             f"{data.max_prompt_tokens} and were dropped"
         )
-    if another:
+    if run.retokenizer is not None:
+        from trainers.core.retokenized import check_texts
+
+        check_texts(run)
+    if another or run.retokenizer is not None:
         add_teacher_prompts(run)
     check_tokens(run)
     run.sampler = PromptSampler(len(run.prompts), config.train.prompts_per_step, config.seed)
@@ -304,6 +332,9 @@ def prepare_data(run: Run, context: int | None) -> None:
 
 def check_tokens(run: Run) -> None:
     """Raises DataError: a prompt has a token that the teacher reads as another one."""
+    if run.retokenizer is not None:
+        # No tokenizer makes a token that it lacks.
+        return
     sections = teacher_sections(run.config) if run.method.distills else {}
     teachers = " or ".join(f"{name}.path={section.path}" for name, section in sections.items())
     missing = set(run.missing)

@@ -25,6 +25,9 @@ def reads_another_prompt(config) -> bool:
 def add_teacher_prompts(run) -> None:
     """Fill in `run.teacher_prompts`, rendered and tokenized as the student's prompts are.
 
+    A teacher with a tokenizer of its own has these prompts made by it, of the student's turns where
+    the config gives no others.
+
     Prompts that leave no room for a completion in the teacher's context are taken out of
     `run.prompts`, and counted in `run.messages`.
 
@@ -39,11 +42,11 @@ def add_teacher_prompts(run) -> None:
     check_template(config, run.mode)
     where = f"data.path={config.data.path}"
     template = config.teacher.prompt
-    examples = [
-        replace(prompt.example, messages=messages_for(prompt.example, template, where))
-        for prompt in run.prompts
-    ]
-    made, _ = run.mode.render(examples, run.tokenizer, where, sys.maxsize)
+    examples = [prompt.example for prompt in run.prompts]
+    if reads_another_prompt(config):
+        examples = [replace(one, messages=messages_for(one, template, where)) for one in examples]
+    tokenizer = run.tokenizer if run.retokenizer is None else run.retokenizer.tokenizer
+    made, _ = run.mode.render(examples, tokenizer, where, sys.maxsize)
     room = sys.maxsize
     if run.teacher_context:
         room = run.teacher_context - config.rollout.max_new_tokens

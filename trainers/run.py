@@ -40,6 +40,8 @@ class Run:
     teacher_context: int | None = None
     # The prompts that the teacher reads in place of the student's, by index; empty: the same.
     teacher_prompts: dict[int, Ids] = field(default_factory=dict)
+    # Both tokenizers, where the teacher reads its own tokens (trainers/core/retokenized.py).
+    retokenizer: Any = None
     # Ids at and past it are padding rows of the heads.
     vocab: int = 0
     # Ids below it that no token has.

@@ -14,7 +14,14 @@ from recipes.schema.rewards import SequenceRewardConfig
 class TeacherConfig:
     path: str = key(
         "stories-teacher",
-        "Teacher, named as model.path is; of the same vocabulary. self: the student.",
+        "Teacher, named as model.path is; of the same vocabulary but for tokenizer=own. self: the "
+        "student.",
+    )
+    tokenizer: str = key(
+        "shared",
+        "Tokens in which the teacher reads and scores. shared: the student's, so both must have "
+        "one vocabulary. own: its own, in which the same text is aligned with the student's.",
+        choices=("shared", "own"),
     )
     url: str | None = key(
         None,

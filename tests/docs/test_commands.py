@@ -83,6 +83,7 @@ PLACEHOLDERS = {
     "MATH_DIR": "stories-teacher",
     "CODE_DIR": "stories-student",
     "CACHE_DIR": "{work}/cache",
+    "OTHER_DIR": "translation-untrained",
     "DATA": "{work}/stories.jsonl",
     # It would be fetched; tests/recipes/test_packaged_models.py fetches it.
     "smollm2-135m": MODEL,

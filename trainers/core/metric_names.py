@@ -13,7 +13,9 @@ EVERY_STEP = "every step"
 SAMPLING = "steps of recipes that sample completions"
 DISTILLING = "steps of recipes with a teacher or self-distillation"
 TAUGHT = "steps of recipes with a teacher"
-ONE_TEACHER = f"{TAUGHT}, but for several that are averaged"
+SAME_TOKENS = f"{TAUGHT}, but for teacher.tokenizer=own"
+ONE_TEACHER = f"{SAME_TOKENS} and several that are averaged"
+OWN_TOKENS = "steps of recipes with teacher.tokenizer=own"
 NAMED_TEACHERS = "steps of recipes with teachers"
 NAMED_REWARDS = f"{NAMED_TEACHERS} and objective=policy_gradient"
 TOKEN_REWARDS = "steps of recipes with a reward or an advantage per token"
@@ -211,10 +213,18 @@ METRICS: dict[str, Metric] = {
     "teacher/tv": Metric(
         "share",
         "Total variation of student and teacher, its unbiased estimate: mean of max(0, 1 - p/q).",
-        TAUGHT,
+        SAME_TOKENS,
     ),
     "teacher/agreement": Metric(
         "share", "Sampled tokens that are the teacher's most likely one.", ONE_TEACHER
+    ),
+    "teacher/aligned_frac": Metric(
+        "share",
+        "Sampled tokens in spans that have the same bytes for the teacher, and were scored by it.",
+        OWN_TOKENS,
+    ),
+    "teacher/span_tokens": Metric(
+        "tokens", "Mean number of the student's tokens in such a span.", OWN_TOKENS
     ),
     "teacher/tail": Metric(
         "share",

@@ -424,7 +424,12 @@ def _model_class(path: str, config, trust_remote_code: bool):
 
 
 def unshared_tokens(
-    student, teacher, student_path: str, teacher_path: str, section: str = "teacher"
+    student,
+    teacher,
+    student_path: str,
+    teacher_path: str,
+    section: str = "teacher",
+    hint: str = "",
 ) -> dict[int, str]:
     """The added tokens that mean something else to the teacher, or nothing, by their ids.
 
@@ -434,6 +439,7 @@ def unshared_tokens(
         student, teacher: their tokenizers.
         student_path, teacher_path: their names, for the message.
         section: of the teacher, for the message.
+        hint: what may be used in place of one tokenizer, for the message.
 
     Raises:
         ModelError: they differ in other tokens, or in one that ends a completion; it is named.
@@ -449,7 +455,7 @@ def unshared_tokens(
             raise ModelError(
                 f"{section}.path={teacher_path} has another vocabulary than model.path="
                 f"{student_path}: token {token!r} (id {token_id}) is only in one of them; "
-                "distillation needs one tokenizer"
+                f"distillation needs one tokenizer{hint}"
             )
     # The first of two tokens with one id.
     return dict(reversed(differing))

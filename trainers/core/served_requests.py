@@ -93,6 +93,12 @@ def scored_ids(trajectory: Trajectory) -> list[int]:
 def longest_sequence(run) -> int:
     """The most tokens of a training prompt, as the teacher reads it, with its completion."""
     prompts = run.teacher_prompts.values() or [prompt.token_ids for prompt in run.prompts]
-    rollout = run.config.rollout
-    new = max(rollout.max_new_tokens, *(limit for _, limit in rollout.max_new_tokens_schedule), 0)
-    return max(map(len, prompts), default=1) + new
+    if run.retokenizer is not None:
+        return run.retokenizer.longest(prompts)
+    return max(map(len, prompts), default=1) + most_new_tokens(run.config)
+
+
+def most_new_tokens(config) -> int:
+    """The most tokens of a completion in any step."""
+    rollout = config.rollout
+    return max(rollout.max_new_tokens, *(limit for _, limit in rollout.max_new_tokens_schedule), 0)

@@ -89,9 +89,10 @@ class ServedTeacher:
         self._run(prove_all())
         others = self.rows - self.run.vocab + len(self.run.missing)
         if others:
+            whose = "student" if self.run.retokenizer is None else "teacher"
             self.run.messages.append(
                 f"teacher  a server's probabilities count {others} rows of the head that are no "
-                "tokens of the student"
+                f"tokens of the {whose}"
             )
 
     def annotate(self, trajectories: Sequence[Trajectory], hidden: bool = False) -> None:

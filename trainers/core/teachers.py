@@ -118,6 +118,15 @@ def make_one(section, run):
         section: `teacher`, or one like it (`teacher_sections`).
         run: a `Run` whose policy is loaded.
     """
+    if run.retokenizer is not None:
+        from trainers.core.retokenized import RetokenizedTeacher
+
+        return RetokenizedTeacher(placed(section, run.retokenizer.view(run)), run)
+    return placed(section, run)
+
+
+def placed(section, run):
+    """The teacher that a section names, where it names it, in the tokens of `run`."""
     # The packages of each are for those who use it.
     if section.url is not None:
         from trainers.core.served_teacher import ServedTeacher
