@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,11 +83,12 @@ def command_server(environment):
     # Runs from another root, as that of a copy of the kernels, have no package `tests`.
     from tests.command_server import Server
 
-    servers = []
+    servers, turn = [], threading.Lock()
 
     def get():
-        if not servers:
-            servers.append(Server(environment()))
+        with turn:
+            if not servers:
+                servers.append(Server(environment()))
         return servers[0]
 
     yield get
@@ -95,28 +98,35 @@ def command_server(environment):
 
 @pytest.fixture(scope="session")
 def run_command(environment, command_server):
-    """Run a command in the repository, `python -m …` or torchrun; returns the finished process.
+    """Run a command in the repository, on one rank or several; returns the finished process.
 
-    It is a fork of one process where that makes no difference (`command_server.py`), unless
-    `new_process` is true."""
+    It is a fork of one process where that makes no difference (`command_server.py`), and several
+    ranks are several forks. With `new_process` it is a new process, and torchrun starts ranks.
+    `variables` are of its environment; other arguments are those of subprocess.run."""
 
     def run(
-        *command: str, ranks: int = 0, timeout: float = 300, new_process: bool = False, **kwargs
+        *command: str,
+        ranks: int = 0,
+        timeout: float = 300,
+        new_process: bool = False,
+        variables: Mapping[str, str] | None = None,
+        **kwargs,
     ) -> subprocess.CompletedProcess:
         from tests.command_server import forks
 
         words = [str(word) for word in command]
-        if not (ranks or new_process or kwargs) and forks(words):
+        own = environment(ranks) | (variables or {})
+        if not (new_process or kwargs) and forks(words):
             server = command_server()
-            if server.takes(words, environment()):
-                return server.run(words, environment(), timeout)
+            if server.takes(words, own):
+                return server.run(words, own, timeout, ranks)
         start = [sys.executable]
         if ranks:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return subprocess.run(
             [*start, *words],
             cwd=ROOT,
-            env=environment(ranks),
+            env=own,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -124,6 +134,20 @@ def run_command(environment, command_server):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def start_command(environment, command_server):
+    """Start a command, to send signals to it: `with start_command(…) as started`, a `Started` of
+    `command_server.py`."""
+
+    def start(*command: str, ranks: int = 0):
+        words = [str(word) for word in command]
+        server = command_server()
+        assert server.works
+        return server.start(words, environment(), ranks)
+
+    return start
 
 
 @pytest.fixture
