@@ -13,7 +13,6 @@ from recipes.errors import ConfigError
 from trainers.core.wandb_run import HOSTS, check_wandb, identity, mode
 
 
-
 @pytest.fixture(scope="module")
 def attempt(run_command):
     """A process that logs some steps (`wandb_worker.py`); what it printed."""
