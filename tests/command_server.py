@@ -14,6 +14,7 @@ the order of the ranks."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -30,11 +31,24 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ("torch", "transformers", "deepspeed", "trainers.loop", "trainers.prepare")
-PRELOADED += ("trainers.opd", "rollouts.engines.huggingface")
+# With what a run imports as it starts.
+PRELOADED = (
+    *("torch", "transformers", "deepspeed", "accelerate", "hydra", "yaml", "peft"),
+    *("trainers.loop", "trainers.prepare", "trainers.opd", "trainers.core.tracking"),
+    *("rollouts.engines.huggingface", "rollouts.engines.cache", "scripts.report"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+    *("transformers.models.qwen3.modeling_qwen3", "transformers.generation.utils"),
+    *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),
+    *("deepspeed.runtime.bf16_optimizer", "deepspeed.module_inject.auto_ep_layer"),
+    # It imports torch._dynamo, half of what a run imports.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 # Read when a command starts, or while it runs, and by no import.
 READ_LATER = {"PYTHONPATH", "PYTEST_CURRENT_TEST", "CXX", "TORCH_DONT_CHECK_COMPILER_ABI"}
 READ_LATER |= {"TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CPU_OMP_THREADS_BIND"}
+# Of the runs that sample without vLLM: what they are told, and what their recipes begin with.
+WITHOUT_VLLM = {"rollout.engine=hf", "dry_run=true"}
+READERS = ("recipe=adasr", "recipe=streaming_sft", "recipe=proactivellm")
 # Seconds that the other ranks have to end by themselves when one has failed.
 GRACE = 20.0
 
@@ -42,6 +56,13 @@ GRACE = 20.0
 def forks(words: list[str]) -> bool:
     """Whether a command can be a fork: `-c` may look at what is imported."""
     return words[0] != "-c"
+
+
+def samples_with_vllm(words: list[str]) -> bool:
+    """Whether a command imports vLLM; the recipes that read bit by bit have engines of their own."""
+    own = any(word.startswith(READERS) for word in words)
+    trains = words[0] == "train.py" and not own and not WITHOUT_VLLM & set(words)
+    return trains or "tests.trainers.lora_worker" in words
 
 
 def rank_variables(ranks: int) -> list[dict[str, str]]:
@@ -61,12 +82,13 @@ class Server:
 
     Args:
         environment: the variables that the libraries are imported with.
+        vllm: whether vLLM is imported too.
     """
 
-    def __init__(self, environment: dict[str, str]):
+    def __init__(self, environment: dict[str, str], vllm: bool = False):
         self.environment = self._compared(environment)
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *(["vllm"] if vllm else [])],
             cwd=ROOT,
             env={name: environment[name] for name in environment if name != "PYTHONPATH"},
             stdin=subprocess.PIPE,
@@ -181,10 +203,14 @@ def main() -> None:
     quiet_libraries()
     for name in PRELOADED:
         importlib.import_module(name)
+    whole = "vllm" not in sys.argv or import_vllm()
     os.environ.clear()
     os.environ.update(before)
     del sys.path[0]
-    say(answers, len(os.listdir("/proc/self/task")))
+    # A fork need not go through what is here already when it looks for garbage.
+    gc.collect()
+    gc.freeze()
+    say(answers, len(os.listdir("/proc/self/task")) if whole else 0)
     for line in sys.stdin:
         words, environments, *files = json.loads(line)
         sys.stdout.flush()
@@ -200,6 +226,22 @@ def main() -> None:
         statuses = ends(children)
         for child in children:
             say(answers, statuses[child])
+
+
+def import_vllm() -> bool:
+    """As the engine imports it; whether a fork can use it, which a GPU does not allow."""
+    from rollouts.engines.vllm import interpret_small_functions, prepare_import
+
+    prepare_import(True, 1)
+    try:
+        interpret_small_functions()
+        from vllm.platforms import current_platform
+
+        for name in ("vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"):
+            importlib.import_module(name)
+    except ImportError:
+        return False
+    return current_platform.is_cpu()
 
 
 def say(answers: int, number: int) -> None:

@@ -3,6 +3,7 @@ would."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,6 +28,12 @@ settings.register_profile("thorough", max_examples=2000, **SAME)
 settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish():
+    """What was imported until now is no garbage, and need not be gone through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -79,20 +86,22 @@ def environment():
 
 @pytest.fixture(scope="session")
 def command_server(environment):
-    """Starts the process whose forks are commands, at the first command."""
+    """The process whose forks are commands of these words, started at the first of them. Those that
+    sample with vLLM have another."""
     # Runs from another root, as that of a copy of the kernels, have no package `tests`.
-    from tests.command_server import Server
+    from tests.command_server import Server, samples_with_vllm
 
-    servers, turn = [], threading.Lock()
+    servers, turn = {}, threading.Lock()
 
-    def get():
+    def get(words: list[str]):
+        vllm = samples_with_vllm(words)
         with turn:
-            if not servers:
-                servers.append(Server(environment()))
-        return servers[0]
+            if vllm not in servers:
+                servers[vllm] = Server(environment(), vllm)
+        return servers[vllm]
 
     yield get
-    for server in servers:
+    for server in servers.values():
         server.close()
 
 
@@ -117,7 +126,7 @@ def run_command(environment, command_server):
         words = [str(word) for word in command]
         own = environment(ranks) | (variables or {})
         if not (new_process or kwargs) and forks(words):
-            server = command_server()
+            server = command_server(words)
             if server.takes(words, own):
                 return server.run(words, own, timeout, ranks)
         start = [sys.executable]
@@ -143,7 +152,7 @@ def start_command(environment, command_server):
 
     def start(*command: str, ranks: int = 0):
         words = [str(word) for word in command]
-        server = command_server()
+        server = command_server(words)
         assert server.works
         return server.start(words, environment(), ranks)
 
