@@ -28,6 +28,16 @@ settings.register_profile("thorough", max_examples=2000, **SAME)
 settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
+# The environment at the start, and that before the present test. vLLM and others set variables in
+# this process, and a command shall have none of them.
+START = dict(os.environ)
+BEFORE: dict[str, str] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    BEFORE.clear()
+    BEFORE.update(os.environ)
 
 
 def pytest_collection_finish():
@@ -71,21 +81,32 @@ def streaming_model(tiny_models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment():
-    """The variables of a command with so many ranks: its share of the cores, and nothing of another
-    torchrun."""
+    """The variables of a command with so many ranks: those of the start, what this test has set or
+    deleted, and its share of the cores; nothing of another torchrun."""
 
     def make(ranks: int = 0) -> dict[str, str]:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        variables = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            variables.pop(name, None)
-        return variables
+        changed = {name: os.environ[name] for name in os.environ if differs(name)}
+        deleted = BEFORE.keys() - os.environ.keys()
+        kept = {name: value for name, value in START.items() if name not in deleted}
+        return alone(kept | changed, ranks)
 
     return make
 
 
+def differs(name: str) -> bool:
+    return os.environ[name] != BEFORE.get(name)
+
+
+def alone(variables: dict[str, str], ranks: int = 0) -> dict[str, str]:
+    """Variables with the share of the cores of so many ranks, and without those of other ranks."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    share = {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
+    return {name: variables[name] for name in variables if name not in others} | share
+
+
 @pytest.fixture(scope="session")
-def command_server(environment):
+def command_server():
     """The process whose forks are commands of these words, started at the first of them. Those that
     sample with vLLM have another."""
     # Runs from another root, as that of a copy of the kernels, have no package `tests`.
@@ -97,7 +118,7 @@ def command_server(environment):
         vllm = samples_with_vllm(words)
         with turn:
             if vllm not in servers:
-                servers[vllm] = Server(environment(), vllm)
+                servers[vllm] = Server(alone(START), vllm)
         return servers[vllm]
 
     yield get
