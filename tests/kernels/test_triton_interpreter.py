@@ -4,6 +4,7 @@ one of three classic mistakes written into a copy of the kernels, they do."""
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,4 +91,5 @@ def test_a_mistake_is_noticed(copied, tmp_path, name):
     assert source.count(right) == 1
     (tmp_path / "kernels" / file).write_text(source.replace(right, wrong))
     broken = run_copy(tmp_path, choice)
-    assert broken.returncode == 1 and "ModuleNotFound" not in broken.stdout
+    # A test fails, or reads memory that is not there; pytest itself has other statuses.
+    assert broken.returncode in (1, -signal.SIGSEGV) and "ModuleNotFound" not in broken.stdout
