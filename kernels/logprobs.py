@@ -229,12 +229,12 @@ def fused_linear_logprobs(
     """Log-probs of given tokens under softmax(softcap(hidden @ lm_head_weight.T + bias) /
     temperature).
 
-    No [T, V] tensor exists: logits are streamed in float32 vocabulary tiles whatever the inputs'
-    dtype. The backward takes any upstream gradient of logprobs, lse and entropy. It accumulates in
-    float32 and skips inputs that need no gradient: a frozen head costs no dW.
+    Logits are streamed in float32 vocabulary tiles whatever the inputs' dtype. The backward takes
+    any upstream gradient of logprobs, lse and entropy. It accumulates in float32 and skips inputs
+    that need no gradient: a frozen head costs no dW.
 
-    On the CPU up to 256 MiB of logits are kept for the backward, which makes the others again; on a
-    GPU it makes all of them again. Without gradient nothing is kept.
+    On the CPU up to 1.25 GiB of logits are kept for the backward, which makes the others again. On
+    a GPU it makes all of them again. Without gradient nothing is kept.
 
     On the CPU a token's outputs are bitwise the same however the T tokens are split over calls or
     masked. Every GEMM has the same number of rows (padded) and the same columns. This rests on the
