@@ -175,7 +175,9 @@ def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(vllm_engine, model):
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.1)
     assert "lm_head.weight" not in dict(model.named_parameters())
-    partial = Partial(vllm_engine, lambda name, weight: None if name == "lm_head.weight" else weight)
+    partial = Partial(
+        vllm_engine, lambda name, weight: None if name == "lm_head.weight" else weight
+    )
     with pytest.raises(SyncError, match=r"lm_head\.weight"):
         sync_weights(partial, lambda: weights_of(model), salt=1)
 
