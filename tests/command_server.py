@@ -59,7 +59,7 @@ def forks(words: list[str]) -> bool:
 
 
 def samples_with_vllm(words: list[str]) -> bool:
-    """Whether a command imports vLLM; the recipes that read bit by bit have engines of their own."""
+    """Whether a command imports vLLM. The recipes that read bit by bit have other engines."""
     own = any(word.startswith(READERS) for word in words)
     trains = words[0] == "train.py" and not own and not WITHOUT_VLLM & set(words)
     return trains or "tests.trainers.lora_worker" in words
@@ -122,7 +122,7 @@ class Server:
 
     @contextlib.contextmanager
     def start(self, words: list[str], environment: dict[str, str], ranks: int = 0):
-        """A command that has started, as a `Started`; where it has not ended after, it is killed."""
+        """A command that has started, as a `Started`. It is killed where it has not ended after."""
         environments = [environment | variables for variables in rank_variables(ranks)]
         with self.turn, tempfile.TemporaryDirectory() as folder:
             files = [str(Path(folder, name)) for name in ("out", "err")]
