@@ -140,6 +140,12 @@ RUNS: dict[str, dict] = {
     "proactivellm_paper": TRANSLATED | UNTRAINED | {"train.lr": 1e-3, "model.dtype": "float32"},
     "proactivellm_speech": TRANSLATED | FRAMES | {"train.lr": 1e-3, "model.dtype": "float32"},
 }
+# The environment of a run: one thread of a CPU.
+ALONE = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 FAST = ("poweropd", "grpo", "adasr", "proactivellm")
 # Relative differences that another processor may make, in the first evaluation and the first step.
 BOUNDS = {"eval": 0.35, "step": 0.05}
@@ -240,14 +246,9 @@ def train(overrides: list[str], name: str, core: int | None) -> None:
 def python(words: list[str], name: str, core: int | None) -> None:
     """`python WORDS …`, on one thread. Raises SystemExit: it failed."""
     command = [sys.executable, *words]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
     pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=pin
+        command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, preexec_fn=pin
     )
     if done.returncode:
         raise SystemExit(f"{name} failed: {' '.join(command)}\n{done.stderr[-3000:]}")

@@ -61,7 +61,7 @@ READ = "{prompt}\n\n{solution}"
 HEAD_SIZE = 32
 TEXTS = 2000  # generated ones, which a tokenizer is learned from
 EVALUATION_PROMPTS = 400
-SHORTENED_PROMPTS = 40  # the evaluation prompts of a shortened remake
+SHORTENED_PROMPTS = 8  # the evaluation prompts of a shortened remake
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@ would."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +28,22 @@ settings.register_profile("thorough", max_examples=2000, **SAME)
 settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
+# The environment at the start, and that before the present test. vLLM and others set variables in
+# this process, and a command shall have none of them.
+START = dict(os.environ)
+BEFORE: dict[str, str] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    BEFORE.clear()
+    BEFORE.update(os.environ)
+
+
+def pytest_collection_finish():
+    """What was imported until now is no garbage, and need not be gone through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -62,61 +81,82 @@ def streaming_model(tiny_models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment():
-    """The variables of a command with so many ranks: its share of the cores, and nothing of another
-    torchrun."""
+    """The variables of a command with so many ranks: those of the start, what this test has set or
+    deleted, and its share of the cores; nothing of another torchrun."""
 
     def make(ranks: int = 0) -> dict[str, str]:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        variables = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            variables.pop(name, None)
-        return variables
+        changed = {name: os.environ[name] for name in os.environ if differs(name)}
+        deleted = BEFORE.keys() - os.environ.keys()
+        kept = {name: value for name, value in START.items() if name not in deleted}
+        return alone(kept | changed, ranks)
 
     return make
 
 
+def differs(name: str) -> bool:
+    return os.environ[name] != BEFORE.get(name)
+
+
+def alone(variables: dict[str, str], ranks: int = 0) -> dict[str, str]:
+    """Variables with the share of the cores of so many ranks, and without those of other ranks."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    share = {"OMP_NUM_THREADS": str(max(1, cores // max(ranks, 1)))}
+    return {name: variables[name] for name in variables if name not in others} | share
+
+
 @pytest.fixture(scope="session")
-def command_server(environment):
-    """Starts the process whose forks are commands, at the first command."""
+def command_server():
+    """The process whose forks are commands of these words, started at the first of them. Those that
+    sample with vLLM have another."""
     # Runs from another root, as that of a copy of the kernels, have no package `tests`.
-    from tests.command_server import Server
+    from tests.command_server import Server, samples_with_vllm
 
-    servers = []
+    servers, turn = {}, threading.Lock()
 
-    def get():
-        if not servers:
-            servers.append(Server(environment()))
-        return servers[0]
+    def get(words: list[str]):
+        vllm = samples_with_vllm(words)
+        with turn:
+            if vllm not in servers:
+                servers[vllm] = Server(alone(START), vllm)
+        return servers[vllm]
 
     yield get
-    for server in servers:
+    for server in servers.values():
         server.close()
 
 
 @pytest.fixture(scope="session")
 def run_command(environment, command_server):
-    """Run a command in the repository, `python -m …` or torchrun; returns the finished process.
+    """Run a command in the repository, on one rank or several; returns the finished process.
 
-    It is a fork of one process where that makes no difference (`command_server.py`), unless
-    `new_process` is true."""
+    It is a fork of one process where that makes no difference (`command_server.py`), and several
+    ranks are several forks. With `new_process` it is a new process, and torchrun starts ranks.
+    `variables` are of its environment; other arguments are those of subprocess.run."""
 
     def run(
-        *command: str, ranks: int = 0, timeout: float = 300, new_process: bool = False, **kwargs
+        *command: str,
+        ranks: int = 0,
+        timeout: float = 300,
+        new_process: bool = False,
+        variables: Mapping[str, str] | None = None,
+        **kwargs,
     ) -> subprocess.CompletedProcess:
         from tests.command_server import forks
 
         words = [str(word) for word in command]
-        if not (ranks or new_process or kwargs) and forks(words):
-            server = command_server()
-            if server.takes(words, environment()):
-                return server.run(words, environment(), timeout)
+        own = environment(ranks) | (variables or {})
+        if not (new_process or kwargs) and forks(words):
+            server = command_server(words)
+            if server.takes(words, own):
+                return server.run(words, own, timeout, ranks)
         start = [sys.executable]
         if ranks:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return subprocess.run(
             [*start, *words],
             cwd=ROOT,
-            env=environment(ranks),
+            env=own,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -124,6 +164,20 @@ def run_command(environment, command_server):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def start_command(environment, command_server):
+    """Start a command, to send signals to it: `with start_command(…) as started`, a `Started` of
+    `command_server.py`."""
+
+    def start(*command: str, ranks: int = 0):
+        words = [str(word) for word in command]
+        server = command_server(words)
+        assert server.works
+        return server.start(words, environment(), ranks)
+
+    return start
 
 
 @pytest.fixture

@@ -352,7 +352,7 @@ def run(command_server, environment):
     """Runs words as `python WORDS …` in a fork of one process; returns (status, output)."""
 
     def run(words: list[str]) -> tuple[int, str]:
-        done = command_server().run(words, environment(1), timeout=300)
+        done = command_server(words).run(words, environment(1), timeout=300)
         return done.returncode, done.stdout + done.stderr
 
     return run

@@ -20,15 +20,28 @@ from rollouts.trajectory import Request, Sampling, sample_seed
 SAMPLING = Sampling(max_new_tokens=20, stop_ids=(7, 11))
 
 
-@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.slow), "hf"])
-def engine(request, tiny_models):
-    kind = {"vllm": VllmEngine, "hf": HuggingFaceEngine}[request.param]
+def made(kind, tiny_models):
     config = compose(["rollout.batch_size=16"])
     engine = kind(
         str(tiny_models["student"]), config, torch.device("cpu"), torch.float32, max_length=128
     )
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(tiny_models):
+    yield from made(VllmEngine, tiny_models)
+
+
+@pytest.fixture(scope="module")
+def hf_engine(tiny_models):
+    yield from made(HuggingFaceEngine, tiny_models)
+
+
+@pytest.fixture(params=[pytest.param("vllm", marks=pytest.mark.slow), "hf"])
+def engine(request):
+    return request.getfixturevalue(f"{request.param}_engine")
 
 
 @pytest.fixture
@@ -156,18 +169,17 @@ def test_a_tensor_that_did_not_arrive_is_named_and_no_other(engine, model, name)
 
 
 @pytest.mark.slow
-def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(tiny_models, model):
+def test_vllms_tied_head_goes_stale_unless_it_is_sent_too(vllm_engine, model):
     """On a CPU it has a packed copy of the head, which a reload of the embedding does not touch."""
-    engine = VllmEngine(
-        str(tiny_models["student"]), compose([]), torch.device("cpu"), torch.float32, max_length=64
-    )
+    reset(vllm_engine, model)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.1)
     assert "lm_head.weight" not in dict(model.named_parameters())
-    partial = Partial(engine, lambda name, weight: None if name == "lm_head.weight" else weight)
+    partial = Partial(
+        vllm_engine, lambda name, weight: None if name == "lm_head.weight" else weight
+    )
     with pytest.raises(SyncError, match=r"lm_head\.weight"):
         sync_weights(partial, lambda: weights_of(model), salt=1)
-    engine.close()
 
 
 def test_rows_leave_as_they_finish_and_keep_what_they_wrote():
@@ -308,19 +320,12 @@ def test_seeds_differ_by_step_prompt_sample_and_purpose():
 
 
 @pytest.mark.slow
-def test_both_engines_decode_the_same_greedy_text(tiny_models):
+def test_both_engines_decode_the_same_greedy_text(vllm_engine, hf_engine, model, tiny_models):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["student"])
     ids = tuple(tokenizer("Mia has 34 shells.").input_ids)
     texts = []
-    for kind in (VllmEngine, HuggingFaceEngine):
-        engine = kind(
-            str(tiny_models["student"]),
-            compose([]),
-            torch.device("cpu"),
-            torch.float32,
-            max_length=64,
-        )
+    for engine in (vllm_engine, hf_engine):
+        reset(engine, model)
         (trajectory,) = engine.generate([Request(0, 0, ids, 0)], Sampling(16, temperature=0.0))
         texts.append(trajectory.completion_ids)
-        engine.close()
     assert texts[0] == texts[1]

@@ -129,7 +129,11 @@ def test_an_error_of_the_user_is_one_line_and_another_is_not_hidden(capsys):
 
 def test_an_error_is_the_last_line_under_torchrun(run_command):
     done = run_command(
-        "train.py", "recipe=poweropd", "model.path=stories-studnet", ranks=1, timeout=100
+        "train.py",
+        *("recipe=poweropd", "model.path=stories-studnet"),
+        ranks=1,
+        timeout=100,
+        new_process=True,
     )
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -3,8 +3,10 @@ made again."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import embedded
@@ -87,18 +89,30 @@ def test_the_start_of_hrpo_has_the_protocol_tokens():
 
 
 def test_a_shortened_remake_works(run_command, tmp_path):
-    names = ["stories-student", "stories-teacher"]
+    """The teacher goes on from the student that is there, and not from the embedded one."""
+    untrained = replace(tiny_models.MODELS["stories-student"], steps=0, evaluation=())
+    tiny_models.make("stories-student", untrained, tmp_path)
+    names = ["translation-untrained", "stories-teacher"]
     done = run_command(
         "-m", "scripts.tiny_models", "--remake", *names, "--steps", "2", "--out", tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     entries = tiny_models.check(tmp_path)
-    assert sorted(entries) == names and entries["stories-teacher"]["spec"]["steps"] == 2
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in names[:2]
+    assert sorted(entries) == sorted(["stories-student", *names])
+    assert entries["stories-teacher"]["spec"]["steps"] == 2
+    assert 0 <= entries["stories-teacher"]["evaluation"]["avg@8"] <= 1
+    student, teacher, embedded_one = (
+        torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+        for model in map(
+            AutoModelForCausalLM.from_pretrained,
+            (
+                tmp_path / "stories-student",
+                tmp_path / "stories-teacher",
+                embedded.FOLDER / "stories-student",
+            ),
+        )
     )
-    assert any((student[name] != teacher[name]).any() for name in student)
-    assert 0 <= entries["stories-student"]["evaluation"]["avg@8"] <= 1
+    assert 0 < (teacher - student).norm() < 0.1 * (teacher - embedded_one).norm()
 
 
 def test_an_unknown_model_is_one_line(capsys):

@@ -17,8 +17,8 @@ NEW_TOKENS = 12
 def main(base: str, adapter: str, merged: str, texts: list[str]) -> None:
     prompts = encode(base, texts) if texts else PROMPTS
     answers = {"transformers": in_transformers(merged, prompts)}
-    answers |= {"base": in_vllm(base, None, prompts), "merged": in_vllm(merged, None, prompts)}
-    answers["adapter"] = in_vllm(base, adapter, prompts)
+    (answers["merged"],) = in_vllm(merged, prompts, [None])
+    answers["base"], answers["adapter"] = in_vllm(base, prompts, [None, adapter])
     print(json.dumps(answers))
 
 
@@ -33,24 +33,28 @@ def encode(base: str, texts: list[str]) -> list[list[int]]:
     ]
 
 
-def in_vllm(path: str, adapter: str | None, prompts: list[list[int]]) -> list[list[int]]:
+def in_vllm(path: str, prompts: list[list[int]], adapters: list[str | None]) -> list:
+    """The answers of one engine with each of the adapters; None: without one."""
     prepare_import(True, 1)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     config = compose([])
     options = common_options(path, config, torch.float32, 256) | cpu_options(256)
-    if adapter is not None:
+    if any(adapters):
         options |= {"enable_lora": True, "max_lora_rank": 16}
     llm = LLM(**options)
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in prompts],
-        SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False),
-        use_tqdm=False,
-        lora_request=None if adapter is None else LoRARequest("adapter", 1, adapter),
-    )
+    answers = []
+    for adapter in adapters:
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+            lora_request=None if adapter is None else LoRARequest("adapter", 1, adapter),
+        )
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
     llm.llm_engine.engine_core.shutdown()
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return answers
 
 
 def in_transformers(path: str, prompts: list[list[int]]) -> list[list[int]]:

@@ -1,9 +1,8 @@
 """Whole runs as a user starts them: real vLLM, real DeepSpeed, tiny random models."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.compare_runs import differences
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXED = {
     "step",
     "train/loss",
@@ -145,22 +143,18 @@ def test_the_exported_model_gives_the_same_greedy_answers_in_transformers_and_vl
 
 
 def test_a_run_killed_after_step_5_resumes_to_the_same_numbers(
-    finished, tiny_models, environment, tmp_path
+    finished, tiny_models, start_command, run_command, tmp_path
 ):
     whole, run = finished[0], tmp_path / "killed"
-    command = [sys.executable, "train.py", *base(tiny_models, run)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = ["train.py", *base(tiny_models, run)]
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and '{"step": 5,' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before step 5"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(
-        [*command, "resume=auto"], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    with start_command(*command) as started:
+        while not (metrics.exists() and '{"step": 5,' in metrics.read_text()):
+            assert time.monotonic() < deadline, "the run ended before step 5"
+            time.sleep(0.005)
+        os.kill(started.pids[0], signal.SIGKILL)
+        assert started.wait(60).returncode == -signal.SIGKILL, "the run ended before it was killed"
+    done = run_command(*command, "resume=auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resume  from" in done.stdout
     assert differences(run, whole) == []
@@ -177,6 +171,7 @@ def test_two_ranks_under_zero3_see_what_one_rank_sees(finished, tiny_models, run
         "checkpoint.every=0",
         ranks=2,
         timeout=400,
+        new_process=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = steps(run), steps(finished[0])

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,34 +202,20 @@ def test_a_second_start_into_a_run_directory_names_the_first(overrides, run_comm
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
 def test_a_signal_to_a_rank_saves_a_checkpoint_at_the_next_step(
-    number, ranks, overrides, environment, tmp_path
+    number, ranks, overrides, start_command, tmp_path
 ):
     """It ended the process, and all steps were lost. Without torchrun, which would signal all."""
     keys = {"recipe": "sft", "train__steps": 100_000, "eval__every": -1, "engine": "zero1"}
-    command = [sys.executable, "train.py", *overrides(**keys)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = environment(ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    variables |= {"WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    for line in processes[0].stdout:
-        if " 2/100000" in line:
-            processes[-1].send_signal(number)
-            break
-    rest, _ = processes[0].communicate(timeout=60)
-    assert [process.wait(timeout=60) for process in processes] == [143] * ranks, rest
+    deadline = time.monotonic() + 60
+    with start_command("train.py", *overrides(**keys), ranks=ranks) as started:
+        while " 2/100000" not in started.out.read_text():
+            assert time.monotonic() < deadline, started.err.read_text()
+            time.sleep(0.02)
+        os.kill(started.pids[-1], number)
+        said = started.wait(60).stdout
+    assert started.statuses == [143] * ranks, said
     last = rows(tmp_path / "run")[-1]["step"]
-    assert f"stopped by a signal after step {last}; continue with resume=auto" in rest
+    assert f"stopped by a signal after step {last}; continue with resume=auto" in said
     folder = tmp_path / f"run/checkpoints/step_{last}"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert last < 50 and manifest["ranks"] == ranks

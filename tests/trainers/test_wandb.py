@@ -3,8 +3,6 @@ once."""
 
 import json
 import netrc
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,48 +12,19 @@ from recipes.compose import compose
 from recipes.errors import ConfigError
 from trainers.core.wandb_run import HOSTS, check_wandb, identity, mode
 
-ROOT = Path(__file__).resolve().parents[2]
-# Steps FIRST to LAST of a run that continues after START, with an evaluation at each even one. A
-# run that is killed closes nothing.
-ATTEMPT = """
-import json, os, sys
-from pathlib import Path
-from recipes.compose import compose
-from trainers.core.tracking import Tracker
 
-folder, start, last, killed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = compose([f"run.dir={folder}", "eval.k=1", *sys.argv[5:]])
-tracker = Tracker(config, folder, start, lambda scores: "")
-names = ("time/step", "train/loss", "train/grad_norm", "perf/tokens_per_second")
-for step in range(start + 1, last + 1):
-    tracker.step({"step": step, **{name: float(step) for name in names}, "attempt": start})
-    row = {"step": step, "prompt": "p", "completion": f"c{step}", "answer": "1"}
-    row |= {"reward": 0.5, "correct": True}
-    tracker.completions_file.write(json.dumps(row) + "\\n")
-    if step % 2 == 0:
-        scores = {"avg@1": step / 100, "pass@1": 0, "length_mean": 1, "truncated_frac": 0}
-        tracker.evaluation(step, scores, "data", 1.0)
-if killed == "killed":
-    import time
-    time.sleep(1)
-    os._exit(9)
-tracker.finish()
-"""
+@pytest.fixture(scope="module")
+def attempt(run_command):
+    """A process that logs some steps (`wandb_worker.py`); what it printed."""
 
+    def attempt(folder, start, last, end="finished", *overrides, **variables):
+        own = json.dumps(variables | {"HOME": str(folder.parent)})
+        words = (own, folder, start, last, end, *overrides)
+        done = run_command("-m", "tests.trainers.wandb_worker", *words, timeout=100)
+        assert done.returncode == (9 if end == "killed" else 0), done.stderr[-3000:]
+        return done.stdout
 
-def attempt(folder, start, last, end="finished", *overrides, **variables):
-    """A process that logs some steps; what it printed."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, "-c", ATTEMPT, folder, str(start), str(last), end, *overrides],
-        cwd=ROOT,
-        env=environment | {"HOME": str(folder.parent)} | variables,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == (9 if end == "killed" else 0), done.stderr[-3000:]
-    return done.stdout
+    return attempt
 
 
 def records(file: Path):
@@ -95,7 +64,7 @@ def synced(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(attempt, tmp_path_factory):
     """A run that was killed after step 5, continued after step 3 up to 6, and again after 4."""
     folder = tmp_path_factory.mktemp("wandb") / "run"
     attempt(folder, 0, 5, "killed", "log.wandb=offline")
@@ -200,7 +169,7 @@ def test_an_unknown_mode_is_one_line(keys):
     ],
     ids=["bad key", "no server"],
 )
-def test_a_server_that_cannot_be_used_costs_no_run(tmp_path, variables):
+def test_a_server_that_cannot_be_used_costs_no_run(attempt, tmp_path, variables):
     out = attempt(tmp_path / "run", 0, 2, "finished", "log.wandb=online", **variables)
     (note,) = [line for line in out.splitlines() if line.startswith("wandb")]
     assert note.startswith("wandb  offline, as online failed (")

@@ -104,14 +104,10 @@ def start(rank: int, scenario, port: int, output: Path) -> int:
 
 def main() -> None:
     peers.EVERY, peers.GRACE, watchdog.GRACE = 0.3, 1.0, 3.0
-    for scenario in SCENARIOS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            outputs = [Path(folder) / str(rank) for rank in range(2)]
-            children = [start(rank, scenario, port, out) for rank, out in enumerate(outputs)]
+    with tempfile.TemporaryDirectory() as folder:
+        # Side by side: they mostly wait.
+        begun = [begin(scenario, Path(folder)) for scenario in SCENARIOS]
+        for scenario, started, children, outputs in begun:
             statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             row = {
                 "scenario": scenario.__name__,
@@ -120,7 +116,18 @@ def main() -> None:
                 "seconds": time.monotonic() - started,
                 "outputs": [output.read_text() for output in outputs],
             }
-        print(json.dumps(row), flush=True)
+            print(json.dumps(row), flush=True)
+
+
+def begin(scenario, folder: Path) -> tuple:
+    """Start both ranks of a scenario: it, when, their process ids, and the files of their words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs = [folder / f"{scenario.__name__}_{rank}" for rank in range(2)]
+    started = time.monotonic()
+    children = [start(rank, scenario, port, out) for rank, out in enumerate(outputs)]
+    return scenario, started, children, outputs
 
 
 if __name__ == "__main__":
