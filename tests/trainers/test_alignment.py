@@ -123,10 +123,10 @@ def check(first: Codec, second: Codec, text: str, cut: int) -> bool:
     Returns:
         whether all spans are the same.
     """
-    [(ids, _)] = first.encode([text])
+    ids, _ = first.encode(text)
     student = first.bytes_of(ids[: len(ids) - cut])
     data = b"".join(student)
-    [(ids, offsets)] = second.encode([data.decode(errors="replace")])
+    ids, offsets = second.encode(data.decode(errors="replace"))
     teacher = second.bytes_of(ids)
     whole = b"".join(teacher) == data
     found = spans(student, teacher, None if whole else text_pieces(data, teacher, offsets))
@@ -158,9 +158,22 @@ def test_real_tokenizers_share_spans(real, text, cut):
         assert check(real[first], real[second], ORDINARY, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "puts"), [("tiny", 0), ("byte", 1), ("space", 1), ("new_space", 1)]
+)
+def test_the_space_before_a_text_is_no_part_of_it(codecs, name, puts):
+    codec = codecs[name]
+    assert codec.puts_space == puts
+    spaced, bare = (codec.encode("Tom has 12", spaced)[0] for spaced in (True, False))
+    assert (spaced != bare) == puts
+    assert b"".join(codec.bytes_of(bare)) == b"".join(codec.bytes_of(spaced, True)) == b"Tom has 12"
+    line, word = codec.encode("a\n")[0], codec.encode("a")[0]
+    assert codec.spaced(word) and not codec.spaced(line)
+
+
 def test_a_space_is_not_invented_and_special_tokens_are_not_read(codecs):
     for codec in codecs.values():
-        [(ids, _)] = codec.encode(["a</s><stop><|im_end|>"])
+        ids, _ = codec.encode("a</s><stop><|im_end|>")
         assert b"".join(codec.bytes_of(ids)) == b"a</s><stop><|im_end|>"
         assert len(ids) > 10
     # The sign that stands for a space is not itself.
@@ -181,7 +194,7 @@ def test_what_the_teachers_tokenizer_changes_is_left_out(byte_tokenizer, normali
     backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
     backend.normalizer = normalizer
     codec = Codec(PreTrainedTokenizerFast(tokenizer_object=backend))
-    [(ids, offsets)] = codec.encode([text])
+    ids, offsets = codec.encode(text)
     tokens = codec.bytes_of(ids)
     assert b"".join(tokens) != text.encode()
     letters = [letter.encode() for letter in text]

@@ -40,15 +40,16 @@ OWN = "teacher.tokenizer=own"
 class Letters(Words):
     """A codec of tokens that are these texts; the longest that fits comes first."""
 
-    def bytes_of(self, ids):
+    def bytes_of(self, ids, spaced=False):
         return [self.texts[id].encode() for id in ids]
 
-    def encode(self, texts):
-        encoded = []
-        for ids in map(self._ids, texts):
-            ends = list(itertools.accumulate(len(self.texts[id]) for id in ids))
-            encoded.append((ids, list(zip([0, *ends], ends))))
-        return encoded
+    def encode(self, text, spaced=False):
+        ids = self._ids(text)
+        ends = list(itertools.accumulate(len(self.texts[id]) for id in ids))
+        return ids, list(zip([0, *ends], ends))
+
+    def spaced(self, prompt):
+        return False
 
 
 STUDENT = ("<end>", "a", "b", "ab")
@@ -250,7 +251,8 @@ def test_the_teacher_scores_the_text_in_its_own_tokens(prepared, folders, name):
         prompt = list(run.teacher_prompts[trajectory.prompt_index])
         read = f"Know {example.answer}. {example.messages[-1]['content']}"
         assert prompt == pair.tokenizer(read).input_ids
-        [(ids, _)] = pair.teacher.encode([text])
+        # As the tokenizer encodes a text by itself, but that it reads no special tokens.
+        ids = pair.tokenizer(text, split_special_tokens=True).input_ids
         ids = [*ids, pair.tokenizer.eos_token_id]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -313,7 +315,7 @@ def test_cut_letters_and_a_short_context_leave_spans_out(prepared, folders):
     prompt = run.teacher_prompts[trajectory.prompt_index]
     pair = run.retokenizer
     [(taught, found)] = pair.align([trajectory], [prompt])
-    text = pair.tokenizer.decode(taught)
+    text = pair.tokenizer.decode(taught).lstrip()
     assert text.startswith("cut") and text.endswith("é\ufffd") and text.count("\ufffd") == 2
     out = [span for span in found if not span.same]
     assert len(out) == 2 and out[-1].end == len(trajectory.completion_ids)

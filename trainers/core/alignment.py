@@ -6,6 +6,7 @@ both tokenizers cut a text at the same places, each token is a span.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -164,9 +165,10 @@ def _groups(offsets: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 
 class Codec:
-    """The bytes of a tokenizer's tokens, and its tokens of a text to which nothing is added.
+    """The bytes of a tokenizer's tokens, and its tokens of a text.
 
-    No special token is written or recognised, and no space is put before the text.
+    No special token is written or recognised. Some tokenizers put a space before a text, as Llama
+    2's. It is no part of the text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -181,25 +183,54 @@ class Codec:
             raise ValueError("it is no tokenizer of the library tokenizers (tokenizer.json)")
         state = json.loads(backend.to_str())
         self.bytes = token_bytes(state, backend)
-        state |= {"post_processor": None, "truncation": None, "padding": None}
-        for part in ("normalizer", "pre_tokenizer"):
-            state[part] = _without_prefix(state[part])
-        self.backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-        self.backend.encode_special_tokens = True
+        bare = {part: _without_prefix(state[part]) for part in ("normalizer", "pre_tokenizer")}
+        # By whether a space may be put before the text.
+        self.backends = {True: _backend(state), False: _backend(state | bare)}
 
-    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each token."""
-        return [self.bytes[id] for id in ids]
+    def spaced(self, prompt: Sequence[int]) -> bool:
+        """Whether a text after this prompt begins as one by itself does.
 
-    def encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Each text's ids, and the letters of the text that each token is made of."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+        It does not where the prompt ends on a space or a line break.
+        """
+        last = self.bytes[prompt[-1]]
+        return not last[-1:].isspace()
+
+    def bytes_of(self, ids: Sequence[int], spaced: bool = False) -> list[bytes]:
+        """The bytes of each token.
+
+        Args:
+            spaced: without the space before the text, where the tokenizer puts one.
+        """
+        tokens = [self.bytes[id] for id in ids]
+        if spaced and self.puts_space and tokens:
+            tokens[0] = tokens[0].removeprefix(b" ")
+        return tokens
+
+    @functools.cached_property
+    def puts_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text by itself."""
+        return self.bytes[self.encode("a", True)[0][0]].startswith(b" ")
+
+    def encode(self, text: str, spaced: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the letters of the text that each token is made of.
+
+        Args:
+            spaced: put the space before it that the tokenizer puts before a text by itself.
+        """
+        encoding = self.backends[spaced].encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def gives_back(self, text: str) -> str:
         """What the tokens of a text say, with `REPLACEMENT` for what is no UTF-8."""
-        [(ids, _)] = self.encode([text])
-        return b"".join(self.bytes_of(ids)).decode(errors="replace")
+        return b"".join(self.bytes_of(self.encode(text)[0])).decode(errors="replace")
+
+
+def _backend(state: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """A tokenizer of a tokenizer.json that adds and reads no special tokens."""
+    plain = {"post_processor": None, "truncation": None, "padding": None}
+    backend = tokenizers.Tokenizer.from_str(json.dumps({**state, **plain}))
+    backend.encode_special_tokens = True
+    return backend
 
 
 def token_bytes(state: Mapping[str, Any], backend) -> dict[int, bytes]:

@@ -1,6 +1,7 @@
 """A teacher with another tokenizer than the student's: it reads and scores text in its own tokens.
 
-A completion's text is encoded by the teacher's tokenizer. Student's and teacher's tokens are then
+A completion's text is encoded by the teacher's tokenizer, with the space that this puts before a
+text, unless the prompt ends on a space or a line break. Student's and teacher's tokens are then
 aligned in spans of the same bytes (trainers/core/alignment.py). The student's stop token is the
 teacher's end token, a span of its own.
 
@@ -75,33 +76,38 @@ class Retokenizer:
         Args:
             prompts: what the teacher reads before each.
         """
-        parts = [self._text(trajectory) for trajectory in trajectories]
-        texts = [b"".join(student).decode(errors="replace") for student in parts]
-        found = []
-        for one, prompt, student, (ids, offsets) in zip(
-            trajectories, prompts, parts, self.teacher.encode(texts)
-        ):
-            ids, own = list(ids), self._spans(student, ids, offsets)
-            if one.finish_reason == "stop":
-                here, there = len(student), len(ids)
-                own.append(Span(here, here + 1, there, there + 1, True))
-                ids.append(self.stop)
-            room = self.limit if self.room is None else min(self.limit, self.room - len(prompt))
-            found.append(Aligned(ids[: max(room, 0)], own))
-        return found
+        return [self._aligned(one, prompt) for one, prompt in zip(trajectories, prompts)]
 
-    def _text(self, trajectory: Trajectory) -> list[bytes]:
-        """The bytes of each token but the one that ends the completion."""
+    def _aligned(self, trajectory: Trajectory, prompt: Sequence[int]) -> Aligned:
         stopped = trajectory.finish_reason == "stop"
-        ids = trajectory.completion_ids
-        return self.student.bytes_of(ids[:-1] if stopped else ids)
+        own = trajectory.completion_ids[: len(trajectory.completion_ids) - stopped]
+        student = self.student.bytes_of(own, self.student.spaced(trajectory.prompt_ids))
+        data = b"".join(student)
+        spaced = self.teacher.spaced(prompt)
+        ids, offsets = self.teacher.encode(data.decode(errors="replace"), spaced)
+        found = self._spans(student, data, ids, offsets, spaced)
+        if stopped:
+            here, there = len(student), len(ids)
+            found.append(Span(here, here + 1, there, there + 1, True))
+            ids = [*ids, self.stop]
+        room = self.limit if self.room is None else min(self.limit, self.room - len(prompt))
+        return Aligned(ids[: max(room, 0)], found)
 
     def _spans(
-        self, student: list[bytes], ids: list[int], offsets: Sequence[tuple[int, int]]
+        self,
+        student: list[bytes],
+        data: bytes,
+        ids: list[int],
+        offsets: Sequence[tuple[int, int]],
+        spaced: bool,
     ) -> list[Span]:
-        teacher, data = self.teacher.bytes_of(ids), b"".join(student)
-        pieces = None if b"".join(teacher) == data else text_pieces(data, teacher, offsets)
-        return spans(student, teacher, pieces)
+        # Some tokenizers put no space before a text that begins with one.
+        for without in (spaced, False):
+            teacher = self.teacher.bytes_of(ids, without)
+            if b"".join(teacher) == data:
+                return spans(student, teacher)
+        teacher = self.teacher.bytes_of(ids, spaced)
+        return spans(student, teacher, text_pieces(data, teacher, offsets))
 
 
 def make_retokenizer(run, tokenizer, model) -> Retokenizer:
