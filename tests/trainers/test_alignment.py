@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from recipes.packaged_models import cache_folder
 from trainers.core.alignment import (
     REPLACEMENT,
     Codec,
@@ -105,16 +104,18 @@ def codecs(tiny_models, byte_tokenizer, space_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """SmolLM2's, Mistral's first (SentencePiece) and its newer one, where they are installed."""
-    smollm2 = Path(cache_folder()) / "smollm2-135m-0.1.2"
+def real(smollm2, tmp_path_factory):
+    """SmolLM2's (byte-level) and Mistral's first (SentencePiece)."""
     package = find_spec("mistral_common")
-    if not smollm2.is_dir() or package is None:
-        pytest.skip("needs smollm2-135m in the cache of models, and the package mistral_common")
+    if package is None:
+        pytest.skip("needs the package mistral_common, which vLLM brings")
     folder = tmp_path_factory.mktemp("mistral")
     data = Path(package.origin).parent / "data"
     shutil.copy(data / "tokenizer.model.v1", folder / "tokenizer.model")
-    return {"smollm2": loaded(smollm2), "mistral": Codec(LlamaTokenizer.from_pretrained(folder))}
+    return {
+        "smollm2": loaded(smollm2),
+        "mistral": Codec(LlamaTokenizer.from_pretrained(folder)),
+    }
 
 
 def check(first: Codec, second: Codec, text: str, cut: int) -> bool:

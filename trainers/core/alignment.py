@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Stands for bytes that are no UTF-8, in the text that a teacher reads.
 REPLACEMENT = "\ufffd"
@@ -247,7 +248,7 @@ def token_bytes(state: Mapping[str, Any], backend) -> dict[int, bytes]:
     kinds = {decoder["type"] for decoder in decoders}
     vocab = {id: token for token, id in backend.get_vocab(True).items()}
     if "ByteLevel" in kinds:
-        letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
         return {
             id: token.encode()
             if id in added or not letters.keys() >= set(token)
@@ -267,13 +268,6 @@ def token_bytes(state: Mapping[str, Any], backend) -> dict[int, bytes]:
             literal = id in added and added[id].special
             found[id] = (token if literal else token.replace(SPACE, " ")).encode()
     return found
-
-
-def _byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte: GPT-2's alphabet."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = itertools.count(256)
-    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
 
 
 def _nested(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
